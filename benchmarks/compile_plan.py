@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkl.kernels import launch, launch_divergence, launch_fused, launch_outside
+from fastkl.kernels import launch, launch_fused, launch_outside
 from fastkl.kernels.layout import layout
+from fastkl.kernels.series import KINDS, KL
 
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
@@ -79,18 +80,18 @@ def _divergences(where, stride, gradient):
 
     stride, gradient: rows and (type, address) of gradients to P and Q.
     """
-    renyi = launch.forward_plan(where, False, False, False, True, ())
-    yield "renyi.forward", renyi.forward, renyi.segment
-    for kind, number in launch_divergence.KINDS.items():
+    for kind, number in KINDS.items():
         constants = (("KIND", number), ("SMALL_REST", False))
-        segment, _, forward = launch_divergence.forward_plan(where, constants, True, ())
+        chosen = launch.forward_plan(where, False, False, False, constants, ())
+        if kind == "kl":
+            continue
         if kind == "renyi":
-            yield "renyi.fallback", forward
-        else:
-            yield f"{kind}.forward", forward, segment
+            yield "renyi.fallback", chosen.fallback
+        forward = chosen.forward if kind == "renyi" else chosen.second
+        yield f"{kind}.forward", forward, chosen.segment
         for side, wrt in {"p": (1, 0), "q": (0, 1), "both": (1, 1)}.items():
             sides = [gradient if each else None for each in wrt]
-            _, backward = launch_divergence.backward_plan(where, constants, stride, *sides, ())
+            _, backward = launch.backward_plan(where, ("kl",), constants, stride, *sides, ())
             yield f"{kind}.backward_{side}", backward
 
 
@@ -140,12 +141,14 @@ def plan(dtype, aligned, arch):
     def add_backward(name, suffix, asked, scaling, grad_dtype):
         place_of_gradient = TYPES[grad_dtype], start * TYPES[grad_dtype].itemsize
         sides = [place_of_gradient if each else None for each in asked]
-        _, variant = launch.backward_plan(place(name, scaling), FIELDS[name], stride, *sides, ())
+        _, variant = launch.backward_plan(
+            place(name, scaling), FIELDS[name], KL.constants(), stride, *sides, ()
+        )
         add(f"{name}.backward{suffix}", variant, 0, grad_dtype)
 
     scalings = SCALINGS if aligned and dtype != "fp32" else {"": SCALINGS[""]}
     for name, fields in FIELDS.items():
-        asked = "entropy" in fields, "ref_kl" in fields, "lse" in fields, False, ()
+        asked = "entropy" in fields, "ref_kl" in fields, "lse" in fields, KL.constants(), ()
         for suffix, scaling in scalings.items():
             if suffix and name == POLICY_ONLY:
                 continue

@@ -240,14 +240,10 @@ def segment_costs(program, anchors, edges, segments):
     loops, hot, costs = hot_loop(program)
 
     def through(header, sign, shuffle):
-        graph = program.graph.subgraph(loops[header]).copy()
-        tails = list(graph.predecessors(header))
-        graph.remove_edges_from([(tail, header) for tail in tails])
-        weight = {i: sign * _count(program, [i]) + shuffle * shuffles([i]) for i in graph}
-        return _heaviest(program, graph, header, tails, weight)
+        return _through(program, header, loops[header], sign, shuffle)
 
     def shuffles(indices):
-        return sum(program.opcodes[i].startswith("SHFL") for i in indices)
+        return _shuffles(program, indices)
 
     near = costs and through(hot, -1, -MANY)
     outer = {h: body for h, body in loops.items() if not any(body < b for b in loops.values())}
@@ -271,6 +267,27 @@ def segment_costs(program, anchors, edges, segments):
         share = 1.0 / segments if program.opcodes[i].startswith("ATOM") else share
     paths = (loop_costs(program, path) for path in (near, through(hot, 1, -MANY)))
     return SegmentCosts(*paths, outside, _bytes_in_flight(program, near))
+
+
+def loop_paths(program):
+    """Return the LoopCosts of an iteration of the hot loop by its cheapest and its dearest path."""
+    loops, hot, _ = hot_loop(program)
+    ways = (_through(program, hot, loops[hot], sign, 0) for sign in (-1, 1))
+    return [loop_costs(program, way) for way in ways]
+
+
+def _shuffles(program, indices):
+    return sum(program.opcodes[i].startswith("SHFL") for i in indices)
+
+
+def _through(program, header, body, sign, shuffle):
+    """Return the path through a loop with the largest sum of `sign` for each instruction and
+    `shuffle` for each shuffle."""
+    graph = program.graph.subgraph(body).copy()
+    tails = list(graph.predecessors(header))
+    graph.remove_edges_from([(tail, header) for tail in tails])
+    weight = {i: sign * _count(program, [i]) + shuffle * _shuffles(program, [i]) for i in graph}
+    return _heaviest(program, graph, header, tails, weight)
 
 
 def _bytes_in_flight(program, path):

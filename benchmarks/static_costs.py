@@ -21,9 +21,10 @@ A program of forward sums a segment of a row, and each tile takes one of three p
     loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads
                                    of an SM at this many registers; of misaligned rows every block
                                    is asked for twice, and counts twice
-and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. On
-other kernels, and on AMD, whose paths are not read, every instruction of the loop counts, also one
-in a branch, and the other three are null.
+and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. The
+backward of the f-divergences has the first two: its cheapest and its dearest path. On other
+kernels, and on AMD, whose paths are not read, every instruction of the loop counts, also one in a
+branch, and the others are null.
 
 The bound is the model of benchmarks/roofline.py: % of the peak bandwidth of a GPU of that
 architecture, not a measurement.
@@ -87,7 +88,7 @@ def measure(specialization, arch, dtype, aligned):
     does not read as expected.
     """
     compiled = compile_kernel(specialization, arch)
-    name, text, segment = compiled.metadata.name, machine_code(compiled), None
+    name, text, segment, paths = compiled.metadata.name, machine_code(compiled), None, None
     if "amdgcn" in compiled.asm:
         program = disassembly.parse_amdgcn(text, name)
         registers, spill_bytes = disassembly.parse_amdgcn_resources(text)
@@ -97,9 +98,12 @@ def measure(specialization, arch, dtype, aligned):
         registers, spill_bytes = disassembly.parse_resources(usage)
         if specialization.segment:
             segment = disassembly.segment_costs(program, *cut(specialization))
+            paths = segment.near, segment.general
+        elif "SMALL_REST" in specialization.constexprs:
+            paths = disassembly.loop_paths(program)
     found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
     found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}
-    if loop := segment.near if segment else disassembly.hot_loop(program)[-1]:
+    if loop := paths[0] if paths else disassembly.hot_loop(program)[-1]:
         found["unrolled"] = _unroll_factor(loop, compiled)
         pairs = specialization.pairs_per_thread * found["unrolled"]
         found |= {
@@ -109,12 +113,15 @@ def measure(specialization, arch, dtype, aligned):
             "narrow_loads": sum(loop.loads.values()) - loop.loads[loop.widest_load],
             "fp32_per_pair": round(loop.fp32 / pairs, 2),
         }
+    if paths:
+        found |= {
+            "instructions_per_pair_general": round(paths[1].instructions / pairs, 2),
+            "ex2_per_pair_general": round(paths[1].ex2 / pairs, 2),
+        }
     if segment:
         executed = segment.outside * 32 * specialization.num_warps
         threads = resident_threads(registers, specialization.num_warps)
         found |= {
-            "instructions_per_pair_general": round(segment.general.instructions / pairs, 2),
-            "ex2_per_pair_general": round(segment.general.ex2 / pairs, 2),
             "overhead_per_pair": round(executed / specialization.segment, 2),
             "loads_in_flight_kb_per_sm": segment.in_flight * threads / 1024,
         }

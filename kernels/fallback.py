@@ -11,14 +11,18 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .divergence_math import LARGEST_DOUBLE_D, Formula, entry_terms, renyi_exponent
 from .row_finish import not_above_zero, store_fields, store_lse, token_logits
 from .row_load import load_logit
-from .row_math import soft_cap_slope
+from .row_math import OF_KL, RENYI, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
 # Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
 # gradient does not.
 SAVED_MEAN = tl.constexpr(2.0**-64)
+# The saved values that hold E_p[u] and E_q[v] of a divergence beside the KL, each as hi and lo.
+MEAN_U = tl.constexpr(5)
+MEAN_V = tl.constexpr(7)
 
 
 # Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
@@ -207,13 +211,120 @@ def is_fallback(saved_ptr):
 
 
 @triton.jit
-def store_fallback(out, row, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+def double_formula(formula):
+    """Return a Formula with share and rest as float64, which add up to 1."""
+    share = tl.cast(formula.share, tl.float64)
+    rest = tl.cast(formula.rest, tl.float64)
+    return Formula(
+        tl.where(share < 0.5, share, 1.0 - rest),
+        tl.where(share < 0.5, 1.0 - share, rest),
+        formula.curvature,
+        formula.series,
+    )
+
+
+@triton.jit
+def fallback_terms(log_p, log_q, formula, kind: tl.constexpr):
+    """Return the Terms of entries of an f-divergence as float64; p or q may be 0."""
+    d = tl.where(log_p == log_q, 0.0, log_q - log_p)
+    d = tl.minimum(tl.maximum(d, -LARGEST_DOUBLE_D), LARGEST_DOUBLE_D)
+    return entry_terms(tl.exp(log_p), tl.exp(log_q), d, formula, kind)
+
+
+@triton.jit
+def fallback_divergence(
+    row,
+    stats,
+    saved_ptr,
+    kl,
+    formula,
+    BLOCK: tl.constexpr,
+    kind: tl.constexpr,
+    reading: tl.constexpr,
+):
+    """Return a divergence beside the KL, and write the means of its gradients, or log Z, as hi and
+    lo in place of those of the KL's.
+    """
+    scale = row.scale.to(tl.float64)
+    q_scale = scale * row.ratio.to(tl.float64)
+    formula = double_formula(formula)
+    value = tl.zeros([BLOCK], tl.float64)
+    # Of Rényi's divergence: the largest exponent.
+    u = value - (1.0e300 if kind.name == RENYI else 0.0)
+    v = value
+    for start in range(0, row.V, BLOCK):
+        log_p = log_probability_p(
+            load_double(row.p, start, row.V, BLOCK, reading.softcap), stats, scale
+        )
+        log_q = log_probability_q(
+            load_double(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, q_scale
+        )
+        if kind.name == RENYI:
+            exponent = renyi_exponent(log_p, log_q, formula)
+            largest = tl.maximum(u, exponent)
+            value = value * tl.exp(u - largest) + tl.exp(exponent - largest)
+            u = largest
+        else:
+            terms = fallback_terms(log_p, log_q, formula, kind)
+            value += terms.value
+            u += terms.to_p
+            v += terms.to_q
+    if kind.name == RENYI:
+        largest = tl.max(u, 0)
+        log_z = largest + tl.log(tl.sum(value * tl.exp(u - largest), 0))
+        # Of equal rows log Z is 0, not the rounding of a sum of 1.
+        mean_u = tl.where(kl == 0.0, 0.0, log_z)
+        total = -mean_u / formula.rest
+    else:
+        total = tl.sum(value, 0)
+        mean_u = tl.sum(u, 0)
+    store_double(saved_ptr + MEAN_U, mean_u)
+    store_double(saved_ptr + MEAN_V, tl.sum(v, 0))
+    return tl.where(total <= 0.0, 0.0, total)
+
+
+@triton.jit
+def store_double(ptr, value):
+    """Write a float64 as hi and lo."""
+    hi = value.to(tl.float32)
+    tl.store(ptr, hi)
+    tl.store(ptr + 1, (value - hi.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def load_as_double(ptr):
+    """Load the float64 that store_double wrote."""
+    return tl.load(ptr).to(tl.float64) + tl.load(ptr + 1).to(tl.float64)
+
+
+@triton.jit
+def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
+    """Gradients of a divergence beside the KL, times T, from what fallback_divergence wrote."""
+    formula = double_formula(formula)
+    mean_u = load_as_double(saved_ptr + MEAN_U)
+    mean_v = load_as_double(saved_ptr + MEAN_V)
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    if kind.name == RENYI:
+        r = tl.exp(renyi_exponent(log_p, log_q, formula) - mean_u)
+        return (r - p) * (-formula.share / formula.rest), q - r
+    else:
+        terms = fallback_terms(log_p, log_q, formula, kind)
+        return terms.to_p - p * mean_u, terms.to_q - q * mean_v
+
+
+@triton.jit
+def store_fallback(
+    out, row, formula, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr
+):
     """Compute a row in float64 and write its saved values and fields."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     stats = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
     store_row(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
+    if want.kind.name > OF_KL:
+        kl = fallback_divergence(row, stats, out.saved, kl, formula, BLOCK, want.kind, reading)
     store_fields(out, stats.entropy, kl, ref_kl, want)
     ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
     store_lse(out, stats.x_peak * scale + stats.log_sum, ref_lse, want)
@@ -232,8 +343,9 @@ GradientRow = namedtuple("GradientRow", "p q start end")
 
 @triton.jit
 def write_fallback(
-    row, grads, saved_ptr, g, BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr
-):
+    row, grads, saved_ptr, g, formula, BLOCK: tl.constexpr, asked: tl.constexpr,
+    reading: tl.constexpr,
+):  # fmt: skip
     """Write a row's gradients, computed in float64, for upstream gradients g."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
@@ -260,7 +372,11 @@ def write_fallback(
             q = tl.exp(log_q)
             d = log_q - log_p
             grad_y = q * (g.ref_lse - g.ref_logprob)
-            if asked.kl:
+            if asked.kind.name > OF_KL:
+                grad_x, grad_y = fallback_gradients(log_p, log_q, saved_ptr, formula, asked.kind)
+                grad_x *= g.kl
+                grad_y *= g.kl
+            elif asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
                 grad_x -= tl.where(
                     g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - stats.mean_p_from_peak))

@@ -12,11 +12,13 @@ from . import config
 from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows
 from .layout import architecture as architecture  # these two for fastkl.ops
 from .layout import layout as layout
-from .row_backward import row_backward
+from .row_backward import row_backward, row_divergence_backward
+from .row_divergence import row_divergence
 from .row_fallback import row_fallback
 from .row_forward import row_forward
 from .row_gradient import Upstream
-from .row_math import STATE
+from .row_math import RENYI, SKEW_KL, STATE
+from .series import KL, Series
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler
 # fuses; Triton's own default varies by version.
@@ -127,13 +129,16 @@ def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a forward: `splits` segments of `segment` entries a row."""
+    """The launches of a forward: `splits` segments of `segment` entries a row; `second` is that of
+    an f-divergence.
+    """
 
     segment: int
     splits: int
     prefetching: int
     forward: Variant
     fallback: Variant
+    second: Variant
 
 
 @functools.lru_cache(CACHE_SIZE)
@@ -142,11 +147,11 @@ def forward_plan(
     with_entropy: bool,
     with_ref_kl: bool,
     with_lse: bool,
-    with_renyi: bool,
+    divergence: tuple[tuple[str, Any], ...],
     overridden: tuple[Any, ...],
 ) -> ForwardPlan:
-    """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
-    configurations.
+    """Return the plan; divergence: its Series.constants. `overridden` is part of the cache's key:
+    tests and the tuner override configurations.
     """
     chosen = config.select("forward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
@@ -154,7 +159,7 @@ def forward_plan(
     row_bytes = layout.vocabulary * sum(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
-    case = layout.case
+    case, kind = layout.case, dict(divergence)["KIND"]
     asked = dict(
         HAS_TOKENS=case.types[2] is not None,
         WITH_ENTROPY=with_entropy,
@@ -173,43 +178,57 @@ def forward_plan(
         SPLITS=triton.next_power_of_2(splits),
         REALIGN=case.realign,
         PREFETCH=config.prefetches(case.arch),
-        WITH_RENYI=with_renyi,
+        KIND=kind if kind == RENYI.value else 0,
         **asked,
     )
-    fallback = fallback_variant(case, (), **asked)
+    fallback = fallback_variant(case, (), KIND=kind, **asked)
+    second = row_variant(
+        row_divergence,
+        case,
+        chosen,
+        (),
+        # Skew's terms take more registers than the limit, and so do all on sm_100.
+        case.q_in_blocks and kind != SKEW_KL.value and case.arch != "sm_100",
+        SPLITS=triton.next_power_of_2(splits),
+        REALIGN=case.realign,
+        LG2=case.arch.startswith("sm_"),
+        **dict(divergence),
+    )
     prefetching = int(layout.rows * row_bytes <= PREFETCH_BYTES)
-    return ForwardPlan(segment, splits, prefetching, forward, fallback)
+    return ForwardPlan(segment, splits, prefetching, forward, fallback, second)
 
 
 def forward(
-    problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor, gamma: float = 0.0
+    problem: Problem,
+    outputs: dict[str, torch.Tensor],
+    saved: torch.Tensor,
+    divergence: Series = KL,
 ) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` ([N] float32 each).
 
     `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are, and ref_lse
-    if it contains lse and q is given. gamma,
-    unless 0: "ref_kl" is Rényi's divergence of order 1 - gamma instead, but in fallback rows.
+    beside lse if q is given. Another divergence is written in place of the KL, without other
+    fields.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
     plan = forward_plan(
         layout,
         "entropy" in outputs,
-        "ref_kl" in outputs and not gamma,
+        "ref_kl" in outputs,
         "lse" in outputs,
-        bool(gamma),
+        divergence.constants(),
         tuple(config._override.items()),
     )
-    get = outputs.get
     fields = dict(
         saved_ptr=saved,
-        logprob_ptr=get("logprob", saved),
-        entropy_ptr=get("entropy", saved),
-        ref_logprob_ptr=get("ref_logprob", saved),
-        kl_ptr=get("kl", saved),
-        ref_kl_ptr=get("ref_kl", saved),
-        lse_ptr=get("lse", saved),
-        ref_lse_ptr=get("ref_lse", saved),
+        logprob_ptr=outputs.get("logprob", saved),
+        entropy_ptr=outputs.get("entropy", saved),
+        ref_logprob_ptr=outputs.get("ref_logprob", saved),
+        kl_ptr=outputs.get("kl", saved),
+        ref_kl_ptr=outputs.get("ref_kl", saved),
+        lse_ptr=outputs.get("lse", saved),
+        ref_lse_ptr=outputs.get("ref_lse", saved),
     )
     places, temperature = layout.places, float(problem.temperature)
     with _on(p):
@@ -221,27 +240,25 @@ def forward(
             # Not kept from call to call: another pool or stream may own what a call allocates, as
             # under CUDA graphs.
             counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
-        plan.forward.start(
-            layout.rows * plan.splits,
-            dict(
-                p_ptr=p,
-                q_ptr=q,
-                mask_ptr=mask,
-                temperature_ptr=temperatures,
-                ratio_ptr=ratios,
-                tokens_ptr=tokens,
-                state_ptr=state,
-                counter_ptr=counters,
-                **fields,
-                temperature=temperature,
-                **places,
-                V=layout.vocabulary,
-                segment=plan.segment,
-                splits=plan.splits,
-                prefetching=plan.prefetching,
-                gamma=gamma,
-            ),
+        arguments = dict(
+            p_ptr=p,
+            q_ptr=q,
+            mask_ptr=mask,
+            temperature_ptr=temperatures,
+            ratio_ptr=ratios,
+            tokens_ptr=tokens,
+            state_ptr=state,
+            counter_ptr=counters,
+            **fields,
+            temperature=temperature,
+            **places,
+            V=layout.vocabulary,
+            segment=plan.segment,
+            splits=plan.splits,
+            prefetching=plan.prefetching,
+            gamma=1.0 - divergence.share,
         )
+        plan.forward.start(layout.rows * plan.splits, arguments)
         if RUN_FALLBACK:
             plan.fallback.start(
                 -(-layout.rows // FALLBACK_ROWS),
@@ -259,8 +276,13 @@ def forward(
                     stride_grad=0,
                     V=layout.vocabulary,
                     n_rows=layout.rows,
+                    share=divergence.share,
+                    rest=1.0 - divergence.share,
                 ),
             )
+        if divergence.forward:
+            arguments |= divergence.numbers(divergence.forward)
+            plan.second.start(layout.rows * plan.splits, arguments)
 
 
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
@@ -280,28 +302,38 @@ def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int]
 def backward_plan(
     layout: Layout,
     fields: tuple[str, ...],
+    divergence: tuple[tuple[str, Any], ...],
     stride: int,
     grad_p: tuple[torch.dtype, int] | None,
     grad_q: tuple[torch.dtype, int] | None,
     overridden: tuple[Any, ...],
 ) -> tuple[int, Variant]:
-    """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these
-    types and addresses with rows `stride` apart.
+    """(chunks of a row, row_backward) for upstream gradients of `fields` or of a divergence beside
+    the KL, to gradients of these types and addresses with rows `stride` apart.
     """
-    chosen = config.select("backward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
+    case, kind = layout.case, dict(divergence)["KIND"]
+    # Of a divergence beside the KL forward's: with one warp, a tile is checked without a barrier.
+    chosen = config.select(
+        "forward" if kind else "backward", case.arch, layout.p.itemsize, layout.vocabulary
+    )
+    tile = chosen.threads * chosen.groups * layout.p.lanes
+    chunk = tile * max(1, chosen.segment // tile)
     # A row that starts inside a block covers one more.
-    chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
+    chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chunk)
+    constants = {name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS}
+    if kind:
+        constants = dict(divergence, LG2=case.arch.startswith("sm_"))
     return chunks, row_variant(
-        row_backward,
-        layout.case,
+        row_divergence_backward if kind else row_backward,
+        case,
         chosen,
         (grad_p and grad_p[0], grad_q and grad_q[0]),
-        True,
-        CHUNK=chosen.segment,
+        not kind or case.arch != "sm_100",
+        CHUNK=chunk,
         WRT_P=grad_p is not None,
         WRT_Q=grad_q is not None,
         GRAD_IN_BLOCKS=grads_in_blocks(layout, stride, grad_p, grad_q),
-        **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS},
+        **constants,
     )
 
 
@@ -311,9 +343,10 @@ def backward(
     upstream: dict[str, torch.Tensor],
     grad_p: torch.Tensor | None,
     grad_q: torch.Tensor | None,
+    divergence: Series = KL,
 ) -> None:
     """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per
-    field.
+    field; of another divergence that of the field kl.
 
     They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
     fallback row is read again.
@@ -331,6 +364,7 @@ def backward(
     chunks, variant = backward_plan(
         layout,
         fields,
+        divergence.constants(),
         stride_grad,
         None if grad_p is None else (grad_p.dtype, grad_p.data_ptr() % ADDRESSES),
         None if grad_q is None else (grad_q.dtype, grad_q.data_ptr() % ADDRESSES),
@@ -356,5 +390,6 @@ def backward(
                 stride_grad=stride_grad,
                 V=layout.vocabulary,
                 chunks=chunks,
+                **(divergence.numbers(divergence.backward) if divergence.backward else {}),
             ),
         )

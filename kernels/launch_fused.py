@@ -14,9 +14,10 @@ from .launch import (
     _on,
     _tensors,
     fallback_variant,
+    grads_in_blocks,
     row_variant,
 )
-from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem, Rows
+from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE
 
@@ -71,27 +72,21 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
         WITH_KL=True,
         WITH_REF_KL=False,
         WITH_LSE=False,
+        KIND=0,
     )
-    piece = -(-segment // (8 * pieces)) * 8
-    return FusedPlan(segment, piece, pieces, splits, phases, fallback)
+    return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, phases, fallback)
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
     """Whether `fused` takes the problem: every row of logits and gradient starts on a 16-byte
     boundary. config.fuses decides whether it should.
     """
-    layout = problem.layout
-    grad = Rows(
-        grad_p.element_size(),
-        grad_p.data_ptr() % ADDRESSES,
-        layout.inner * grad_p.stride(0),
-        grad_p.stride(0),
-    )
+    layout, stride = problem.layout, grad_p.stride(0)
     return (
         problem.q is not None
         and not layout.case.realign
         and layout.case.q_in_blocks
-        and layout.p.same_blocks(grad, layout.inner, layout.outer)
+        and grads_in_blocks(layout, stride, (grad_p.dtype, grad_p.data_ptr() % ADDRESSES))
     )
 
 
@@ -161,6 +156,8 @@ def fused(
                 weight_ptr=weights,
                 **shared,
                 n_rows=layout.rows,
+                share=0.0,
+                rest=1.0,
             ),
         )
 

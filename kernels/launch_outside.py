@@ -40,8 +40,7 @@ def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: to
     """
     p, _, _, mask, temperatures, _ = _tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
-    overridden = tuple(config._override.items())
-    segment, splits, variant = outside_plan(layout, count, overridden)
+    segment, splits, variant = outside_plan(layout, count, tuple(config._override.items()))
     with _on(p):
         state = counters = saved
         if splits > 1:

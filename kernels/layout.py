@@ -45,14 +45,6 @@ class Rows(NamedTuple):
             and (outer == 1 or (self.stride_outer - other.stride_outer) % lanes == 0)
         )
 
-    def aligned(self, inner: int, outer: int) -> bool:
-        """Whether every row starts on a 16-byte boundary."""
-        return (
-            self.address % 16 == 0
-            and (inner == 1 or self.stride_inner % self.lanes == 0)
-            and (outer == 1 or self.stride_outer % self.lanes == 0)
-        )
-
 
 class Problem(NamedTuple):
     """N rows of length V; a field that is None is unused. Vectors are [N] and contiguous.
@@ -171,7 +163,7 @@ def layout(
         stride_q_outer=q.stride_outer,
         stride_q_inner=q.stride_inner,
     )
+    realign = not p.same_blocks(Rows(p.itemsize, 0, 0, 0), inner, outer)
     arch, warp = arch_and_warp
-    realign = not p.aligned(inner, outer)
     case = Case(device, arch, warp, types, has_mask, realign, in_blocks, *scaling)
     return Layout(p, outer, inner, vocabulary, places, case, outer * inner)

@@ -1,10 +1,13 @@
 """Backward: one read of the logits, one write of each gradient, for any mix of upstream
-gradients.
+gradients, and for the divergences beside the KL.
 """
+
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
+from .divergence_math import Formula
 from .fallback import GradientRow, is_fallback, write_fallback
 from .row_finish import SAVED, Row
 from .row_gradient import (
@@ -17,7 +20,7 @@ from .row_gradient import (
     write_tile,
 )
 from .row_load import Reading, Tiling, load_logit, row_offset, row_pad, row_ratio, row_scale
-from .row_math import scale_reference, soft_cap_slope
+from .row_math import OF_KL, Kind, scale_reference, soft_cap_slope
 
 # Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
 # of q·(d - E_q[d]).
@@ -31,6 +34,158 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
         return tl.load(upstream_ptr + n_rows.to(tl.int64) * FIELD + row)
     else:
         return tl.full([], 0.0, tl.float32)
+
+
+# The arguments of both kernels.
+Arguments = namedtuple(
+    "Arguments",
+    "p q grad_p grad_q tokens saved upstream mask temperatures ratios temperature n_rows n_inner "
+    "stride_p_outer stride_p_inner stride_q_outer stride_q_inner stride_grad V chunks",
+)
+
+
+# Compile-time: entries of a chunk, the gradients requested, whether there are masks and
+# temperatures of rows, and whether the gradients' rows start in blocks where the logits' do.
+Cut = namedtuple("Cut", "chunk wrt_p wrt_q has_mask per_row grad_in_blocks")
+
+
+@triton.jit
+def write_chunk(  # noqa: PLR0915
+    args,
+    formula,
+    fields: tl.constexpr,
+    kind: tl.constexpr,
+    cut: tl.constexpr,
+    tiling: tl.constexpr,
+    reading: tl.constexpr,
+):
+    """Write the gradients of this program's chunk of a row; fields: the row of each in the upstream
+    gradients, -1 for one without.
+    """
+    row = (tl.program_id(0) // args.chunks).to(tl.int64)
+    first = (tl.program_id(0) % args.chunks) * cut.chunk
+    asked: tl.constexpr = Asked(
+        fields.logprob >= 0,
+        fields.entropy >= 0,
+        fields.ref_logprob >= 0,
+        fields.kl >= 0,
+        fields.ref_kl >= 0,
+        fields.lse >= 0,
+        fields.ref_lse >= 0,
+        kind,
+        cut.wrt_p,
+        cut.wrt_q,
+        args.p.dtype.element_ty == tl.float32
+        or args.q.dtype.element_ty == tl.float32
+        or reading.ratio,
+    )
+    g = Upstream(
+        upstream_of(args.upstream, row, args.n_rows, fields.logprob),
+        upstream_of(args.upstream, row, args.n_rows, fields.entropy),
+        upstream_of(args.upstream, row, args.n_rows, fields.ref_logprob),
+        upstream_of(args.upstream, row, args.n_rows, fields.kl),
+        upstream_of(args.upstream, row, args.n_rows, fields.ref_kl),
+        upstream_of(args.upstream, row, args.n_rows, fields.lse),
+        upstream_of(args.upstream, row, args.n_rows, fields.ref_lse),
+    )
+    activity = (
+        tl.abs(g.logprob)
+        + tl.abs(g.entropy)
+        + tl.abs(g.ref_logprob)
+        + tl.abs(g.kl)
+        + tl.abs(g.ref_kl)
+        + tl.abs(g.lse)
+        + tl.abs(g.ref_lse)
+    )
+    if cut.has_mask:
+        activity = tl.where(tl.load(args.mask + row) != 0, activity, 0.0)
+    scale = row_scale(args.temperatures, args.temperature, row, row >= 0, cut.per_row)
+    ratio = row_ratio(args.ratios, row, row >= 0, reading.ratio)
+    saved_ptr = args.saved + row * SAVED
+    p_row = args.p + row_offset(row, args.n_inner, args.stride_p_outer, args.stride_p_inner)
+    q_row = args.q + row_offset(row, args.n_inner, args.stride_q_outer, args.stride_q_inner)
+    grad_p_row = args.grad_p + row * args.stride_grad
+    grad_q_row = args.grad_q + row * args.stride_grad
+    pad = row_pad(p_row, True)
+    # Read no entry of an inactive row.
+    read_end = tl.where(activity != 0.0, args.V + pad, 0)
+    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
+    # inlined.
+    p_block = tl.multiple_of(p_row - pad, 16)
+    q_block = q_row - pad
+    if tiling.q_in_blocks:
+        q_block = tl.multiple_of(q_block, 16)
+    grad_p_block = grad_p_row - pad
+    grad_q_block = grad_q_row - pad
+    if cut.grad_in_blocks:
+        grad_p_block = tl.multiple_of(
+            grad_p_block, tiling.lanes * args.grad_p.dtype.element_ty.primitive_bitwidth // 8
+        )
+        grad_q_block = tl.multiple_of(
+            grad_q_block, tiling.lanes * args.grad_q.dtype.element_ty.primitive_bitwidth // 8
+        )
+
+    token = row * 0
+    if reading.tokens:
+        token = tl.load(args.tokens + row)
+    needs_fallback = is_fallback(saved_ptr)
+    if asked.ref_kl and asked.wrt_q:
+        needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
+    if needs_fallback & (activity != 0.0):
+        whole = Row(p_row, q_row, args.V, token, scale, ratio)
+        start, end = tl.maximum(first - pad, 0), tl.minimum(first + cut.chunk - pad, args.V)
+        grads = GradientRow(grad_p_row, grad_q_row, start, end)
+        write_fallback(whole, grads, saved_ptr, g, formula, tiling.threads * 2, asked, reading)
+        return
+    terms = gradient_terms(load_saved(saved_ptr), formula)
+    place = Place(
+        p_block, q_block, grad_p_block, grad_q_block, pad, args.V + pad, read_end, scale, ratio
+    )
+    if reading.tokens:
+        # The sampled token's gradient has a one-hot term: read its logits before any store, write
+        # its gradient last.
+        token_here = (
+            (token >= 0)
+            & (token + pad >= first)
+            & (token + pad < tl.minimum(first + cut.chunk, read_end))
+        )
+        token_x = load_logit(p_row, token, token_here, 0.0, reading.softcap)
+        capped_token_y = load_logit(q_row, token, token_here, 0.0, reading.ref_softcap)
+        token_y, token_y_lo = scale_reference(capped_token_y, ratio, reading.ratio)
+        # The gradients may be written over the logits: every warp must have read the token's before
+        # any writes.
+        tl.debug_barrier()
+
+    TILE_GROUPS: tl.constexpr = tiling.threads * tiling.groups
+    begin = first // tiling.lanes
+    end = tl.minimum(first + cut.chunk, args.V + pad)
+    full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * tiling.lanes) * TILE_GROUPS
+    # The first tile of a padded row, and all tiles of an inactive row, take the masked path.
+    full_begin = tl.where(
+        (first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin
+    )
+    full_begin = tl.where(read_end > 0, full_begin, full_end)
+    for group in range(begin, full_begin, TILE_GROUPS):
+        write_tile(place, group, terms, g, tiling, asked, reading, True)
+    for group in range(full_begin, full_end, TILE_GROUPS):
+        write_tile(place, group, terms, g, tiling, asked, reading, False)
+    if full_end * tiling.lanes < end:
+        write_tile(place, full_end, terms, g, tiling, asked, reading, True)
+
+    if reading.tokens:
+        tl.debug_barrier()
+        grad_x, grad_y = entry_gradients(
+            token_x, token_y, token_y_lo, scale, terms, g, asked, reading.ratio
+        )
+        if asked.wrt_p:
+            tl.store(
+                grad_p_row + token,
+                (grad_x + scale * g.logprob) * soft_cap_slope(token_x, reading.softcap),
+                mask=token_here,
+            )
+        if asked.wrt_q:
+            slope = soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio
+            tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -61,7 +216,7 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
         "ratio_ptr",
     ],
 )
-def row_backward(  # noqa: PLR0913, PLR0915
+def row_backward(  # noqa: PLR0913
     p_ptr,
     q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     # [N, V], rows stride_grad apart; any pointer where not requested. They may overwrite the
@@ -118,130 +273,130 @@ def row_backward(  # noqa: PLR0913, PLR0915
     Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an
             infinite KL has gradients that are not finite.
     """
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    first = (tl.program_id(0) % chunks) * CHUNK
-    COMPENSATED: tl.constexpr = (
-        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    )
-    asked: tl.constexpr = Asked(
-        LOGPROB >= 0,
-        ENTROPY >= 0,
-        REF_LOGPROB >= 0,
-        KL >= 0,
-        REF_KL >= 0,
-        LSE >= 0,
-        REF_LSE >= 0,
-        WRT_P,
-        WRT_Q,
-        COMPENSATED,
-    )
-    HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
+    args = Arguments(
+        p_ptr, q_ptr, grad_p_ptr, grad_q_ptr, tokens_ptr, saved_ptr, upstream_ptr, mask_ptr,
+        temperature_ptr, ratio_ptr, temperature, n_rows, n_inner, stride_p_outer, stride_p_inner,
+        stride_q_outer, stride_q_inner, stride_grad, V, chunks,
+    )  # fmt: skip
+    cut: tl.constexpr = Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
+    fields: tl.constexpr = Upstream(LOGPROB, ENTROPY, REF_LOGPROB, KL, REF_KL, LSE, REF_LSE)
+    HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
     reading: tl.constexpr = Reading(HAS_TOKEN, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    g = Upstream(
-        upstream_of(upstream_ptr, row, n_rows, LOGPROB),
-        upstream_of(upstream_ptr, row, n_rows, ENTROPY),
-        upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB),
-        upstream_of(upstream_ptr, row, n_rows, KL),
-        upstream_of(upstream_ptr, row, n_rows, REF_KL),
-        upstream_of(upstream_ptr, row, n_rows, LSE),
-        upstream_of(upstream_ptr, row, n_rows, REF_LSE),
-    )
-    activity = (
-        tl.abs(g.logprob)
-        + tl.abs(g.entropy)
-        + tl.abs(g.ref_logprob)
-        + tl.abs(g.kl)
-        + tl.abs(g.ref_kl)
-        + tl.abs(g.lse)
-        + tl.abs(g.ref_lse)
-    )
-    if HAS_MASK:
-        activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
-    saved_ptr += row * SAVED
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-    grad_p_row = grad_p_ptr + row * stride_grad
-    grad_q_row = grad_q_ptr + row * stride_grad
-    pad = row_pad(p_row)
-    # Read no entry of an inactive row.
-    read_end = tl.where(activity != 0.0, V + pad, 0)
-    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
-    # inlined.
-    p_block = tl.multiple_of(p_row - pad, 16)
-    q_block = q_row - pad
-    if Q_IN_BLOCKS:
-        q_block = tl.multiple_of(q_block, 16)
-    grad_p_block = grad_p_row - pad
-    grad_q_block = grad_q_row - pad
-    if GRAD_IN_BLOCKS:
-        grad_p_block = tl.multiple_of(
-            grad_p_block, LANES * grad_p_ptr.dtype.element_ty.primitive_bitwidth // 8
-        )
-        grad_q_block = tl.multiple_of(
-            grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8
-        )
+    kind: tl.constexpr = Kind(OF_KL, False, False)
+    write_chunk(args, temperature, fields, kind, cut, tiling, reading)  # the KL has no Formula
 
-    token = row * 0
-    if HAS_TOKEN:
-        token = tl.load(tokens_ptr + row)
-    needs_fallback = is_fallback(saved_ptr)
-    if REF_KL >= 0 and WRT_Q:
-        needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
-    if needs_fallback & (activity != 0.0):
-        whole = Row(p_row, q_row, V, token, scale, ratio)
-        start, end = tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V)
-        grads = GradientRow(grad_p_row, grad_q_row, start, end)
-        write_fallback(whole, grads, saved_ptr, g, THREADS * 2, asked, reading)
-        return
-    terms = gradient_terms(load_saved(saved_ptr))
-    place = Place(
-        p_block, q_block, grad_p_block, grad_q_block, pad, V + pad, read_end, scale, ratio
-    )
-    if HAS_TOKEN:
-        # The sampled token's gradient has a one-hot term: read its logits before any store, write
-        # its gradient last.
-        token_here = (
-            (token >= 0)
-            & (token + pad >= first)
-            & (token + pad < tl.minimum(first + CHUNK, read_end))
-        )
-        token_x = load_logit(p_row, token, token_here, 0.0, SOFTCAP)
-        capped_token_y = load_logit(q_row, token, token_here, 0.0, REF_SOFTCAP)
-        token_y, token_y_lo = scale_reference(capped_token_y, ratio, HAS_RATIO)
-        # The gradients may be written over the logits: every warp must have read the token's before
-        # any writes.
-        tl.debug_barrier()
 
-    TILE_GROUPS: tl.constexpr = THREADS * GROUPS
-    begin = first // LANES
-    end = tl.minimum(first + CHUNK, V + pad)
-    full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * LANES) * TILE_GROUPS
-    # The first tile of a padded row, and all tiles of an inactive row, take the masked path.
-    full_begin = tl.where(
-        (first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin
-    )
-    full_begin = tl.where(read_end > 0, full_begin, full_end)
-    for group in range(begin, full_begin, TILE_GROUPS):
-        write_tile(place, group, terms, g, tiling, asked, reading, True)
-    for group in range(full_begin, full_end, TILE_GROUPS):
-        write_tile(place, group, terms, g, tiling, asked, reading, False)
-    if full_end * LANES < end:
-        write_tile(place, full_end, terms, g, tiling, asked, reading, True)
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "stride_grad",
+        "V",
+        "chunks",
+        "n_rows",
+        "share",
+        "rest",
+        "curvature",
+        *(f"c{i}" for i in range(14)),
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "grad_p_ptr",
+        "grad_q_ptr",
+        "tokens_ptr",
+        "saved_ptr",
+        "upstream_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+    ],
+)
+def row_divergence_backward(  # noqa: PLR0913
+    p_ptr,
+    q_ptr,
+    grad_p_ptr,
+    grad_q_ptr,  # as in row_backward; they may overwrite the logits
+    tokens_ptr,  # any pointer
+    saved_ptr,  # [N, 10] float32, written by row_forward, row_fallback and row_divergence
+    upstream_ptr,  # [N] float32
+    mask_ptr,
+    temperature_ptr,
+    ratio_ptr,  # as in row_forward
+    temperature: tl.float32,
+    n_rows: tl.int32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    stride_grad: tl.int64,
+    V: tl.int32,
+    chunks: tl.int32,
+    share: tl.float32,  # as in row_divergence; Rényi's order alpha
+    rest: tl.float32,
+    curvature: tl.float32,
+    c0: tl.float32,
+    c1: tl.float32,
+    c2: tl.float32,
+    c3: tl.float32,
+    c4: tl.float32,
+    c5: tl.float32,
+    c6: tl.float32,
+    c7: tl.float32,
+    c8: tl.float32,
+    c9: tl.float32,
+    c10: tl.float32,
+    c11: tl.float32,
+    c12: tl.float32,
+    c13: tl.float32,  # U's seven coefficients and V's
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KIND: tl.constexpr,
+    SMALL_REST: tl.constexpr,
+    LG2: tl.constexpr,
+    WRT_P: tl.constexpr,
+    WRT_Q: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    Q_IN_BLOCKS: tl.constexpr,
+    GRAD_IN_BLOCKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+):
+    """Gradients of one chunk of one row of a divergence beside the KL.
 
-    if HAS_TOKEN:
-        tl.debug_barrier()
-        grad_x, grad_y = entry_gradients(
-            token_x, token_y, token_y_lo, scale, terms, g, asked, HAS_RATIO
-        )
-        if WRT_P:
-            tl.store(
-                grad_p_row + token,
-                (grad_x + scale * g.logprob) * soft_cap_slope(token_x, SOFTCAP),
-                mask=token_here,
-            )
-        if WRT_Q:
-            slope = soft_cap_slope(capped_token_y, REF_SOFTCAP) * ratio
-            tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)
+    Math:   divergence_gradients, fallback_gradients for a fallback row; defined by
+            f_divergences.gradients.
+    Grid:   as row_backward.
+    Reads:  N·V of p and q; 40 bytes and the upstream gradient per row. Nothing of V in a masked row
+            or in one whose upstream gradient is 0.
+    Writes: N·V of each gradient asked for; exact zeros in those rows.
+    Saves:  nothing.
+    Special values: an entry with probability 0 has gradient 0; a row with a NaN or an infinite
+            divergence has gradients that are not finite.
+    """
+    args = Arguments(
+        p_ptr, q_ptr, grad_p_ptr, grad_q_ptr, tokens_ptr, saved_ptr, upstream_ptr, mask_ptr,
+        temperature_ptr, ratio_ptr, temperature, n_rows, n_inner, stride_p_outer, stride_p_inner,
+        stride_q_outer, stride_q_inner, stride_grad, V, chunks,
+    )  # fmt: skip
+    cut: tl.constexpr = Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS)
+    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
+    formula = Formula(
+        share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13)
+    )
+    fields: tl.constexpr = Upstream(-1, -1, -1, 0, -1, -1, -1)
+    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2)
+    reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    write_chunk(args, formula, fields, kind, cut, tiling, reading)

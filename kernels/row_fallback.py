@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
+from .divergence_math import Formula
 from .fallback import GradientRow, store_fallback, write_fallback
 from .row_finish import SAVED, Outputs, Row, row_outputs
 from .row_gradient import Asked, Upstream
 from .row_load import Reading, row_offset, row_ratio, row_scale
-from .row_math import Want
+from .row_math import Kind, Want
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -23,6 +24,8 @@ from .row_math import Want
         "stride_q_inner",
         "stride_grad",
         "V",
+        "share",
+        "rest",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -67,6 +70,8 @@ def row_fallback(  # noqa: PLR0913
     stride_grad: tl.int64,
     V: tl.int32,
     n_rows: tl.int32,
+    share: tl.float32,  # as in row_divergence; Rényi's order alpha
+    rest: tl.float32,
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # entries of a row that it reads at a time
     HAS_TOKENS: tl.constexpr,
@@ -79,21 +84,25 @@ def row_fallback(  # noqa: PLR0913
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
+    KIND: tl.constexpr,  # of a divergence in place of the KL
 ):
     """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
-    Math:   Fallback and write_fallback, in float64; defined by reference.row_statistics and
-            row_gradients.
+    Math:   Fallback, fallback_divergence and write_fallback, in float64; defined by
+            reference.row_statistics and row_gradients, and f_divergences.divergence.
     Grid:   (⌈N / ROWS⌉,).
     Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V
             WITH_GRADIENT.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
             of weight·KL to P.
-    Saves:  store_row's ten values, marked by the sign of the second.
+    Saves:  store_row's ten values, marked by the sign of the second; of a divergence beside the KL
+            the means of its gradients in place of four.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.
     """
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False, False, WITH_LSE)
+    kind: tl.constexpr = Kind(KIND, False, False)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, kind, False, WITH_LSE)
+    formula = Formula(share, rest, rest, rest)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
@@ -112,7 +121,7 @@ def row_fallback(  # noqa: PLR0913
                 token = row
                 if HAS_TOKENS:
                     token = tl.load(tokens_ptr + row)
-                first_row = Outputs(
+                outputs = Outputs(
                     saved_ptr,
                     logprob_ptr,
                     entropy_ptr,
@@ -122,18 +131,18 @@ def row_fallback(  # noqa: PLR0913
                     lse_ptr,
                     ref_lse_ptr,
                 )
-                out = row_outputs(first_row, row)
+                out = row_outputs(outputs, row)
                 whole = Row(p_row, q_row, V, token, scale, ratio)
-                store_fallback(out, whole, BLOCK, want, reading)
+                store_fallback(out, whole, formula, BLOCK, want, reading)
                 if WITH_GRADIENT:
                     # Make the saved values, stored by one thread, visible to all threads before
                     # write_fallback loads them.
                     tl.debug_barrier()
                     asked: tl.constexpr = Asked(
-                        False, False, False, True, False, False, False, True, False, False
+                        False, False, False, True, False, False, False, kind, True, False, False
                     )
                     zero = tl.full([], 0.0, tl.float32)
                     g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
                     grad_row = grad_ptr + row * stride_grad
                     grads = GradientRow(grad_row, grad_row, 0, V)
-                    write_fallback(whole, grads, out.saved, g, BLOCK, asked, reading)
+                    write_fallback(whole, grads, out.saved, g, formula, BLOCK, asked, reading)

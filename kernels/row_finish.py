@@ -12,6 +12,7 @@ from .row_math import (
     LN2,
     LOG2E,
     LOWEST,
+    RENYI,
     STATE,
     State,
     kl_of_means,
@@ -81,7 +82,7 @@ def store_state(state_ptr, state, want: tl.constexpr):
         tl.store(state_ptr + 3, state.W)
         tl.store(state_ptr + 4, state.U)
         tl.store(state_ptr + 6, state.centre)
-    if want.ref_kl or want.renyi:
+    if want.ref_kl or want.kind.name == RENYI:
         tl.store(state_ptr + 5, state.R)
 
 
@@ -111,7 +112,7 @@ def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
         load_sums(state_ptr + 2, mask, 0.0, want.entropy),
         load_sums(state_ptr + 3, mask, 0.0, want.kl),
         load_sums(state_ptr + 4, mask, 0.0, want.kl),
-        load_sums(state_ptr + 5, mask, 0.0, want.ref_kl or want.renyi),
+        load_sums(state_ptr + 5, mask, 0.0, want.ref_kl or want.kind.name == RENYI),
         load_sums(state_ptr + 6, mask, 0.0, want.kl),
     )
 
@@ -138,8 +139,8 @@ def q_partition(state, log2_S, log_ratio, mean_q_d, scale):
 
 @triton.jit
 def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
-    """The Statistics of a row from the vector of its partial states; with want.renyi Rényi's
-    divergence is in place of KL(Q‖P).
+    """The Statistics of a row from the vector of its partial states. Rényi's divergence, if
+    requested, is in place of the KL, and log Z in place of the two means.
     """
     state = merge(states, gamma, want)
     valid = (state.S > 0.0) & (
@@ -172,15 +173,17 @@ def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
             # in Q alone: it has too few digits.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p_d)
             valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
-        if want.renyi:
-            ref_kl = renyi_of_means(tl.div_rn(state.R, state.S), mean_h, mean_p_d, gamma)
-            valid = valid & (ref_kl * tl.abs(gamma) < LARGE_KL)
         log1p_t = log1p(mean_h + mean_p_d)
         lse_q, lse_q_lo = q_partition(state, log2_S, log1p_t, mean_q_d, scale)
         apart = tl.abs(tl.fma(shift, scale, state.centre))
         valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
         if not want.compensated:
             valid = valid & (apart < scale * LARGEST_DIFFERENCE)
+        if want.kind.name == RENYI:
+            kl = renyi_of_means(tl.div_rn(state.R, state.S), mean_h, mean_p_d, gamma)
+            valid = valid & (kl * tl.abs(gamma) < LARGE_KL)
+            mean_p_d = kl * -gamma
+            mean_q_d = mean_p_d
         unshifted = Saved(
             state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
             entropy,
@@ -209,7 +212,7 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.entropy, entropy.to(tl.float32))
     if want.kl:
         tl.store(out.kl, kl.to(tl.float32))
-    if want.ref_kl or want.renyi:
+    if want.ref_kl:
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 

@@ -28,7 +28,7 @@ from .row_load import (
     row_scale,
     row_shift,
 )
-from .row_math import LOG2E, STATE, State, Want
+from .row_math import LOG2E, STATE, Kind, State, Want
 from .row_segment import segment_sums
 
 
@@ -94,7 +94,7 @@ def row_forward(  # noqa: PLR0913
     segment: tl.int32,
     splits: tl.int32,
     prefetching: tl.int32,  # 1: prefetch the segment, as few programs do not hide latency
-    gamma: tl.float32,  # WITH_RENYI: 1 - order, not 0
+    gamma: tl.float32,  # of Rényi's divergence: 1 - order, not 0
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -106,7 +106,7 @@ def row_forward(  # noqa: PLR0913
     WITH_KL: tl.constexpr,
     WITH_REF_KL: tl.constexpr,
     WITH_LSE: tl.constexpr,
-    WITH_RENYI: tl.constexpr,  # write Rényi's divergence in place of KL(Q‖P)
+    KIND: tl.constexpr,  # of the divergence in place of the KL: KL or Rényi's
     REALIGN: tl.constexpr,
     Q_IN_BLOCKS: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -135,7 +135,9 @@ def row_forward(  # noqa: PLR0913
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, WITH_RENYI, COMPENSATED, WITH_LSE)
+    want: tl.constexpr = Want(
+        WITH_ENTROPY, WITH_KL, WITH_REF_KL, Kind(KIND, False, False), COMPENSATED, WITH_LSE
+    )
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     outputs = Outputs(
@@ -170,9 +172,7 @@ def row_forward(  # noqa: PLR0913
     shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and COMPENSATED:
         shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
-    pad = 0
-    if REALIGN:
-        pad = row_pad(p_row)
+    pad = row_pad(p_row, REALIGN)
     place = Segment(
         p_row + first - pad,
         q_row + first - pad,
@@ -184,6 +184,7 @@ def row_forward(  # noqa: PLR0913
         doubled_scale,
         scale_log2,
         ratio,
+        gamma,
         gamma,
     )
     state = segment_sums(place, length, tiling, want, reading)

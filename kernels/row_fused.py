@@ -29,7 +29,7 @@ from .row_load import (
     row_scale,
     row_shift,
 )
-from .row_math import LOG2E, STATE, Want
+from .row_math import LOG2E, OF_KL, STATE, Kind, Want
 from .row_segment import segment_sums
 
 
@@ -138,11 +138,12 @@ def row_fused(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(False, True, False, False, COMPENSATED, False)
+    kind: tl.constexpr = Kind(OF_KL, False, False)
+    want: tl.constexpr = Want(False, True, False, kind, COMPENSATED, False)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     asked: tl.constexpr = Asked(
-        False, False, False, True, False, False, False, True, False, COMPENSATED
+        False, False, False, True, False, False, False, kind, True, False, COMPENSATED
     )
     TILE: tl.constexpr = THREADS * GROUPS * LANES
     begin = split // pieces * segment + split % pieces * piece
@@ -193,7 +194,6 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
         piece_row = Segment(
             p_block,
             q_block,
@@ -203,7 +203,8 @@ def row_fused(  # noqa: PLR0913, PLR0915
             V - begin,
             shift,
             doubled_scale,
-            scale_log2,
+            doubled_scale * (LOG2E / D_FACTOR),
+            ratio,
             ratio,
             ratio,
         )
@@ -229,7 +230,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
-            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale))
+            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale), zero)
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):

@@ -5,11 +5,15 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .divergence_math import divergence_gradients
 from .row_finish import Saved
-from .row_load import load_edge
+from .row_load import D_FACTOR, load_edge, or_lanes
 from .row_math import (
+    JS,
     LN2,
     LOG2E,
+    OF_KL,
+    SKEW_KL,
     SMALL_D,
     centred,
     h_over_square,
@@ -25,8 +29,10 @@ Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl lse ref
 
 
 # Compile-time: the fields that have an upstream gradient, and the gradients requested.
+#
+# kind: of a divergence beside the KL, whose upstream gradient is that of the field kl.
 Asked = namedtuple(
-    "Asked", "logprob entropy ref_logprob kl ref_kl lse ref_lse wrt_p wrt_q compensated"
+    "Asked", "logprob entropy ref_logprob kl ref_kl lse ref_lse kind wrt_p wrt_q compensated"
 )
 
 
@@ -34,8 +40,8 @@ Asked = namedtuple(
 #
 # 2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q with
 # saved.lse_q. lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
-# entropy belongs to the rounded lse_p.
-Terms = namedtuple("Terms", "saved lse_p factor_p factor_q lse_gap lse_gap_lo entropy")
+# entropy belongs to the rounded lse_p. formula: of a divergence beside the KL its Formula.
+Terms = namedtuple("Terms", "saved lse_p factor_p factor_q lse_gap lse_gap_lo entropy formula")
 
 
 # Where a row's 16-byte blocks lie, and the factors of its entries.
@@ -66,7 +72,7 @@ def load_saved(saved_ptr):
 
 
 @triton.jit
-def gradient_terms(saved):
+def gradient_terms(saved, formula):
     """The Terms of a row from its Saved."""
     lse_p, lse_p_lo = two_sum(saved.origin, saved.log2_S)
     # As hi and lo, so that a large centre costs no digits of log(q/p).
@@ -79,6 +85,7 @@ def gradient_terms(saved):
         lse_gap,
         lse_gap_lo + saved.centre_lo,
         saved.entropy - lse_p_lo * LN2,
+        formula,
     )
 
 
@@ -161,6 +168,60 @@ def store_gradient(block, offs, grad, place, EDGE: tl.constexpr):
 
 
 @triton.jit
+def entry_ratio(x, y, y_lo, scale, terms, COMPENSATED: tl.constexpr, HAS_RATIO: tl.constexpr):
+    """Return log2 p, without the factor terms.factor_p, and D_FACTOR·log(q/p) of entries."""
+    difference, lo = subtract(y, x, COMPENSATED)
+    if HAS_RATIO:
+        lo = lo + y_lo
+    d = centred(difference, lo, scale * D_FACTOR, terms.lse_gap * D_FACTOR, COMPENSATED)
+    return tl.fma(x, scale * LOG2E, -terms.lse_p), d - terms.lse_gap_lo * D_FACTOR
+
+
+# Entries as read, tuples with one tensor per group: offsets in the row's blocks, and raw logits.
+Raw = namedtuple("Raw", "offs x y")
+
+
+@triton.jit
+def raw_entry(raw, i: tl.constexpr, place, reading: tl.constexpr):
+    """Return the capped logits of a group, and Q's with the ratio of temperatures as hi and lo."""
+    x = soft_cap(raw.x[i], reading.softcap, place.p_block.dtype.element_ty)
+    capped_y = soft_cap(raw.y[i], reading.ref_softcap, place.q_block.dtype.element_ty)
+    y, y_lo = scale_reference(capped_y, place.ratio, reading.ratio)
+    return x, capped_y, y, y_lo
+
+
+@triton.jit
+def write_entries(
+    place, raw, terms, g, asked: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr,
+    ALL_NEAR: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of entries; ALL_NEAR: see divergence_gradients."""
+    for i in tl.static_range(len(raw.x)):
+        x, capped_y, y, y_lo = raw_entry(raw, i, place, reading)
+        if asked.kind.name == OF_KL:
+            grad_x, grad_y = entry_gradients(
+                x, y, y_lo, place.scale, terms, g, asked, reading.ratio
+            )
+        else:
+            log2_p, d = entry_ratio(
+                x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio
+            )
+            grad_x, grad_y = divergence_gradients(
+                log2_p, d, g.kl * place.scale, terms, asked.kind, ALL_NEAR
+            )
+        if reading.softcap > 0.0:
+            grad_x = grad_x * soft_cap_slope(x, reading.softcap)
+        if reading.ref_softcap > 0.0:
+            grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap)
+        if reading.ratio:
+            grad_y = grad_y * place.ratio
+        if asked.wrt_p:
+            store_gradient(place.grad_p_block, raw.offs[i], grad_x, place, EDGE)
+        if asked.wrt_q:
+            store_gradient(place.grad_q_block, raw.offs[i], grad_y, place, EDGE)
+
+
+@triton.jit
 def write_tile(
     place,
     first_group,
@@ -174,30 +235,26 @@ def write_tile(
     """Write the gradients of aligned blocks, tiling.groups per thread; all loads come first, so
     that no store delays them.
     """
-    THREADS: tl.constexpr = tiling.threads
-    LANES: tl.constexpr = tiling.lanes
-    xs = ()
-    ys = ()
-    thread = tl.arange(0, THREADS)[:, None]
-    lane = tl.arange(0, LANES)[None, :]
+    raw = Raw((), (), ())
+    thread = tl.arange(0, tiling.threads)[:, None]
+    lane = tl.arange(0, tiling.lanes)[None, :]
     for i in tl.static_range(tiling.groups):
-        offs = (first_group + i * THREADS + thread) * LANES + lane
+        offs = (first_group + i * tiling.threads + thread) * tiling.lanes + lane
         inside = (offs >= place.pad) & (offs < place.read_end)
-        xs += (load_edge(place.p_block + offs, inside, EDGE).to(tl.float32),)
-        ys += (load_edge(place.q_block + offs, inside, EDGE).to(tl.float32),)
-    for i in tl.static_range(tiling.groups):
-        offs = (first_group + i * THREADS + thread) * LANES + lane
-        x = soft_cap(xs[i], reading.softcap, place.p_block.dtype.element_ty)
-        capped_y = soft_cap(ys[i], reading.ref_softcap, place.q_block.dtype.element_ty)
-        y, y_lo = scale_reference(capped_y, place.ratio, reading.ratio)
-        grad_x, grad_y = entry_gradients(x, y, y_lo, place.scale, terms, g, asked, reading.ratio)
-        if reading.softcap > 0.0:
-            grad_x = grad_x * soft_cap_slope(x, reading.softcap)
-        if reading.ref_softcap > 0.0:
-            grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap)
-        if reading.ratio:
-            grad_y = grad_y * place.ratio
-        if asked.wrt_p:
-            store_gradient(place.grad_p_block, offs, grad_x, place, EDGE)
-        if asked.wrt_q:
-            store_gradient(place.grad_q_block, offs, grad_y, place, EDGE)
+        raw = Raw(
+            raw.offs + (offs,),
+            raw.x + (load_edge(place.p_block + offs, inside, EDGE).to(tl.float32),),
+            raw.y + (load_edge(place.q_block + offs, inside, EDGE).to(tl.float32),),
+        )
+    if asked.kind.name == JS or asked.kind.name == SKEW_KL:
+        far = 0
+        for i in tl.static_range(tiling.groups):
+            x, _, y, y_lo = raw_entry(raw, i, place, reading)
+            _, d = entry_ratio(x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio)
+            far = or_lanes(d.to(tl.int32, bitcast=True)) | far
+        if tl.max((far >> 30) & 1, 0) > 0:
+            write_entries(place, raw, terms, g, asked, reading, EDGE, False)
+        else:
+            write_entries(place, raw, terms, g, asked, reading, EDGE, True)
+    else:
+        write_entries(place, raw, terms, g, asked, reading, EDGE, True)

@@ -87,11 +87,16 @@ def row_shift(p_row, q_row, V, mask, ratio, reading: tl.constexpr):
 
 
 @triton.jit
-def row_pad(row_ptr):
-    """Count the elements between the last 16-byte boundary and the row's first element."""
-    return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (
-        row_ptr.dtype.element_ty.primitive_bitwidth // 8
-    )
+def row_pad(row_ptr, REALIGN: tl.constexpr):
+    """Count the elements between the last 16-byte boundary and the row's first element; 0 unless
+    REALIGN.
+    """
+    if REALIGN:
+        return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (
+            row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        )
+    else:
+        return 0
 
 
 @triton.jit
@@ -240,9 +245,10 @@ Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 # p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
 # from the first to the end of the row. order: the entry of its group that each lane holds. shift:
 # see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T. gamma: see row_math.Want.
+# second: of an f-divergence its divergence_math.Second.
 Segment = namedtuple(
     "Segment",
-    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma",
+    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma second",
 )
 
 

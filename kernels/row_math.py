@@ -215,11 +215,25 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
 State = namedtuple("State", "origin S A W U R centre")
 
 
+# The divergences; those after Rényi's are f-divergences, which a second read computes.
+OF_KL = tl.constexpr(0)
+RENYI = tl.constexpr(1)
+JS = tl.constexpr(2)
+SKEW_KL = tl.constexpr(3)
+TOTAL_VARIATION = tl.constexpr(4)
+
+
+# Compile-time: the divergence, whether Q's share of the mixture is so small that log(m/p) needs a
+# series, and whether the GPU has the instruction lg2.
+Kind = namedtuple("Kind", "name small_rest lg2")
+
+
 # Compile-time: the statistics requested.
 #
-# compensated: keep the rounding errors of differences, for float32 logits and for ratios of
-# temperatures. renyi: R holds Σe·h(γd) for Rényi's divergence of order 1 - γ. lse: log-sum-exps.
-Want = namedtuple("Want", "entropy kl ref_kl renyi compensated lse")
+# kind: of Rényi's divergence of order 1 - γ R holds Σe·h(γd); of an f-divergence, whose origin and
+# centre are known, W and U are its sums (divergence_math.add_terms). compensated: keep the rounding
+# errors of differences, for float32 logits and for ratios of temperatures. lse: the log-sum-exps.
+Want = namedtuple("Want", "entropy kl ref_kl kind compensated lse")
 
 
 @triton.jit
@@ -231,7 +245,7 @@ def recentre(state, delta, gamma, want: tl.constexpr):
     R = state.R
     if want.ref_kl:
         R = tl.fma(shrink, tl.fma(-delta, state.U + state.W, state.R), (h - delta) * W)
-    if want.renyi:
+    if want.kind.name == RENYI:
         power = -delta * gamma
         h_power = h_accurate(power)
         R = tl.fma(state.S, h_power, state.W * (h_power + power) * gamma)
@@ -257,7 +271,7 @@ def rescale(state, origin, want: tl.constexpr):
         tl.fma(state.S, state.origin - origin, state.A) * shrink if want.entropy else state.A,
         state.W * shrink if want.kl else state.W,
         state.U * shrink if want.kl else state.U,
-        state.R * shrink if want.ref_kl or want.renyi else state.R,
+        state.R * shrink if want.ref_kl or want.kind.name == RENYI else state.R,
         state.centre,
     )
 

@@ -15,7 +15,7 @@ from .row_load import (
     row_pad,
     row_scale,
 )
-from .row_math import LN2, LOG2E, LOWEST, Want
+from .row_math import LN2, LOG2E, LOWEST, OF_KL, Kind, Want
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def outside_sum(
     Segment that starts at entry `first`, without those in the sorted list of K ids.
     """
     V = first + row.remaining
-    want: tl.constexpr = Want(False, False, False, False, False, False)
+    want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
     ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
@@ -149,13 +149,11 @@ def row_outside(  # noqa: PLR0913
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     first = split * segment
     length = tl.minimum(segment, V - first)
-    pad = 0
-    if REALIGN:
-        pad = row_pad(p_row)
+    pad = row_pad(p_row, REALIGN)
     start = p_row + first - pad
     place = Segment(
         start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
-        scale * LOG2E, scale, scale,
+        scale * LOG2E, scale, scale, scale,
     )  # fmt: skip
     ids_ptr += row * K
     origin, total = outside_sum(place, length, ids_ptr, K, first, tiling, reading, IDS)
@@ -175,12 +173,11 @@ def row_outside(  # noqa: PLR0913
         totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
         origin = tl.max(origins, 0)
         total = tl.sum(totals * tl.exp2(origins - origin).to(tl.float64), 0)
-    # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
-    log2_total = tl.log2(total.to(tl.float32))
     # An empty rest: a saved log-sum-exp so high that every probability is 0.
     empty = total == 0.0
     tl.store(saved_ptr, tl.where(empty, -LOWEST, origin))
-    tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_total))
+    # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
+    tl.store(saved_ptr + 1, tl.where(empty, 0.0, tl.log2(total.to(tl.float32))))
     for i in tl.static_range(2, SAVED):
         tl.store(saved_ptr + i, 0.0)
     outside = origin.to(tl.float64) * LN2 + tl.log(total)

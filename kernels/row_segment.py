@@ -9,6 +9,9 @@ data alone select:
               grow more than eightfold: move origin and centre, then take the tile again.
 The centre is always the mean of d over at least an eighth of the weight: sums about a distant
 centre would lose their digits when the centre moves.
+
+The second read of an f-divergence starts with log2 of P's partition function as origin and with
+log(lse_q - lse_p) as centre: e is p and d is log(q/p), and no tile is anchored.
 """
 
 from collections import namedtuple
@@ -16,6 +19,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .divergence_math import add_terms
 from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
 from .row_math import (
     FAR_SHARE,
@@ -25,7 +29,9 @@ from .row_math import (
     LOWEST,
     LOWEST_EXPONENT,
     REANCHOR_GROWTH,
+    RENYI,
     SMALL_D,
+    TOTAL_VARIATION,
     State,
     centred,
     horner,
@@ -53,16 +59,22 @@ Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lan
 
 
 @triton.jit
-def empty_sums(tiling: tl.constexpr):
+def empty_sums(row, tiling: tl.constexpr, want: tl.constexpr):
     """The sums of an empty segment; the first tile with weight takes the anchor path."""
-    zero = tl.full([], 0.0, tl.float32)
+    origin = tl.full([], LOWEST, tl.float32)
+    centre = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([tiling.threads], tl.float32)
+    limit = zeros
+    if want.kind.name > RENYI:
+        origin = row.second.origin
+        centre = row.second.centre
+        limit = zeros + float("inf")
     lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
-        tl.full([], LOWEST, tl.float32),
-        zero,
+        origin,
+        centre,
         zeros,
-        zeros,
+        limit,
         zeros + D_FACTOR,
         lanes,
         lanes,
@@ -132,6 +144,8 @@ def weigh(
             d = centred(
                 tile.difference[g], tile.lo[g], row.doubled_scale, sums.centre, want.compensated
             )
+            if want.kind.name > RENYI:
+                d = d - row.second.centre_lo
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
             if want.kl:
@@ -146,7 +160,8 @@ def weigh(
             lane_S = e
         else:
             lane_S = lane_S + e
-    return Weights(es, ds, lane_sum(lane_S), lane_A)
+    share = lane_sum(lane_S) if want.kind.name <= RENYI else sums.S
+    return Weights(es, ds, share, lane_A)
 
 
 @triton.jit
@@ -173,8 +188,8 @@ def state_of(sums, want: tl.constexpr):
         lane_sum(sums.lane_A) if want.entropy else zeros,
         lane_sum(sums.lane_W) * (1.0 / D_FACTOR) if want.kl else zeros,
         lane_sum(sums.lane_U) * 0.5 if want.kl else zeros,
-        lane_sum(sums.lane_R) * (0.5 if want.renyi else 0.25)
-        if want.ref_kl or want.renyi
+        lane_sum(sums.lane_R) * (0.5 if want.kind.name == RENYI else 0.25)
+        if want.ref_kl or want.kind.name == RENYI
         else zeros,
         sums.centre * (1.0 / D_FACTOR),
     )
@@ -234,12 +249,12 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
         spread(state.A, LANES),
         spread(state.W * D_FACTOR, LANES),
         spread(state.U * 2.0, LANES),
-        spread(state.R * (2.0 if want.renyi else 4.0), LANES),
+        spread(state.R * (2.0 if want.kind.name == RENYI else 4.0), LANES),
     )  # fmt: skip
 
 
 @triton.jit
-def absorb(sums, weights, gamma, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
+def absorb(sums, weights, row, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
 
     d and h below carry their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
@@ -250,8 +265,12 @@ def absorb(sums, weights, gamma, GROUPS: tl.constexpr, want: tl.constexpr, ALL_N
     largest = sums.largest
     for g in tl.static_range(GROUPS):
         e = weights.e[g]
-        if want.kl:
-            d = weights.d[g]
+        d = weights.d[g]
+        if want.kind.name > RENYI:
+            lane_U, lane_W = add_terms(
+                (lane_U, lane_W), e, d, row.second.formula, want.kind, ALL_NEAR
+            )
+        elif want.kl:
             lane_W = tl.fma(e, d, lane_W)
             # R takes 4·d·expm1(d) = 4·(d·h(d) + d²).
             if ALL_NEAR:
@@ -266,8 +285,8 @@ def absorb(sums, weights, gamma, GROUPS: tl.constexpr, want: tl.constexpr, ALL_N
                 lane_U = tl.fma(e, h, lane_U)
                 if want.ref_kl:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
-            if want.renyi:
-                h_power, _ = h_general(d * gamma)
+            if want.kind.name == RENYI:
+                h_power, _ = h_general(d * row.gamma)
                 lane_R = tl.fma(e, h_power, lane_R)
     return Running(
         sums.origin,
@@ -291,48 +310,49 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
     TILE: tl.constexpr = tiling.threads * tiling.groups
     # Without a KL there is no near path to keep short: clamp always instead of summing twice.
     CLAMP: tl.constexpr = not want.kl
-    sums = empty_sums(tiling)
+    ANCHORS: tl.constexpr = want.kind.name <= RENYI
+    sums = empty_sums(row, tiling, want)
     group = 0
     full_end = length // tiling.lanes // TILE * TILE
     while group < full_end:
         tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
         weights = weigh(sums, tile, row, GROUPS, want, CLAMP, False)
         path = path_of(sums, weights, GROUPS, want)
-        if path > GENERAL:  # anchor
+        if ANCHORS and path > GENERAL:  # anchor
             # A NaN never takes this path: comparisons with NaN are false. Load the tile again:
             # keeping it for this path costs registers on the others.
             tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
             sums = anchor(sums, tile, row, GROUPS, want, False)
         else:
-            if path > NEAR:
-                sums = absorb(sums, weights, row.gamma, GROUPS, want, False)
+            if want.kind.name != TOTAL_VARIATION and path > NEAR:
+                sums = absorb(sums, weights, row, GROUPS, want, False)
             else:
-                sums = absorb(sums, weights, row.gamma, GROUPS, want, True)
+                sums = absorb(sums, weights, row, GROUPS, want, True)
             group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(sums.lane_A), 0)
         if A != A:
             # A column that both tensors mask by a large finite number makes A NaN: start over with
             # exponents clamped.
-            sums = empty_sums(tiling)
+            sums = empty_sums(row, tiling, want)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
     while group * tiling.lanes < length:
         tile = load_tile(row, group, length, 1, tiling, want, reading, True)
         weights = weigh(sums, tile, row, 1, want, True, True)
-        if path_of(sums, weights, 1, want) > GENERAL:  # anchor
+        if ANCHORS and path_of(sums, weights, 1, want) > GENERAL:  # anchor
             sums = anchor(sums, tile, row, 1, want, True)
         else:
-            sums = absorb(sums, weights, row.gamma, 1, want, False)
+            sums = absorb(sums, weights, row, 1, want, False)
             group += tiling.threads
     state = state_of(sums, want)
     S = tl.sum(state.S, 0)
     U = tl.sum(state.U, 0)
-    if want.kl:
+    if want.kl and ANCHORS:
         limit = LARGEST_D * D_FACTOR
         if want.compensated:
             limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
-        if want.renyi:
+        if want.kind.name == RENYI:
             limit = limit / tl.maximum(tl.abs(row.gamma), 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(

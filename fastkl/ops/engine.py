@@ -15,7 +15,6 @@ from . import reference_rows
 from .fields import Divergence, RowArgs, rows_of, rows_of_each
 from .near_series import near_series
 from .problems import (
-    divergence_launchers,
     fused_launchers,
     launchers,
     outside_launchers,
@@ -118,9 +117,7 @@ class Kernels(Engine):
     checks_values = False
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-        run = launchers().forward
-        if args.divergence.kind != "kl":
-            run = functools.partial(_forward_divergence, args.divergence)
+        run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])
             run(problem, *part)
@@ -137,9 +134,7 @@ class Kernels(Engine):
         if p.stride(-1) != 1 or (q is not None and q.stride(-1) != 1):
             # A saved-tensor hook may return logits with another stride along the vocabulary.
             args = args._replace(p=p.contiguous(), q=None if q is None else q.contiguous())
-        run = launchers().backward
-        if args.divergence.kind != "kl":
-            run = functools.partial(_backward_divergence, args.divergence)
+        run = functools.partial(_backward, args.divergence)
         for rows, problem in problems(args):
             part = (saved, upstream, grad_p, grad_q)
             if rows is not None:
@@ -202,32 +197,32 @@ class Kernels(Engine):
         fused_launchers().scale(gradient.view(-1), factor.reshape(1))
 
 
-def _forward_divergence(
+def _forward(
     divergence: Divergence, problem: Any, outputs: dict[str, torch.Tensor], saved: torch.Tensor
 ) -> None:
-    """Fill outputs["kl"] with a divergence other than the KL."""
-    value = outputs["kl"]
+    """Fill the fields of a problem; "kl" is that of the divergence."""
     if divergence.kind == "jeffreys":
+        value = outputs["kl"]
         ref_kl = torch.empty_like(value)
         launchers().forward(problem, {"kl": value, "ref_kl": ref_kl}, saved)
         value += ref_kl
     else:
-        divergence_launchers().forward(problem, near_series(divergence), value, saved, True)
+        launchers().forward(problem, outputs, saved, near_series(divergence))
 
 
-def _backward_divergence(
+def _backward(
     divergence: Divergence,
     problem: Any,
     saved: torch.Tensor,
     upstream: dict[str, torch.Tensor],
     *grads: torch.Tensor | None,
 ) -> None:
-    """Fill the gradients of a divergence other than the KL."""
-    weights = upstream["kl"]
+    """Fill the gradients of a problem."""
     if divergence.kind == "jeffreys":
+        weights = upstream["kl"]
         launchers().backward(problem, saved, {"kl": weights, "ref_kl": weights}, *grads)
     else:
-        divergence_launchers().backward(problem, near_series(divergence), saved, weights, *grads)
+        launchers().backward(problem, saved, upstream, *grads, near_series(divergence))
 
 
 class Reference(Engine):

@@ -8,7 +8,7 @@ import torch
 
 from .. import f_divergences
 from .fields import Divergence
-from .problems import divergence_launchers
+from .problems import series
 
 # The kernels' variable is 2·d, and their polynomials hold for |d| < 1.
 FACTOR = 2.0
@@ -16,16 +16,17 @@ FACTOR = 2.0
 
 @functools.lru_cache(1024)
 def near_series(divergence: Divergence) -> Any:
-    """Return the kernels.launch_divergence.Series of an f-divergence, from its values at Chebyshev
-    nodes: a relative error near 1e-6.
+    """Return the kernels.series.Series of a divergence; that of an f-divergence from its values at
+    Chebyshev nodes: a relative error near 1e-6.
     """
-    launch, (kind, share) = divergence_launchers(), divergence
-    count, moment_count = launch.TERMS.value, launch.MOMENT_TERMS.value
-    rest = 1.0 - share
-    if kind == "renyi":
-        unused = (0.0,) * (2 * count)
-        return launch.Series(kind, share, 0.0, unused[: count + moment_count], unused)
-    curvature = {"js": share * rest, "skew_kl": rest * rest}.get(kind, 0.0)
+    kernels, (kind, share) = series(), divergence
+    if kind == "kl":
+        return kernels.KL
+    count, moment_count, rest = kernels.TERMS.value, kernels.MOMENT_TERMS.value, 1.0 - share
+    if kind in ("renyi", "total_variation"):  # no polynomials
+        again = (0.0,) * (count + moment_count) if kind == "total_variation" else ()
+        return kernels.Series(kind, share, 0.0, again, (0.0,) * (2 * count))
+    curvature = share * rest if kind == "js" else rest * rest
 
     def fit(number: int, name: str) -> list[float]:
         nodes = torch.arange(number, dtype=torch.float64).add(0.5).mul(math.pi / number).cos()
@@ -33,7 +34,7 @@ def near_series(divergence: Divergence) -> Any:
         value, u, q_v = f_divergences.terms(torch.zeros_like(nodes), nodes, kind, share)
         x = FACTOR * nodes
         curve = {
-            "value": value / (x.abs() if kind == "total_variation" else x.square()),
+            "value": value / x.square(),
             "moment": (q_v - curvature * nodes.expm1()) / x.square(),
             "u": u / x,
             "v": q_v * (-nodes).exp() / x,
@@ -42,7 +43,7 @@ def near_series(divergence: Divergence) -> Any:
         solved: list[float] = torch.linalg.solve(powers, curve).tolist()
         return solved
 
-    return launch.Series(
+    return kernels.Series(
         kind,
         share,
         curvature,

@@ -83,11 +83,11 @@ def launchers() -> ModuleType:
 
 
 @functools.cache
-def divergence_launchers() -> ModuleType:
-    """Return kernels.launch_divergence, likewise."""
-    from ..kernels import launch_divergence
+def series() -> ModuleType:
+    """Return kernels.series, likewise."""
+    from ..kernels import series
 
-    return launch_divergence
+    return series
 
 
 @functools.cache

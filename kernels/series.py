@@ -1,0 +1,42 @@
+"""A divergence as the launchers know it: its kind, its numbers and its polynomials near P = Q."""
+
+from typing import NamedTuple
+
+from .divergence_math import MOMENT_TERMS, TERMS
+from .row_math import JS, OF_KL, RENYI, SKEW_KL, TOTAL_VARIATION
+
+__all__ = ["KINDS", "KL", "MOMENT_TERMS", "TERMS", "Series"]
+KINDS = {
+    "kl": OF_KL.value,
+    "renyi": RENYI.value,
+    "js": JS.value,
+    "skew_kl": SKEW_KL.value,
+    "total_variation": TOTAL_VARIATION.value,
+}
+# Where Q's share of the mixture is below this, the logarithms of far entries need a series.
+SMALL_REST = 0.05
+
+
+class Series(NamedTuple):
+    """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of G and
+    K, and of U and V (divergence_math.py), of the highest power first; forward: () without a second
+    read, backward: () of the KL.
+    """
+
+    kind: str
+    share: float
+    curvature: float
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+    def constants(self) -> tuple[tuple[str, object], ...]:
+        """Return the compile-time values."""
+        return (("KIND", KINDS[self.kind]), ("SMALL_REST", 1.0 - self.share < SMALL_REST))
+
+    def numbers(self, coefficients: tuple[float, ...]) -> dict[str, float]:
+        """Return the run-time values, in the order of the kernels' signatures."""
+        named = {f"c{i}": value for i, value in enumerate(coefficients)}
+        return dict(share=self.share, rest=1.0 - self.share, curvature=self.curvature, **named)
+
+
+KL = Series("kl", 0.0, 0.0, (), ())
