@@ -245,7 +245,10 @@ class LinearDistillationLoss(_Distillation):
         )
         mask = self._mask(labels, hidden, normalizer)
         statistics: Callable[..., TokenStats] = functools.partial(
-            *(linear.linear_token_stats, hidden, weight, labels),
+            linear.linear_token_stats,
+            hidden,
+            weight,
+            labels,
             mask=mask,
             logits_dtype=self.logits_dtype,
             chunk_size=self.chunk_size,
