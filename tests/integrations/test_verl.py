@@ -222,6 +222,62 @@ def test_install_kl_penalty(core) -> None:
     assert float(losses.kl_penalty(**keywords, kl_penalty="k1")) == 2.0
 
 
+# ---- the top-k loss of distillation
+
+
+FSDP_LOSSES, ULYSSES = "verl.trainer.distillation.fsdp.losses", "verl.utils.ulysses"
+
+
+@pytest.fixture
+def losses(core, monkeypatch) -> SimpleNamespace:
+    # Stand-ins for verl's module and for its sequence parallelism: of two processes the first.
+    def verls(student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format): ...
+
+    parallel = SimpleNamespace(
+        get_ulysses_sequence_parallel_world_size=lambda: 2,
+        slice_input_tensor=lambda x, dim: x.chunk(2, dim)[0],
+    )
+    module = SimpleNamespace(compute_forward_kl_topk=verls)
+    for name, value in ((FSDP_LOSSES, module), (ULYSSES, parallel)):
+        monkeypatch.setitem(sys.modules, name, value)
+    return module
+
+
+def config_of_distillation(**options) -> SimpleNamespace:
+    loss = dict(log_prob_min_clamp=None, use_task_rewards=False, use_policy_gradient=False)
+    return SimpleNamespace(distillation_loss=SimpleNamespace(**{**loss, **options}))
+
+
+@pytest.mark.parametrize("rewards", [False, True])
+def test_forward_kl_topk(losses, rewards) -> None:
+    # Jagged rows of two sequences, each with a last one that verl pads; this process has the first
+    # four of eight. A log-probs' backward of flash-attn overwrites the logits where there is one.
+    integration.install_forward_kl_topk()
+    integration.install_forward_kl_topk()
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(1, 8, 31, generator=draw).double() for _ in range(2))
+    logprobs, ids = teacher.log_softmax(-1)[0].topk(4)
+    padded = torch.tensor([3, 7])
+    logprobs, ids = logprobs.index_fill(0, padded, 0.0), ids.index_fill(0, padded, 0)
+    offsets, student = torch.tensor([0, 4, 8]), student[:, :4].clone().requires_grad_()
+    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets) for x in (logprobs, ids.int())]
+    config = config_of_distillation(use_task_rewards=rewards)
+    got = losses.compute_forward_kl_topk(student, *jagged, config, data_format="thd")
+    log_q, log_p = student.log_softmax(-1)[0, :3].gather(-1, ids[:3]), logprobs[:3]
+    rest_q, rest_p = (1 - x.exp().sum(-1) for x in (log_q, log_p))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
+    expected = kl, 1 - rest_q, 1 - rest_p
+    names = ("distillation_losses", "student_mass", "teacher_mass")
+    for name, value in zip(names, expected, strict=True):
+        assert got[name].shape == (1, 4) and float(got[name][0, 3]) == 0.0
+        torch.testing.assert_close(got[name][0, :3], value, rtol=1e-10, atol=1e-12)
+    (exact,) = torch.autograd.grad(kl.sum(), student)
+    if rewards:
+        student.data.zero_()
+    (gradient,) = torch.autograd.grad(got["distillation_losses"].sum(), student)
+    torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-12)
+
+
 # ---- what is refused
 
 
@@ -269,11 +325,18 @@ def test_wrong_arguments(core, call, arguments, words) -> None:
         call(**arguments)
 
 
+def test_a_clamp_of_log_probs(losses) -> None:
+    with pytest.raises(ValueError, match="^log_prob_min_clamp: expected None, .* got -10.0; set"):
+        config = config_of_distillation(log_prob_min_clamp=-10.0)
+        integration.forward_kl_topk(ZEROS, ZEROS, ZEROS, config, "thd")
+
+
 def test_without_verl(monkeypatch) -> None:
     for name in [name for name in sys.modules if name == "verl" or name.startswith("verl.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "verl", None)
-    for call in (lambda: integration.register(beta=0.1), integration.install_kl_penalty):
+    installs = integration.install_kl_penalty, integration.install_forward_kl_topk
+    for call in (lambda: integration.register(beta=0.1), *installs):
         with pytest.raises(
             ImportError, match=r"not installed: verl.*; remedy: pip install 'verl=="
         ):
@@ -281,7 +344,10 @@ def test_without_verl(monkeypatch) -> None:
     integration.kl_penalty(ZEROS, ZEROS, "k3")
 
 
-def test_another_verl(core, monkeypatch) -> None:
+def test_another_verl(core, losses, monkeypatch) -> None:
+    losses.compute_forward_kl_topk = lambda student_logits, config: None
+    with pytest.raises(ImportError, match=r"verl: expected .*data_format\) as .* config\) in 0\.9"):
+        integration.install_forward_kl_topk()
     core.POLICY_LOSS_REGISTRY["newer"] = lambda old_log_prob, log_prob, batch: None
     with pytest.raises(
         ImportError, match=r"verl: expected .*old_log_prob, .* got .*batch\) in 0\.9"
