@@ -158,8 +158,9 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
     if value.shape != other.shape:
         hint = "align the batch and time dimensions"
         if value.shape[:-1] == other.shape[:-1]:
-            widths = value.shape[-1], other.shape[-1]
-            hint = shared_vocabulary((name,), widths[0], (other_name,), widths[1], "..., ")
+            hint = shared_vocabulary(
+                (name,), value.shape[-1], (other_name,), other.shape[-1], "..., "
+            )
         raise ValueError(
             f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got "
             f"{tuple(value.shape)}; {hint}"

@@ -4,7 +4,7 @@ labels and a divergence from the teacher.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -49,8 +49,6 @@ class _Distillation(torch.nn.Module):
         self.temperature, self.divergence_alpha, self.beta = temperature, divergence_alpha, beta
         self._of = of_name(divergence, divergence_alpha, beta, "divergence_alpha")
         self._reverse = direction == DIRECTIONS[1]
-        # Then token_stats gives both terms.
-        self._joint = divergence == "kl" and temperature == 1 and 0 < alpha < 1
         self.last: dict[str, torch.Tensor] = {}
 
     def extra_repr(self) -> str:
@@ -58,29 +56,35 @@ class _Distillation(torch.nn.Module):
         given = {name: getattr(self, name, None) for name in _ARGUMENTS}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
 
-    def _mask(
-        self, labels: torch.Tensor, like: torch.Tensor, normalizer: float | torch.Tensor | None
+    def _combine(
+        self,
+        like: torch.Tensor,
+        labels: torch.Tensor,
+        normalizer: float | torch.Tensor | None,
+        teacher: tuple[Any, ...],
+        statistics: Callable[..., TokenStats],
+        divergence: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Check labels and normalizer, and return which tokens count."""
+        """Check labels [...] of `like` [..., X], add up the terms of a weight above 0, and remember
+        their means.
+
+        statistics: token_stats of (labels, *teacher, mask=); divergence: its sum for a mask.
+        """
         _checks.tokens(labels, like.shape[:-1], like.device, "labels")
         _checks.normalizer(normalizer, "mean", like.device)
-        return labels != IGNORED
-
-    def _loss(
-        self,
-        logprob: torch.Tensor | None,
-        divergence: torch.Tensor | None,
-        mask: torch.Tensor,
-        normalizer: float | torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Add up both terms, or that of a weight above 0, and remember their means."""
-        sums = {} if logprob is None else {"cross_entropy": -logprob.sum()}
-        if divergence is not None:
-            sums["divergence"] = divergence.sum()
+        mask, sums = labels != IGNORED, {}
+        # The KL at temperature 1 comes with the log-probs.
+        joint = self.divergence == "kl" and self.temperature == 1 and 0 < self.alpha < 1
+        if self.alpha < 1:
+            stats: Any = statistics(labels, *(teacher if joint else ()), mask=mask)
+            sums["cross_entropy"] = -stats.logprob.sum()
+        if joint:
+            sums["divergence"] = (stats.kl if self._reverse else stats.ref_kl).sum()
+        elif self.alpha > 0:
+            sums["divergence"] = divergence(mask)
         scales = {"cross_entropy": 1 - self.alpha, "divergence": self.alpha * self.temperature**2}
         total = torch.stack([scales[name] * value for name, value in sums.items()]).sum()
-        divisor = _reduce.divisor("mean", normalizer, mask, mask.shape, total.dtype)
-        loss = _reduce.quotient(total, divisor, normalizer)
+        loss = _reduce.reduced(total, mask, None, "mean", normalizer)
         if not dual_op.transforming():  # else these tensors are invalid outside the transform
             with torch.no_grad():
                 tokens = mask.sum(dtype=total.dtype)
@@ -156,18 +160,12 @@ class DistillationLoss(_Distillation):
         _checks.logits("logits", logits)
         _checks.logits("teacher_logits", teacher_logits)
         _checks.same_shape("teacher_logits", teacher_logits, "logits", logits)
-        mask = self._mask(labels, logits, normalizer)
-        if self._joint:
-            stats = token_stats(logits, labels, teacher_logits, mask=mask)
-            kl = stats.kl if self._reverse else stats.ref_kl
-            return self._loss(stats.logprob, kl, mask, normalizer)
-        logprob = divergence = None
-        if self.alpha < 1:
-            logprob = token_stats(logits, labels, mask=mask).logprob
-        if self.alpha > 0:
-            pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
-            divergence = Call(*pair, mask, self.temperature, None, "sum", None).of(*self._of)
-        return self._loss(logprob, divergence, mask, normalizer)
+        pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
+        return self._combine(
+            *(logits, labels, normalizer, (teacher_logits,)),
+            functools.partial(token_stats, logits),
+            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None).of(*self._of),
+        )
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -243,28 +241,23 @@ class LinearDistillationLoss(_Distillation):
             reference_required=True,
             swapped=self._reverse == (factor is not None),
         )
-        mask = self._mask(labels, hidden, normalizer)
-        statistics: Callable[..., TokenStats] = functools.partial(
+        statistics = functools.partial(
             linear.linear_token_stats,
             hidden,
             weight,
-            labels,
-            mask=mask,
             logits_dtype=self.logits_dtype,
             chunk_size=self.chunk_size,
             recompute=self.recompute,
         )
-        if self._joint:
-            stats = statistics(ref_hidden, ref_weight)
-            kl = stats.kl if self._reverse else stats.ref_kl
-            return self._loss(stats.logprob, kl, mask, normalizer)
-        logprob = statistics().logprob if self.alpha < 1 else None
-        divergence = None
-        if self.alpha > 0:
-            inputs = inputs._replace(mask=mask, divergence=kind, share=share)
-            divergence = linear.reduced(inputs, None, "sum", None, self.recompute)
-            divergence = divergence if factor is None else factor * divergence
-        return self._loss(logprob, divergence, mask, normalizer)
+
+        def divergence(mask: torch.Tensor) -> torch.Tensor:
+            asked = inputs._replace(mask=mask, divergence=kind, share=share)
+            total = linear.reduced(asked, None, "sum", None, self.recompute)
+            return total if factor is None else factor * total
+
+        return self._combine(
+            hidden, labels, normalizer, (ref_hidden, ref_weight), statistics, divergence
+        )
 
     if TYPE_CHECKING:
         __call__ = forward

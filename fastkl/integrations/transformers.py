@@ -326,8 +326,7 @@ class TeacherMixin:
             distillation_loss: its `last` has the terms of the last micro-batch. Default:
             DistillationLoss().
 
-    Raises TypeError for anything but a module and a DistillationLoss, ValueError for a batch
-    without labels.
+    Raises TypeError for a teacher that is no model, ValueError for a batch without labels.
     Source: as DistillationLoss.
     """
 
@@ -340,25 +339,31 @@ class TeacherMixin:
         distillation_loss: DistillationLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        loss = DistillationLoss() if distillation_loss is None else distillation_loss
-        for name, value, kind in (
-            ("teacher", teacher, torch.nn.Module),
-            ("distillation_loss", loss, DistillationLoss),
-        ):
-            got = isinstance(value, kind)
-            expect(got, name, f"a {kind.__name__}", value, "pass the object itself", TypeError)
+        expect(
+            isinstance(teacher, torch.nn.Module),
+            "teacher",
+            "a model",
+            teacher,
+            "load it before",
+            TypeError,
+        )
         trainer: Any = super()
         trainer.__init__(*args, compute_loss_func=self._distillation, **kwargs)
-        self.distillation_loss, self._teacher_logits = loss, torch.empty(0)
+        self.distillation_loss = distillation_loss or DistillationLoss()
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the teacher, then the Trainer's compute_loss, which calls student and loss."""
-        remedy = "use a data collator that makes them, such as DataCollatorForLanguageModeling"
-        expect("labels" in inputs, "inputs", "labels", ", ".join(inputs), remedy)
+        expect(
+            "labels" in inputs,
+            "inputs",
+            "labels",
+            ", ".join(inputs),
+            "use a data collator that makes them, such as DataCollatorForLanguageModeling",
+        )
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():
-            self._teacher_logits = self.teacher(**given).logits
+            self._teacher_logits: torch.Tensor = self.teacher(**given).logits
         trainer: Any = super()
         return trainer.compute_loss(model, inputs, *args, **kwargs)
 

@@ -282,8 +282,11 @@ def forward_kl_topk(
     # Padding is K times log-prob 0; of a distribution one entry at most has it.
     mask = (lists[0] == 0).sum(-1) < 2
     stats = topk_stats(student_logits, lists[0], lists[1], mask)
-    names = ("distillation_losses", "student_mass", "teacher_mass")
-    return dict(zip(names, stats, strict=True))
+    return {
+        "distillation_losses": stats.kl,
+        "student_mass": stats.student_mass,
+        "teacher_mass": stats.teacher_mass,
+    }
 
 
 def install_forward_kl_topk() -> None:
