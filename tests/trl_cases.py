@@ -5,7 +5,6 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import family
 import pytest
 import torch
 
@@ -247,13 +246,6 @@ def full_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torc
 def exact_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def divergence_of(beta: float, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Compute what TRL's beta names: at 0 and 1 the forward and the reverse KL."""
-    if beta in (0, 1):
-        return exact_kl(*((student, teacher) if beta == 1 else (teacher, student)))
-    return family.textbook(teacher.log_softmax(-1), student.log_softmax(-1), "js", beta)
 
 
 def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

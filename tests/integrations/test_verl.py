@@ -8,6 +8,7 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
+import call_sites
 import pytest
 import torch
 
@@ -225,9 +226,6 @@ def test_install_kl_penalty(core) -> None:
 # ---- the top-k loss of distillation
 
 
-FSDP_LOSSES, ULYSSES = "verl.trainer.distillation.fsdp.losses", "verl.utils.ulysses"
-
-
 @pytest.fixture
 def losses(core, monkeypatch) -> SimpleNamespace:
     # Stand-ins for verl's module and for its sequence parallelism: of two processes the first.
@@ -237,40 +235,39 @@ def losses(core, monkeypatch) -> SimpleNamespace:
         get_ulysses_sequence_parallel_world_size=lambda: 2,
         slice_input_tensor=lambda x, dim: x.chunk(2, dim)[0],
     )
-    module = SimpleNamespace(compute_forward_kl_topk=verls)
-    for name, value in ((FSDP_LOSSES, module), (ULYSSES, parallel)):
-        monkeypatch.setitem(sys.modules, name, value)
-    return module
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", parallel)
+    monkeypatch.setitem(
+        sys.modules, integration.FSDP_LOSSES, SimpleNamespace(compute_forward_kl_topk=verls)
+    )
+    return sys.modules[integration.FSDP_LOSSES]
 
 
-def config_of_distillation(**options) -> SimpleNamespace:
-    loss = dict(log_prob_min_clamp=None, use_task_rewards=False, use_policy_gradient=False)
-    return SimpleNamespace(distillation_loss=SimpleNamespace(**{**loss, **options}))
+def distillation(clamp: float | None, rewards: bool) -> SimpleNamespace:
+    names = ("log_prob_min_clamp", "use_task_rewards", "use_policy_gradient")
+    return SimpleNamespace(
+        distillation_loss=SimpleNamespace(**dict(zip(names, (clamp, rewards, False), strict=True)))
+    )
 
 
 @pytest.mark.parametrize("rewards", [False, True])
 def test_forward_kl_topk(losses, rewards) -> None:
-    # Jagged rows of two sequences, each with a last one that verl pads; this process has the first
-    # four of eight. A log-probs' backward of flash-attn overwrites the logits where there is one.
-    integration.install_forward_kl_topk()
-    integration.install_forward_kl_topk()
-    draw = torch.Generator().manual_seed(0)
-    student, teacher = (2 * torch.randn(1, 8, 31, generator=draw).double() for _ in range(2))
-    logprobs, ids = teacher.log_softmax(-1)[0].topk(4)
-    padded = torch.tensor([3, 7])
-    logprobs, ids = logprobs.index_fill(0, padded, 0.0), ids.index_fill(0, padded, 0)
-    offsets, student = torch.tensor([0, 4, 8]), student[:, :4].clone().requires_grad_()
-    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets) for x in (logprobs, ids.int())]
-    config = config_of_distillation(use_task_rewards=rewards)
-    got = losses.compute_forward_kl_topk(student, *jagged, config, data_format="thd")
-    log_q, log_p = student.log_softmax(-1)[0, :3].gather(-1, ids[:3]), logprobs[:3]
-    rest_q, rest_p = (1 - x.exp().sum(-1) for x in (log_q, log_p))
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
-    expected = kl, 1 - rest_q, 1 - rest_p
-    names = ("distillation_losses", "student_mass", "teacher_mass")
-    for name, value in zip(names, expected, strict=True):
-        assert got[name].shape == (1, 4) and float(got[name][0, 3]) == 0.0
-        torch.testing.assert_close(got[name][0, :3], value, rtol=1e-10, atol=1e-12)
+    # Two jagged sequences, whose last rows verl pads; this process has the first. Where there are
+    # log-probs flash-attn's backward overwrites the logits.
+    for _ in range(2):
+        integration.install_forward_kl_topk()
+    given, offsets = call_sites.names(), torch.tensor([0, 3, 6])
+    student = given["logits"].detach()[:1].clone().requires_grad_()
+    lists = [given[name].flatten(0, 1).clone() for name in ("topk_logprobs", "topk_ids")]
+    for each in lists:
+        each[[2, 5]] = 0
+    jagged = [torch.nested.nested_tensor_from_jagged(each, offsets) for each in lists]
+    got = losses.compute_forward_kl_topk(student, *jagged, distillation(None, rewards), "thd")
+    pair = lists[0][:2], student[0, :2].log_softmax(-1).gather(-1, lists[1][:2])
+    kl, masses = call_sites.kl(*map(call_sites.with_rest, pair)), [x.exp().sum(-1) for x in pair]
+    names = ("distillation_losses", "teacher_mass", "student_mass")
+    for name, value in zip(names, (kl, *masses), strict=True):
+        expected = torch.cat([value, torch.zeros(1)])[None]
+        torch.testing.assert_close(got[name], expected, rtol=1e-10, atol=1e-12)
     (exact,) = torch.autograd.grad(kl.sum(), student)
     if rewards:
         student.data.zero_()
@@ -327,8 +324,7 @@ def test_wrong_arguments(core, call, arguments, words) -> None:
 
 def test_a_clamp_of_log_probs(losses) -> None:
     with pytest.raises(ValueError, match="^log_prob_min_clamp: expected None, .* got -10.0; set"):
-        config = config_of_distillation(log_prob_min_clamp=-10.0)
-        integration.forward_kl_topk(ZEROS, ZEROS, ZEROS, config, "thd")
+        integration.forward_kl_topk(ZEROS, ZEROS, ZEROS, distillation(-10.0, False), "thd")
 
 
 def test_without_verl(monkeypatch) -> None:
