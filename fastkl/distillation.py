@@ -194,8 +194,9 @@ class LinearDistillationLoss(_Distillation):
     forward(hidden, weight, ref_hidden, ref_weight, labels, *, normalizer=None) takes the student's
     hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and
     [V, H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
-    gradient with respect to those that require it. A bias, soft cap or factor is its Head's.
-    labels, normalizer, `last`: as DistillationLoss.
+    gradient with respect to those that require it; pass weight.detach() as ref_weight to keep the
+    teacher's gradient out of a shared lm_head. A bias, soft cap or factor of the logits is its
+    Head's. labels, normalizer, `last`: as DistillationLoss.
 
     Raises ValueError or TypeError for wrong arguments, as linear_divergence and linear_token_stats
     do. Source: as DistillationLoss.

@@ -266,7 +266,7 @@ def forward_kl_topk(
         ValueError: a log_prob_min_clamp; log-probs as topk_kl_divergence.
     Source: as topk_kl_divergence.
     """
-    loss, ulysses = config.distillation_loss, _module("verl.utils.ulysses")
+    loss = config.distillation_loss
     expect(
         loss.log_prob_min_clamp is None,
         "log_prob_min_clamp",
@@ -275,13 +275,13 @@ def forward_kl_topk(
         "set distillation.distillation_loss.log_prob_min_clamp=null",
     )
     lists = [each.values()[None] for each in (teacher_topk_log_probs, teacher_topk_ids)]
+    ulysses = _module("verl.utils.ulysses")
     if ulysses.get_ulysses_sequence_parallel_world_size() > 1:
         lists = [ulysses.slice_input_tensor(each, dim=1) for each in lists]
     if loss.use_task_rewards or loss.use_policy_gradient:
         student_logits = student_logits.clone()
     # Padding is K times log-prob 0; of a distribution one entry at most has it.
-    mask = (lists[0] == 0).sum(-1) < 2
-    stats = topk_stats(student_logits, lists[0], lists[1], mask)
+    stats = topk_stats(student_logits, lists[0], lists[1], (lists[0] == 0).sum(-1) < 2)
     return {
         "distillation_losses": stats.kl,
         "student_mass": stats.student_mass,

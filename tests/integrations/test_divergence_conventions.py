@@ -99,6 +99,8 @@ def test_call_sites() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "trainers.md").read_text()
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S)), scope)
     for name, value in expected.items():
-        pair = scope[name], value
-        grads = [torch.autograd.grad(x.sum(), scope["logits"], retain_graph=True)[0] for x in pair]
-        assert_equal([pair[0], grads[0]], [pair[1], grads[1]])
+        grads = [
+            torch.autograd.grad(result.sum(), scope["logits"], retain_graph=True)[0]
+            for result in (scope[name], value)
+        ]
+        assert_equal([scope[name], grads[0]], [value, grads[1]])

@@ -26,8 +26,7 @@ from fastkl.integrations.transformers import KLCallback
 from fastkl.integrations.trl import ExactDistillationTrainer, ExactGRPOTrainer
 from fastkl.rl import KLMonitor
 
-GKDConfig, GKDTrainer = trl_cases.gkd.GKDConfig, trl_cases.gkd.GKDTrainer
-KINDS = (ExactGKDTrainer, GKDTrainer)
+KINDS = (ExactGKDTrainer, trl_cases.gkd.GKDTrainer)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -94,7 +93,10 @@ def test_outputs_and_evaluation() -> None:
 
 
 # GKD's own: half of each model, half of the completions generated.
-DEFAULTS = {name: getattr(GKDConfig, name) for name in ("beta", "lmbda", "temperature", "optim")}
+DEFAULTS = {
+    name: getattr(trl_cases.gkd.GKDConfig, name)
+    for name in ("beta", "lmbda", "temperature", "optim")
+}
 
 
 # Float64 models to the digits of the losses that Trainer adds up and logs, in float32.

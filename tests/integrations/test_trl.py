@@ -267,8 +267,8 @@ def test_distillation(tmp_path, families, per_token, beta) -> None:
     trainer.model.train()
     student, theirs = full_logits(trainer.model, inputs), full_logits(trainer.teacher_model, inputs)
     logs = [logits.log_softmax(-1) for logits in (theirs.detach(), student)]
-    kind = "js" if 0 < beta < 1 else "kl"
-    kl = family.textbook(*(logs[::-1] if beta == 1 else logs), kind, beta)[loss_mask(inputs)]
+    logs, kind = (logs[::-1] if beta == 1 else logs), "js" if 0 < beta < 1 else "kl"
+    kl = family.textbook(*logs, kind, beta)[loss_mask(inputs)]
     expected = kl.sum() / inputs["num_items_in_batch"]
     assert_loss(trainer, inputs, expected, 2 * ROUNDING)
     trainer.model.eval()

@@ -235,11 +235,10 @@ def losses(core, monkeypatch) -> SimpleNamespace:
         get_ulysses_sequence_parallel_world_size=lambda: 2,
         slice_input_tensor=lambda x, dim: x.chunk(2, dim)[0],
     )
+    module = SimpleNamespace(compute_forward_kl_topk=verls)
     monkeypatch.setitem(sys.modules, "verl.utils.ulysses", parallel)
-    monkeypatch.setitem(
-        sys.modules, integration.FSDP_LOSSES, SimpleNamespace(compute_forward_kl_topk=verls)
-    )
-    return sys.modules[integration.FSDP_LOSSES]
+    monkeypatch.setitem(sys.modules, integration.FSDP_LOSSES, module)
+    return module
 
 
 def distillation(clamp: float | None, rewards: bool) -> SimpleNamespace:
@@ -253,21 +252,21 @@ def distillation(clamp: float | None, rewards: bool) -> SimpleNamespace:
 def test_forward_kl_topk(losses, rewards) -> None:
     # Two jagged sequences, whose last rows verl pads; this process has the first. Where there are
     # log-probs flash-attn's backward overwrites the logits.
-    for _ in range(2):
-        integration.install_forward_kl_topk()
+    integration.install_forward_kl_topk(), integration.install_forward_kl_topk()
     given, offsets = call_sites.names(), torch.tensor([0, 3, 6])
     student = given["logits"].detach()[:1].clone().requires_grad_()
-    lists = [given[name].flatten(0, 1).clone() for name in ("topk_logprobs", "topk_ids")]
-    for each in lists:
-        each[[2, 5]] = 0
+    lists = [
+        given[name].flatten(0, 1).index_fill(0, offsets[1:] - 1, 0)
+        for name in ("topk_logprobs", "topk_ids")
+    ]
     jagged = [torch.nested.nested_tensor_from_jagged(each, offsets) for each in lists]
     got = losses.compute_forward_kl_topk(student, *jagged, distillation(None, rewards), "thd")
     pair = lists[0][:2], student[0, :2].log_softmax(-1).gather(-1, lists[1][:2])
     kl, masses = call_sites.kl(*map(call_sites.with_rest, pair)), [x.exp().sum(-1) for x in pair]
-    names = ("distillation_losses", "teacher_mass", "student_mass")
-    for name, value in zip(names, (kl, *masses), strict=True):
-        expected = torch.cat([value, torch.zeros(1)])[None]
-        torch.testing.assert_close(got[name], expected, rtol=1e-10, atol=1e-12)
+    expected = {"distillation_losses": kl, "teacher_mass": masses[0], "student_mass": masses[1]}
+    for name, value in expected.items():
+        right = torch.cat([value, torch.zeros(1)])[None]
+        torch.testing.assert_close(got[name], right, rtol=1e-10, atol=1e-12)
     (exact,) = torch.autograd.grad(kl.sum(), student)
     if rewards:
         student.data.zero_()
@@ -284,6 +283,12 @@ ZEROS = torch.zeros(2)
 @pytest.mark.parametrize(
     "call, arguments, words",
     [
+        (
+            integration.forward_kl_topk,
+            dict.fromkeys(integration.FORWARD_KL_TOPK, ZEROS)
+            | dict(config=distillation(-10.0, True)),
+            "log_prob_min_clamp: expected None, .* got -10.0; set",
+        ),
         *(
             (integration.policy_loss, dict(beta=beta), "beta: expected ")
             for beta in [
@@ -320,11 +325,6 @@ ZEROS = torch.zeros(2)
 def test_wrong_arguments(core, call, arguments, words) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{words}"):
         call(**arguments)
-
-
-def test_a_clamp_of_log_probs(losses) -> None:
-    with pytest.raises(ValueError, match="^log_prob_min_clamp: expected None, .* got -10.0; set"):
-        integration.forward_kl_topk(ZEROS, ZEROS, ZEROS, distillation(-10.0, False), "thd")
 
 
 def test_without_verl(monkeypatch) -> None:
