@@ -72,7 +72,6 @@ WRONG = [
         0.5,
         {"divergence": "skew_kl", "divergence_alpha": 1.1},
     ),
-    ("DistillationLoss", "divergence_alpha", {"divergence": "renyi"}),
     ("DistillationLoss", "beta", 0.5, {"divergence": "js", "beta": -0.1}),
     ("DistillationLoss", "direction", "policy||reference"),
     ("sampled_kl_loss", "clamp", 0.0, 50.1),
@@ -132,6 +131,7 @@ WRONG = [
     *(("KLMonitor.update", f"kl/{name}", 1.0) for name in ("mean", "p95", "per_sequence")),
 ]
 OF_ANOTHER_TYPE = [
+    ("DistillationLoss", "divergence_alpha", {"divergence": "renyi"}),
     ("shape_rewards", "beta", torch.tensor(1), SimpleNamespace(weight=1.0)),
     ("dpo_loss", "beta", SimpleNamespace(beta=0.1)),
     ("ppo_loss grpo_loss", "clip", (0.1, 0.2, 0.3), torch.tensor(0.2)),
