@@ -8,6 +8,7 @@ import typing
 if typing.TYPE_CHECKING:
     from . import rl
     from .backend import Explanation, explain, use_backend
+    from .distillation import DistillationLoss, LinearDistillationLoss
     from .divergence import (
         jeffreys_divergence,
         js_divergence,
@@ -26,9 +27,11 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationLoss",
     "Explanation",
     "Head",
     "KLPenalty",
+    "LinearDistillationLoss",
     "LinearKLPenalty",
     "TokenStats",
     "TopKStats",
@@ -58,9 +61,11 @@ __all__ = [
 # Public name -> its module, imported at the name's first use: `import fastkl` alone does not import
 # torch.
 _HOMES = {
+    "DistillationLoss": "distillation",
     "Explanation": "backend",
     "Head": "linear",
     "KLPenalty": "penalty",
+    "LinearDistillationLoss": "distillation",
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
     "TopKStats": "topk",

@@ -149,30 +149,32 @@ def local_or_full(name: str) -> str:
 def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a float tensor of the leading shape."""
     if value is not None:
-        per_row(
-            "weights",
-            value,
-            leading,
-            device,
-            FLOAT_TYPES,
-            "a float tensor, what each token counts",
-            "convert it with .float()",
-        )
+        what, remedy = "a float tensor, what each token counts", "convert it with .float()"
+        per_row("weights", value, leading, device, FLOAT_TYPES, what, remedy)
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check for a tensor of another's shape and device, both float64 or neither."""
     if value.shape != other.shape:
-        hint = (
-            "slice the padded vocabulary to the shared one"
-            if value.shape[:-1] == other.shape[:-1]
-            else "align the batch and time dimensions"
-        )
+        hint = "align the batch and time dimensions"
+        if value.shape[:-1] == other.shape[:-1]:
+            hint = shared_vocabulary(
+                (name,), value.shape[-1], (other_name,), other.shape[-1], "..., "
+            )
         raise ValueError(
             f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got "
             f"{tuple(value.shape)}; {hint}"
         )
     same_device_and_precision(name, value, other_name, other)
+
+
+def shared_vocabulary(
+    names: tuple[str, ...], width: int, others: tuple[str, ...], other: int, before: str = ""
+) -> str:
+    """Name the slices that cut the tensors of the wider vocabulary to the other's."""
+    wider = names if width > other else others
+    slices = " and ".join(f"{each}[{before}:{min(width, other)}]" for each in wider)
+    return f"slice the padded vocabulary to the shared one: {slices}"
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -227,30 +229,16 @@ def per_row(
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a bool tensor of the leading shape."""
     if value is not None:
-        per_row(
-            "mask",
-            value,
-            leading,
-            device,
-            (torch.bool,),
-            "a bool tensor, True where the token counts",
-            "convert it with .bool()",
-        )
+        what, remedy = "a bool tensor, True where the token counts", "convert it with .bool()"
+        per_row("mask", value, leading, device, (torch.bool,), what, remedy)
 
 
 def tokens(
     value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
 ) -> None:
     """Check for an integer tensor of the leading shape."""
-    per_row(
-        name,
-        value,
-        leading,
-        device,
-        INTEGER_TYPES,
-        "an integer tensor of token ids",
-        "convert it with .long()",
-    )
+    what, remedy = "an integer tensor of token ids", "convert it with .long()"
+    per_row(name, value, leading, device, INTEGER_TYPES, what, remedy)
 
 
 def temperature(
@@ -287,6 +275,16 @@ def temperature(
         what = "a positive finite number within 2^-126 … 2^126"
         inside = LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
         expect(inside, name, what, value, "pass 1.0, which leaves the logits as they are")
+
+
+def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
+    """Check the temperature of a module, a number; `elsewhere` takes one per token."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name}: expected a positive number, got a tensor; call {elsewhere} for a temperature "
+            f"per token"
+        )
+    temperature(value, torch.Size(), torch.device("cpu"), name)
 
 
 def temperature_gradient(name: str) -> str:

@@ -15,6 +15,7 @@ from ._checks import (
     plain,
     same_device,
     same_device_and_precision,
+    shared_vocabulary,
     shown,
     type_name,
 )
@@ -160,13 +161,14 @@ def second_head(
             f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
         )
     if ref_weight.shape[0] != weight.shape[0]:
-        padded, padded_bias = (
-            (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
+        own, second = (
+            (each.weight,) if value is None else (each.weight, each.bias)
+            for each, value in zip(names, (bias, ref_bias), strict=True)
         )
+        remedy = shared_vocabulary(own, weight.shape[0], second, ref_weight.shape[0])
         raise ValueError(
             f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got "
-            f"{ref_weight.shape[0]}; slice a padded vocabulary to the shared one: "
-            f"{padded.weight}[:V]" + ("" if padded_bias is None else f" and {padded.bias}[:V]")
+            f"{ref_weight.shape[0]}; {remedy}"
         )
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 

@@ -8,6 +8,7 @@ Direction = Literal["policy||reference", "reference||policy"]
 Estimator = Literal["k1", "k2", "k3", "abs"]
 BinaryKind = Literal["kl", "tv"]
 DivergenceName = Literal["kl", "js", "skew_kl", "renyi", "total_variation", "jeffreys"]
+DistillationDirection = Literal["teacher||student", "student||teacher"]
 Reduction = Literal["none", "mean", "token_mean", "sum"]  # "token_mean" is another name of "mean"
 PenaltyReduction = Literal["token_mean", "mean", "sequence_mean", "sum"]
 

@@ -247,7 +247,7 @@ def jeffreys_divergence(
     return call.of(*of_name("jeffreys", None, None))
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The checked arguments of a divergence of two logits tensors."""
 
     p: torch.Tensor
@@ -288,7 +288,7 @@ def _checked(
     weights: torch.Tensor | None,
     reduction: str,
     normalizer: float | torch.Tensor | None,
-) -> _Call:
+) -> Call:
     """Check the arguments that all divergences have in common."""
     _checks.logits("p_logits", p_logits)
     _checks.logits("q_logits", q_logits)
@@ -297,24 +297,26 @@ def _checked(
     _checks.temperature(temperature, leading, device)
     _checks.mask(mask, leading, device)
     _reduce.check(reduction, weights, normalizer, leading, device)
-    return _Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
 
 
 DIVERGENCES = get_args(DivergenceName)
 
 
-def of_name(name: str, alpha: float | None, beta: float | None) -> tuple[str, float, float | None]:
+def of_name(
+    name: str, alpha: float | None, beta: float | None, alpha_name: str = "alpha"
+) -> tuple[str, float, float | None]:
     """Check alpha and beta, and return (kind, share) of fields.Divergence and None, or, for P and Q
     exchanged, a factor of the result.
     """
     takes_alpha, takes_beta = name in ("skew_kl", "renyi"), name == "js"
-    for argument, value, takes in (("alpha", alpha, takes_alpha), ("beta", beta, takes_beta)):
+    for argument, value, takes in ((alpha_name, alpha, takes_alpha), ("beta", beta, takes_beta)):
         nothing = value is None or takes
         _checks.expect(nothing, argument, f"None for {name!r}", value, "leave it out")
     given: Any = (0.5 if beta is None else beta) if takes_beta else alpha
     if takes_alpha or takes_beta:
         check = _checks.order if name == "renyi" else _checks.share
-        check("beta" if takes_beta else "alpha", given)
+        check("beta" if takes_beta else alpha_name, given)
     share = float(given or 0.0)
     factor = None
     if name == "js" and share < 0.5:

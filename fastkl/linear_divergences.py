@@ -98,7 +98,7 @@ def linear_kl_divergence(  # noqa: PLR0913
         ),
         reference_required=True,
     )
-    return _reduced(inputs, weights, reduction, normalizer, recompute)
+    return reduced(inputs, weights, reduction, normalizer, recompute)
 
 
 def linear_divergence(  # noqa: PLR0913
@@ -180,11 +180,11 @@ def linear_divergence(  # noqa: PLR0913
         reference_required=True,
         swapped=reverse != (factor is not None),
     )._replace(divergence=kind, share=share)
-    value = _reduced(inputs, weights, reduction, normalizer, recompute)
+    value = reduced(inputs, weights, reduction, normalizer, recompute)
     return value if factor is None else factor * value
 
 
-def _reduced(
+def reduced(
     inputs: LinearInputs,
     weights: torch.Tensor | None,
     reduction: str,

@@ -63,12 +63,7 @@ class _Penalty(torch.nn.Module):
             "temperature": temperature,
             "ref_temperature": temperature if ref_temperature is None else ref_temperature,
         }.items():
-            if isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"{name}: expected a positive number, got a tensor; call {elsewhere} for a "
-                    f"temperature per token"
-                )
-            _checks.temperature(value, torch.Size(), torch.device("cpu"), name)
+            _checks.fixed_temperature(name, value, elsewhere)
         self.direction = direction
         self.temperature = temperature
         self.reduction = reduction

@@ -109,10 +109,10 @@ def token_stats(
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
             backend), any strides with a unit stride along V.
-        tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
-            Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where a
-            check would synchronise, it reads nothing and makes logprob and ref_logprob NaN. None:
-            without log-probabilities.
+        tokens: integer ids [...]. Where the mask is False any value is allowed: with Hugging Face's
+            labels pass mask=labels != -100. Elsewhere an id outside 0 … V-1 is an error on the
+            reference backend; on a GPU, where a check would synchronise, it reads nothing and makes
+            logprob and ref_logprob NaN. None: without log-probabilities.
         ref_logits: the reference's. None: without its fields.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.

@@ -64,6 +64,16 @@ WRONG = [
     ("js_divergence", "beta", -0.1, 1.1, math.nan, math.inf),
     ("skew_kl_divergence", "alpha", -0.1, 1.1, math.nan, math.inf),
     ("renyi_divergence", "alpha", 0, 0.0, -0.1, math.nan, math.inf),
+    ("DistillationLoss", "alpha", -0.1, 1.1, math.nan),
+    ("DistillationLoss LinearDistillationLoss", "temperature", 0.0, 2.0**64),
+    (
+        "DistillationLoss",
+        "divergence_alpha",
+        0.5,
+        {"divergence": "skew_kl", "divergence_alpha": 1.1},
+    ),
+    ("DistillationLoss", "beta", 0.5, {"divergence": "js", "beta": -0.1}),
+    ("DistillationLoss", "direction", "policy||reference"),
     ("sampled_kl_loss", "clamp", 0.0, 50.1),
     ("binary_divergence divergence_mask", "kind", "js", "TV"),
     ("divergence_mask", "limit", -0.1, math.nan, (0.1, -0.1)),
@@ -139,6 +149,7 @@ WRONG = [
     *(("KLMonitor.update", f"kl/{name}", 1.0) for name in ("mean", "p95", "per_sequence")),
 ]
 OF_ANOTHER_TYPE = [
+    ("DistillationLoss", "divergence_alpha", {"divergence": "renyi"}),
     ("shape_rewards", "beta", torch.tensor(1), SimpleNamespace(weight=1.0)),
     ("dpo_loss", "beta", SimpleNamespace(beta=0.1)),
     ("ppo_loss grpo_loss", "clip", (0.1, 0.2, 0.3), torch.tensor(0.2)),

@@ -27,13 +27,13 @@ FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; .+")
 
 
 draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-LOGITS = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
+LOGITS = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits", "teacher_logits")
 TENSORS: dict[str, torch.Tensor] = {
     **dict.fromkeys(LOGITS, draw(2, 3, V)),
     **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
     **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
     **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
-    **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
+    **dict.fromkeys(("tokens", "index", "labels"), torch.ones(2, 3, dtype=torch.long)),
     **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
     **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
     **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
@@ -97,6 +97,8 @@ BESIDE = [
     ("*.normalizer", {"reduction": "mean"}),
     ("linear_divergence.alpha", {"divergence": "renyi"}),
     ("linear_divergence.beta", {"divergence": "js"}),
+    ("*DistillationLoss.divergence_alpha", {"divergence": "renyi"}),
+    ("*DistillationLoss.beta", {"divergence": "js"}),
 ]
 
 
@@ -289,6 +291,7 @@ VALID = [
     (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
     (r"((ppo|grpo)_loss|divergence_mask)\.old_logprob", "None", "the policy as it is now"),
     (r"divergence_mask\.limit", "inf", "no limit"),
+    (r"LinearDistillationLoss\.forward\.ref_weight", "None", "the student's"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastkl import Head, linear_kl_divergence
+from fastkl import Head, linear_divergence
 from fastkl._checks import expect
 from fastkl._head_checks import float_type
 
@@ -28,7 +28,7 @@ from .transformers import KLCallback
 
 
 class ExactDivergence:
-    """Base of the distillation trainers beside TRL's: checks, and the KL in beta's direction."""
+    """Base of the distillation trainers beside TRL's: checks, and the divergence of beta."""
 
     def _set_up(
         self: Any, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
@@ -36,11 +36,11 @@ class ExactDivergence:
         self._logits_dtype = logits_dtype
         self.kl_callback = set_up(self, logits_dtype, instead, refused)
         expect(
-            self.beta in (0, 1),
+            0 <= self.beta <= 1,
             "args.beta",
-            "0 (forward KL) or 1 (reverse KL)",
+            "a number in [0, 1]",
             self.beta,
-            f"use {instead} for the Jensen-Shannon divergences between",
+            "pass 0 for the forward KL, 1 for the reverse KL",
         )
         if self.kl_callback is not None:
             expect(
@@ -61,7 +61,7 @@ class ExactDivergence:
         mask: torch.Tensor,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Compute the sum over the tokens that count, or with a callback the KL of each.
+        """Compute the sum over the tokens that count, or with a callback the divergence of each.
 
         The student is unwrapped, and alone gets a gradient. `mask` is of the last tokens.
         """
@@ -77,8 +77,12 @@ class ExactDivergence:
                 ),
                 (teacher_hidden, detached(head(teacher, self._teacher_head))),
             ]
-            return linear_kl_divergence(
+            # At both ends TRL has the KLs, where the generalised JSD is 0.
+            between = 0 < self.beta < 1
+            return linear_divergence(
                 *(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]),
+                divergence="js" if between else "kl",
+                beta=self.beta if between else None,
                 temperature=temperature,
                 mask=mask,
                 logits_dtype=self._logits_dtype,
@@ -87,10 +91,12 @@ class ExactDivergence:
 
 
 def per_item(
-    kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    values: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """Divide by the tokens of the whole batch, or by the micro-batch's own if those are unknown."""
-    return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return values.sum() / (
+        tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    )
 
 
 def set_up(

@@ -1,4 +1,4 @@
-"""TRL's experimental trainer for distillation (GKD) with the exact KL from hidden states."""
+"""TRL's experimental trainer for distillation (GKD) with exact divergences from hidden states."""
 
 from typing import Any
 
@@ -22,18 +22,20 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         teacher_logits = teacher(input_ids, attention_mask).logits[:, :-1]
         mask = labels[:, 1:] != -100
         if args.beta == 0:                                              # forward KL
-            kl = kl_divergence(teacher_logits, student_logits, mask=mask)
-        else:                                                           # beta = 1: reverse KL
-            kl = kl_divergence(student_logits, teacher_logits, mask=mask)
+            values = kl_divergence(teacher_logits, student_logits, mask)
+        elif args.beta == 1:                                            # reverse KL
+            values = kl_divergence(student_logits, teacher_logits, mask)
+        else:                                       # the teacher's share; 0.5 is GKD's default
+            values = js_divergence(teacher_logits, student_logits, mask, beta=args.beta)
         if num_items_in_batch is None:                                  # as in evaluation
             num_items_in_batch = mask.sum().clamp(min=1)
-        loss = kl.sum() / num_items_in_batch
+        loss = values.sum() / num_items_in_batch
 
     in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
-    linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
-    of each token, in six: reduction "none". It never waits for the device.
+    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the
+    values of each token, in six: reduction "none". It never waits for the device.
 
-        trainer = ExactGKDTrainer(student, teacher, args=GKDConfig(beta=1.0, lmbda=0.5, …), …)
+        trainer = ExactGKDTrainer(student, teacher, args=GKDConfig(…), …)
 
     As in GKDTrainer, args.temperature is that of generation alone: the divergence is of the models
     as they are. And num_items_in_batch is what transformers.Trainer counts: tokens of the data set,
@@ -42,17 +44,16 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
     one. ExactDistillationTrainer has neither, and the temperature in both.
 
     Args:
-        all of GKDTrainer's. args.beta has to be set, since its default is between. logits_dtype: as
-        fastkl.linear_kl_divergence.
+        all of GKDTrainer's. logits_dtype: as fastkl.linear_divergence. A KLCallback gets whichever
+        divergence args.beta names.
 
     compute_loss(…, return_outputs=True), which evaluation calls with compute_metrics, computes the
     logits in a further forward without gradient.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta
-        between 0 and 1 (the generalised Jensen-Shannon divergence), FSDP, DeepSpeed, torch.compile,
-        multimodal models, prompt learning, a KLCallback with a controller, a model that head_of
-        refuses.
+        outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, a
+        KLCallback with a controller, a model that head_of refuses.
 
     Source: as ExactDistillationTrainer.
     """
@@ -69,14 +70,14 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Compute the mean KL over the tokens that count; with return_outputs the outputs too."""
+        """Compute the mean over the tokens that count; with return_outputs the outputs too."""
         student, mask = self.accelerator.unwrap_model(model), inputs["labels"][:, 1:] != -100
         sequence = inputs["input_ids"], inputs["attention_mask"]
         # Inside the forward of DDP, so that it gathers the gradients.
-        kl = self._redirect(model, student, self._divergence, student, *sequence, mask)
+        values = self._redirect(model, student, self._divergence, student, *sequence, mask)
         if self.kl_callback is not None:
-            self.kl_callback.record(kl, mask)
-        loss = _trl.per_item(kl, mask.sum(), num_items_in_batch)
+            self.kl_callback.record(values, mask)
+        loss = _trl.per_item(values, mask.sum(), num_items_in_batch)
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -1,5 +1,5 @@
 """For transformers: a callback that runs the controller of beta and the monitor once per optimizer
-step, and a model's Head.
+step, a teacher for Trainer, and a model's Head.
 """
 
 import math
@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
         f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'"
     ) from missing
 
-from fastkl import _checks
+from fastkl import DistillationLoss, _checks
 from fastkl._checks import expect
 
 from ._head import head_of as head_of
@@ -299,3 +299,81 @@ class KLCallback(TrainerCallback, ExportableState):
             for name, value in figures.items()
             if name != "step"
         }
+
+
+class TeacherMixin:
+    """Gives transformers.Trainer, or a subclass that calls its compute_loss, a teacher of a causal
+    language model: the loss is DistillationLoss, normalised as the Trainer's own.
+
+        class Distiller(TeacherMixin, transformers.Trainer): ...
+
+        trainer = Distiller(student, args, teacher=teacher, train_dataset=…,
+                            distillation_loss=DistillationLoss("js", 0.5, temperature=2.0))
+
+    Equivalent, with both models' logits of the batch, to the Trainer's argument
+
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: distillation_loss(
+            outputs.logits[..., :-1, :V], teacher_logits[..., :-1, :V], labels[..., 1:],
+            normalizer=num_items_in_batch,
+        )
+
+    which alone could not see the teacher's inputs. V is the smaller of both vocabularies, whose
+    first entries have to be the same tokens: the wider one is padded.
+
+    Args:
+        those of the Trainer, without compute_loss_func. teacher: a model of transformers; it is put
+            into eval mode on the Trainer's device, whole in each process, and gets no gradient.
+            distillation_loss: its `last` has the terms of the last micro-batch. Default:
+            DistillationLoss().
+
+    Raises TypeError for a teacher that is no model, ValueError for a batch without labels.
+    Source: as DistillationLoss.
+    """
+
+    accelerator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: torch.nn.Module,
+        distillation_loss: DistillationLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        expect(
+            isinstance(teacher, torch.nn.Module),
+            "teacher",
+            "a model",
+            teacher,
+            "load it before",
+            TypeError,
+        )
+        trainer: Any = super()
+        trainer.__init__(*args, compute_loss_func=self._distillation, **kwargs)
+        self.distillation_loss = distillation_loss or DistillationLoss()
+        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the teacher, then the Trainer's compute_loss, which calls student and loss."""
+        expect(
+            "labels" in inputs,
+            "inputs",
+            "labels",
+            ", ".join(inputs),
+            "use a data collator that makes them, such as DataCollatorForLanguageModeling",
+        )
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            self._teacher_logits: torch.Tensor = self.teacher(**given).logits
+        trainer: Any = super()
+        return trainer.compute_loss(model, inputs, *args, **kwargs)
+
+    def _distillation(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Compute the loss of a micro-batch, as compute_loss_func."""
+        pair = outputs.logits, self._teacher_logits
+        width = min(logits.shape[-1] for logits in pair)
+        student, teacher = (logits[..., :-1, :width] for logits in pair)
+        return self.distillation_loss(
+            student, teacher, labels[..., 1:], normalizer=num_items_in_batch
+        )

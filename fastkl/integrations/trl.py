@@ -276,31 +276,34 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
 
     Equivalent, with both models' logits over the completion tokens that count, to
 
-        sides = (teacher_logits, student_logits)                        # args.beta = 0: forward KL
-        if args.beta == 1:                                              # reverse KL, TRL's default
-            sides = (student_logits, teacher_logits)
-        kl = kl_divergence(*sides, temperature=args.temperature)
-        loss = kl.sum() / tokens        # of all processes and accumulation steps
+        more = {"temperature": args.temperature}
+        if args.beta == 0:                                              # forward KL
+            values = kl_divergence(teacher_logits, student_logits, **more)
+        elif args.beta == 1:                                            # reverse KL, TRL's default
+            values = kl_divergence(student_logits, teacher_logits, **more)
+        else:                                                           # the teacher's share
+            values = js_divergence(teacher_logits, student_logits, beta=args.beta, **more)
+        loss = values.sum() / tokens    # of all processes and accumulation steps
 
     in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
-    linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
-    of each token, in six: reduction "none".
+    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the
+    values of each token, in six: reduction "none".
 
     Args:
-        all of DistillationTrainer's. logits_dtype: as fastkl.linear_kl_divergence.
+        all of DistillationTrainer's. logits_dtype: as fastkl.linear_divergence. A KLCallback gets
+        whichever divergence args.beta names.
 
     The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for
     the device in each micro-batch all the same.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta
-        between 0 and 1 (the generalised Jensen-Shannon divergence), FSDP, DeepSpeed, torch.compile,
-        multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, a
-        model that head_of refuses.
+        outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no
+        teacher_model, a KLCallback with a controller, a model that head_of refuses.
 
-    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2, forward and
-    reverse KL. That beta = 0 and 1 stand for these is TRL's convention: the generalised
-    Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2 and eq. 1.
+    That beta = 0 and 1 stand for the KLs is TRL's convention: the generalised Jensen-Shannon
+    divergence goes to 0 at both ends.
     """
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -334,6 +337,6 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         """Return (loss, a placeholder for the entropy, tokens that count), as TRL expects them."""
         ids, attended, _ = _trl.sequence(inputs)
         mask = _trl.loss_mask(inputs)
-        kl = self._divergence(unwrapped_student, ids, attended, mask, self.temperature)
-        self._recorded, tokens = (kl.detach(), mask), mask.sum()
-        return _trl.per_item(kl, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens
+        values = self._divergence(unwrapped_student, ids, attended, mask, self.temperature)
+        self._recorded, tokens = (values.detach(), mask), mask.sum()
+        return _trl.per_item(values, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens

@@ -1,19 +1,21 @@
-"""Functions for verl's registration points: a policy loss with a KL to the policy that sampled, and
-kl_penalty with the right gradient.
+"""Functions for verl's registration points: a policy loss with a KL to the policy that sampled,
+kl_penalty with the right gradient, and the top-k loss of distillation.
 
-verl computes its losses from log-probabilities alone, so these are estimates, with the gradient of
-the KL; the exact KL needs the logits of both models, which no registration point has. Every worker
-process has to run the registration: put it into a module of yours,
+The first two have log-probabilities alone, so these are estimates, with the gradient of the KL; the
+exact KL needs the logits of both models, which no registration point has. The third has the
+student's logits. Every worker process has to run the registration: put it into a module of yours,
 
     # my_losses.py
     from fastkl.integrations import verl
 
     verl.register("vanilla_kl", beta=0.05)
     verl.install_kl_penalty()
+    verl.install_forward_kl_topk()
 
 start verl with VERL_USE_EXTERNAL_MODULES=my_losses, and set
 actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl for the first, actor.use_kl_loss=True or
-algorithm.use_kl_in_reward=True for the second. verl is imported at the registration, not before.
+algorithm.use_kl_in_reward=True for the second, for the third what its function says. verl is
+imported at the registration, not before.
 """
 
 import importlib
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastkl import estimate_kl
+from fastkl import estimate_kl, topk_stats
 from fastkl._checks import expect
 from fastkl.rl import FixedBeta
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from fastkl._types import BetaController
 
 TESTED = "0.9"
+CORE, FSDP_LOSSES = "verl.trainer.ppo.core_algos", "verl.trainer.distillation.fsdp.losses"
 POLICY_LOSS = (
     "old_log_prob",
     "log_prob",
@@ -43,6 +46,13 @@ POLICY_LOSS = (
     "rollout_is_weights",
 )
 KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
+FORWARD_KL_TOPK = (
+    "student_logits",
+    "teacher_topk_log_probs",
+    "teacher_topk_ids",
+    "config",
+    "data_format",
+)
 # verl's names, those with a "+" too, which ask for the gradient that is always given here.
 ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
     "kl": "k1",
@@ -146,7 +156,7 @@ def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Cal
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        core = _core_algos()
+        core = _module(CORE)
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob,
             log_prob=log_prob,
@@ -190,7 +200,7 @@ def register(
     Raises ImportError without verl, or with one whose policy losses take other arguments;
     ValueError for a base that verl does not have and a name that it has already.
     """
-    core = _core_algos()
+    core = _module(CORE)
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     expect(
         name not in core.POLICY_LOSS_REGISTRY,
@@ -213,7 +223,7 @@ def install_kl_penalty() -> None:
 
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
-    core = _core_algos()
+    core = _module(CORE)
     verls = core.kl_penalty
     if verls is kl_penalty:
         return
@@ -223,14 +233,84 @@ def install_kl_penalty() -> None:
             setattr(module, "kl_penalty", kl_penalty)  # noqa: B010
 
 
+def forward_kl_topk(
+    student_logits: torch.Tensor,
+    teacher_topk_log_probs: torch.Tensor,
+    teacher_topk_ids: torch.Tensor,
+    config: Any,
+    data_format: str,
+) -> dict[str, torch.Tensor]:
+    """verl's compute_forward_kl_topk: the forward KL towards a teacher known by its top k, from one
+    read of the student's logits.
+
+    Equivalent to
+
+        logprobs, ids = (x.values()[None] for x in (teacher_topk_log_probs, teacher_topk_ids))
+        stats = topk_stats(student_logits, logprobs, ids)
+        {"distillation_losses": stats.kl, "student_mass": …, "teacher_mass": …}
+
+    The tokens that are not listed are one more token: verl's loss, the listed terms alone, is
+    often negative, and verl then sets it to 0, without gradient. Nor is it clamped below, as verl's
+    log-probs are at log_prob_min_clamp, where the student gets no gradient.
+
+    Args:
+        student_logits: [1, T, V]. teacher_topk_log_probs, teacher_topk_ids: jagged, T rows of K.
+        config: verl's DistillationConfig. data_format: as in verl; not read.
+    Returns:
+        "distillation_losses", "student_mass" and "teacher_mass" [1, T] float32; positions that verl
+        padded are 0. verl's metrics of the overlap, a top-k of the student's own, are left out.
+    Gradient:
+        To student_logits. With a policy loss beside it (use_task_rewards, use_policy_gradient) they
+        are copied: its backward by flash-attn overwrites them first.
+    Raises:
+        ValueError: a log_prob_min_clamp; log-probs as topk_kl_divergence.
+    Source: as topk_kl_divergence.
+    """
+    loss = config.distillation_loss
+    expect(
+        loss.log_prob_min_clamp is None,
+        "log_prob_min_clamp",
+        "None, since the divergence is finite without",
+        loss.log_prob_min_clamp,
+        "set distillation.distillation_loss.log_prob_min_clamp=null",
+    )
+    lists = [each.values()[None] for each in (teacher_topk_log_probs, teacher_topk_ids)]
+    ulysses = _module("verl.utils.ulysses")
+    if ulysses.get_ulysses_sequence_parallel_world_size() > 1:
+        lists = [ulysses.slice_input_tensor(each, dim=1) for each in lists]
+    if loss.use_task_rewards or loss.use_policy_gradient:
+        student_logits = student_logits.clone()
+    # Padding is K times log-prob 0; of a distribution one entry at most has it.
+    stats = topk_stats(student_logits, lists[0], lists[1], (lists[0] == 0).sum(-1) < 2)
+    return {
+        "distillation_losses": stats.kl,
+        "student_mass": stats.student_mass,
+        "teacher_mass": stats.teacher_mass,
+    }
+
+
+def install_forward_kl_topk() -> None:
+    """Put forward_kl_topk in the place of verl's in this process, for which verl has no registry:
+    for distillation.distillation_loss.loss_mode=forward_kl_topk with log_prob_min_clamp=null and
+    the strategies fsdp and veomni (megatron splits the vocabulary and keeps its own).
+
+    Raises ImportError without verl, or with one whose compute_forward_kl_topk takes other
+    arguments.
+    """
+    losses: Any = _module(FSDP_LOSSES)
+    if losses.compute_forward_kl_topk is not forward_kl_topk:
+        _same_arguments(losses.compute_forward_kl_topk, FORWARD_KL_TOPK)
+        losses.compute_forward_kl_topk = forward_kl_topk
+
+
 def _weight_of(beta: Any) -> float:
     """Return a number, or a controller's beta as it is now, checked."""
     return FixedBeta(getattr(beta, "beta", beta)).beta
 
 
-def _core_algos() -> ModuleType:
+def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module("verl.trainer.ppo.core_algos")
+        return importlib.import_module(name)
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'"

@@ -3,7 +3,10 @@ says how.
 """
 
 import math
+import re
+from pathlib import Path
 
+import call_sites
 import pytest
 import torch
 from torch.nn import functional
@@ -87,3 +90,17 @@ def test_scipy() -> None:
     p, q = logits()
     theirs = distance.jensenshannon(p.softmax(-1).numpy(), q.softmax(-1).numpy(), axis=-1)
     assert_equal([fastkl.js_divergence(p, q).sqrt()], [torch.from_numpy(theirs)])
+
+
+# The lines of docs/trainers.md beside the formulas of the trainers whose lines they replace.
+def test_call_sites() -> None:
+    scope = call_sites.names()
+    expected = call_sites.formulas(scope)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "trainers.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S)), scope)
+    for name, value in expected.items():
+        grads = [
+            torch.autograd.grad(result.sum(), scope["logits"], retain_graph=True)[0]
+            for result in (scope[name], value)
+        ]
+        assert_equal([scope[name], grads[0]], [value, grads[1]])

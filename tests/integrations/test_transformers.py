@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import call_sites
 import pytest
 import torch
 from cases import waits
@@ -16,7 +17,7 @@ import fastkl
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fastkl.integrations.transformers import KLCallback  # noqa: E402
+from fastkl.integrations.transformers import KLCallback, TeacherMixin  # noqa: E402
 from fastkl.rl import AdaptiveBeta, FixedBeta, KLMonitor  # noqa: E402
 
 V, LENGTH = 61, 7
@@ -69,30 +70,32 @@ class Penalised(transformers.Trainer):
         return (loss, {}) if return_outputs else loss
 
 
+DEFAULTS = dict(
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    max_steps=4,
+    logging_steps=1,
+    eval_strategy="steps",
+    eval_steps=1,
+    use_cpu=True,
+    report_to="none",
+    disable_tqdm=True,
+    save_strategy="no",
+    save_steps=2,
+    learning_rate=1e-2,
+    lr_scheduler_type="constant",
+    remove_unused_columns=False,
+    label_names=["input_ids"],  # so that the evaluation computes a loss
+    seed=3,
+)
+
+
 def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
-    defaults = dict(
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=4,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        save_steps=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        remove_unused_columns=False,
-        label_names=["input_ids"],  # so that the evaluation computes a loss
-        seed=3,
-    )
     trainer = Penalised(
         callback,
         mean,
         model=tiny(0),
-        args=transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
+        args=transformers.TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **options}),
         train_dataset=TOKENS,
         eval_dataset=TOKENS[:2],
         callbacks=[callback] if callbacks is None else callbacks,
@@ -314,6 +317,12 @@ KL, NESTED = torch.ones(2, 3), torch.nested.nested_tensor([torch.ones(2)], layou
             (CALLBACK.record, dict(kl=kl), "kl: expected a float tensor .*, got .*float")
             for kl in (0.1, KL.to(torch.float8_e4m3fn))
         ),
+        (TeacherMixin, dict(teacher="a name"), "teacher: expected a model, got str; "),
+        (
+            TeacherMixin.compute_loss,
+            dict(self=None, model=None, inputs=dict(input_ids=KL)),
+            "inputs: expected labels, got input_ids; ",
+        ),
         (CALLBACK.record, dict(kl=torch.tensor(0.1)), r"kl: expected \[\.\.\., T\], got a scalar"),
         *(
             (CALLBACK.record, dict(kl=kl), "kl: expected a plain tensor, ")
@@ -343,3 +352,44 @@ def test_without_transformers(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="not installed: transformers; remedy: pip install"):
         runpy.run_module("fastkl.integrations.transformers")
+
+
+# ---- a teacher
+
+
+def test_a_teacher(tmp_path) -> None:
+    # Two optimizer steps over all sequences, in two micro-batches, against plain torch on all. The
+    # teacher's vocabulary is padded: its last entries take no part.
+    models = [tiny(seed).double() for seed in (0, 0, 1)]
+    models[2].resize_token_embeddings(V + 3, mean_resizing=False)
+    Distiller = type("Distiller", (TeacherMixin, transformers.Trainer), {})
+    options = dict(
+        **dict(max_steps=2, optim="sgd", eval_strategy="no", learning_rate=0.1),
+        **dict(label_names=["labels"], max_grad_norm=0.0),
+    )
+    labelled = [
+        {**each, "labels": each["input_ids"].masked_fill(each["attention_mask"] == 0, -100)}
+        for each in TOKENS[:4]
+    ]
+    trainer = Distiller(
+        models[0],
+        transformers.TrainingArguments(str(tmp_path), **{**DEFAULTS, **options}),
+        teacher=models[2],
+        distillation_loss=fastkl.DistillationLoss("kl", 0.3, 2.0),
+        train_dataset=labelled,
+        eval_dataset=labelled,
+    )
+    trainer.train()
+    batch = {name: torch.stack([each[name] for each in labelled]) for name in labelled[0]}
+    labels, optimizer = batch.pop("labels")[:, 1:], torch.optim.SGD(models[1].parameters(), 0.1)
+    for logged_loss in [*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]]:
+        student, teacher = (model(**batch).logits[:, :-1, :V] for model in models[1:])
+        logs = ((logits / 2).log_softmax(-1) for logits in (teacher, student))
+        kl = call_sites.kl(*logs)[labels != -100].mean()
+        ce = torch.nn.functional.cross_entropy(student.flatten(0, 1), labels.flatten())
+        expected = 0.7 * ce + 0.3 * 4 * kl
+        # Llama's norms, and the losses that Trainer logs, are in float32.
+        assert logged_loss == pytest.approx(float(expected.detach()), rel=ROUNDING)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()

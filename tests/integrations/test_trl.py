@@ -4,11 +4,13 @@ against plain torch on full logits, and against TRL's own."""
 import contextlib
 import copy
 import itertools
+import math
 import operator
 import runpy
 import sys
 import types
 
+import family
 import pytest
 import torch
 import trl_cases
@@ -254,6 +256,8 @@ def test_16_bits(tmp_path, options, low, high) -> None:
         ((), True, 1.0),
         (("granite", "cohere"), False, 1.0),
         (("cohere", "gemma"), True, 0.0),
+        (("granite", "gemma"), False, 0.1),
+        ((), True, 0.5),
     ],
 )
 def test_distillation(tmp_path, families, per_token, beta) -> None:
@@ -262,8 +266,9 @@ def test_distillation(tmp_path, families, per_token, beta) -> None:
     trainer = made(ExactDistillationTrainer, *paths, beta=beta, callbacks=callbacks)
     trainer.model.train()
     student, theirs = full_logits(trainer.model, inputs), full_logits(trainer.teacher_model, inputs)
-    kl = exact_kl(*((student, theirs.detach()) if beta == 1 else (theirs.detach(), student)))
-    kl = kl[loss_mask(inputs)]
+    logs = [logits.log_softmax(-1) for logits in (theirs.detach(), student)]
+    logs, kind = (logs[::-1] if beta == 1 else logs), "js" if 0 < beta < 1 else "kl"
+    kl = family.textbook(*logs, kind, beta)[loss_mask(inputs)]
     expected = kl.sum() / inputs["num_items_in_batch"]
     assert_loss(trainer, inputs, expected, 2 * ROUNDING)
     trainer.model.eval()
@@ -327,11 +332,7 @@ REFUSED = [
         ),
         "model: .*, got LlamaForCausalLM with prompt learning",
     ),
-    (
-        DISTILLERS,
-        dict(beta=0.5),
-        r"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl.",
-    ),
+    (DISTILLERS, dict(beta=math.nan), r"args.beta: expected a number in \[0, 1\], got nan; "),
     (DISTILLERS, WEIGHTED, "callbacks: expected a KLCallback without controller"),
     (["DistillationTrainer"], dict(teacher=None), "args: .*, got no teacher_model"),
     (["GRPOTrainer"], dict(beta=-0.1), "args: .*, got beta below 0"),

@@ -8,6 +8,7 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
+import call_sites
 import pytest
 import torch
 
@@ -222,6 +223,57 @@ def test_install_kl_penalty(core) -> None:
     assert float(losses.kl_penalty(**keywords, kl_penalty="k1")) == 2.0
 
 
+# ---- the top-k loss of distillation
+
+
+@pytest.fixture
+def losses(core, monkeypatch) -> SimpleNamespace:
+    # Stand-ins for verl's module and for its sequence parallelism: of two processes the first.
+    def verls(student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format): ...
+
+    parallel = SimpleNamespace(
+        get_ulysses_sequence_parallel_world_size=lambda: 2,
+        slice_input_tensor=lambda x, dim: x.chunk(2, dim)[0],
+    )
+    module = SimpleNamespace(compute_forward_kl_topk=verls)
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", parallel)
+    monkeypatch.setitem(sys.modules, integration.FSDP_LOSSES, module)
+    return module
+
+
+def distillation(clamp: float | None, rewards: bool) -> SimpleNamespace:
+    names = ("log_prob_min_clamp", "use_task_rewards", "use_policy_gradient")
+    return SimpleNamespace(
+        distillation_loss=SimpleNamespace(**dict(zip(names, (clamp, rewards, False), strict=True)))
+    )
+
+
+@pytest.mark.parametrize("rewards", [False, True])
+def test_forward_kl_topk(losses, rewards) -> None:
+    # Two jagged sequences, whose last rows verl pads; this process has the first. Where there are
+    # log-probs flash-attn's backward overwrites the logits.
+    integration.install_forward_kl_topk(), integration.install_forward_kl_topk()
+    given, offsets = call_sites.names(), torch.tensor([0, 3, 6])
+    student = given["logits"].detach()[:1].clone().requires_grad_()
+    lists = [
+        given[name].flatten(0, 1).index_fill(0, offsets[1:] - 1, 0)
+        for name in ("topk_logprobs", "topk_ids")
+    ]
+    jagged = [torch.nested.nested_tensor_from_jagged(each, offsets) for each in lists]
+    got = losses.compute_forward_kl_topk(student, *jagged, distillation(None, rewards), "thd")
+    pair = lists[0][:2], student[0, :2].log_softmax(-1).gather(-1, lists[1][:2])
+    kl, masses = call_sites.kl(*map(call_sites.with_rest, pair)), [x.exp().sum(-1) for x in pair]
+    expected = {"distillation_losses": kl, "teacher_mass": masses[0], "student_mass": masses[1]}
+    for name, value in expected.items():
+        right = torch.cat([value, torch.zeros(1)])[None]
+        torch.testing.assert_close(got[name], right, rtol=1e-10, atol=1e-12)
+    (exact,) = torch.autograd.grad(kl.sum(), student)
+    if rewards:
+        student.data.zero_()
+    (gradient,) = torch.autograd.grad(got["distillation_losses"].sum(), student)
+    torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-12)
+
+
 # ---- what is refused
 
 
@@ -231,6 +283,12 @@ ZEROS = torch.zeros(2)
 @pytest.mark.parametrize(
     "call, arguments, words",
     [
+        (
+            integration.forward_kl_topk,
+            dict.fromkeys(integration.FORWARD_KL_TOPK, ZEROS)
+            | dict(config=distillation(-10.0, True)),
+            "log_prob_min_clamp: expected None, .* got -10.0; set",
+        ),
         *(
             (integration.policy_loss, dict(beta=beta), "beta: expected ")
             for beta in [
@@ -273,7 +331,8 @@ def test_without_verl(monkeypatch) -> None:
     for name in [name for name in sys.modules if name == "verl" or name.startswith("verl.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "verl", None)
-    for call in (lambda: integration.register(beta=0.1), integration.install_kl_penalty):
+    installs = integration.install_kl_penalty, integration.install_forward_kl_topk
+    for call in (lambda: integration.register(beta=0.1), *installs):
         with pytest.raises(
             ImportError, match=r"not installed: verl.*; remedy: pip install 'verl=="
         ):
@@ -281,7 +340,10 @@ def test_without_verl(monkeypatch) -> None:
     integration.kl_penalty(ZEROS, ZEROS, "k3")
 
 
-def test_another_verl(core, monkeypatch) -> None:
+def test_another_verl(core, losses, monkeypatch) -> None:
+    losses.compute_forward_kl_topk = lambda student_logits, config: None
+    with pytest.raises(ImportError, match=r"verl: expected .*data_format\) as .* config\) in 0\.9"):
+        integration.install_forward_kl_topk()
     core.POLICY_LOSS_REGISTRY["newer"] = lambda old_log_prob, log_prob, batch: None
     with pytest.raises(
         ImportError, match=r"verl: expected .*old_log_prob, .* got .*batch\) in 0\.9"

@@ -68,8 +68,8 @@ WRONG = {
     ],
     "ref_weight": [
         (ones(V, H), ValueError, ("[V, 3]", "(7, 4)")),
-        ({"ref_weight": ones(V + 2, H_REF)} | none, ValueError, ("7", "9", "weight[:V]")),
-        ({"weight": ones(V + 2, H)} | none, ValueError, (": weight[:V]",)),
+        ({"ref_weight": ones(V + 2, H_REF)} | none, ValueError, ("7", "9", ": ref_weight[:7]")),
+        ({"weight": ones(V + 2, H)} | none, ValueError, (": weight[:7]",)),
         ({"ref_weight": None, "ref_bias": None}, ValueError, ("[V, 3]",)),
         ({"ref_hidden": None}, ValueError, ("without ref_hidden", "ref_hidden too")),
         ({"ref_hidden": None, "ref_weight": second()} | none, ValueError, ("ref_hidden too",)),
@@ -152,11 +152,11 @@ WRONG = {
     ],
     "ref_weight.weight": [
         (Head(None), TypeError, ("NoneType",)),
-        (Head(ones(V - 1, H_REF)), ValueError, (": weight[:V]",)),
+        (Head(ones(V - 1, H_REF)), ValueError, (": weight[:6]",)),
         (
             {"weight": Head(ones(V - 1, H)), "ref_weight": second(ones(V))},
             ValueError,
-            (": ref_weight.weight[:V] and ref_weight.bias[:V]",),
+            (": ref_weight.weight[:6] and ref_weight.bias[:6]",),
         ),
     ],
     "weight.bias": [(first(ones(V).double()), TypeError, ("float64",))],

@@ -8,6 +8,7 @@ import re
 import subprocess
 from importlib import import_module
 
+import call_sites
 import memory
 import pytest
 import torch
@@ -29,7 +30,7 @@ def names() -> dict[str, object]:
     # Names that the README's lines find in a training step.
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(2, 5, 64, generator=generator)
-    return {
+    return call_sites.names() | {
         "hidden": torch.randn(2, 5, 8, generator=generator, requires_grad=True),
         "ref_hidden": torch.randn(2, 5, 8, generator=generator),
         "lm_head": torch.nn.Linear(8, 64, bias=False),

@@ -5,8 +5,10 @@ import torch
 from typing_extensions import assert_type
 
 from fastkl import (
+    DistillationLoss,
     Head,
     KLPenalty,
+    LinearDistillationLoss,
     LinearKLPenalty,
     TokenStats,
     binary_divergence,
@@ -62,6 +64,8 @@ def step(
     losses = [penalty(p, q, mask, normalizer=8), linear(p, q, p, q, mask, normalizer=mask.sum())]
     assert_type([*losses, KLPenalty(0.1)(p, q, mask)], list[torch.Tensor])
     KLPenalty(Halving(), reduction="mean")
+    assert_type(DistillationLoss("js", 0.3, 2.0, beta=0.1)(p, q, tokens), torch.Tensor)
+    LinearDistillationLoss(direction="student||teacher")(p, Head(q), p, None, tokens, normalizer=8)
     kl_divergence(p, q, mask, weights=q, reduction="token_mean", normalizer=3)
     assert_type(kl_divergence(p, q) + selective_log_softmax(p, tokens), torch.Tensor)
     with use_backend("reference"):
@@ -73,6 +77,8 @@ def wrong(p: torch.Tensor, tokens: torch.Tensor) -> None:
     KLPenalty(0.1, reduction="none")  # refused
     LinearKLPenalty(0.1, direction="policy|reference")  # refused
     KLPenalty(object())  # refused
+    DistillationLoss("jsd")  # refused
+    LinearDistillationLoss()(p, p, p, tokens)  # refused
     LinearKLPenalty("0.1")  # refused
     KLPenalty(0.1)(p)  # refused
     KLPenalty(0.1)(p, p, normaliser=3)  # refused

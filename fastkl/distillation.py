@@ -1,0 +1,265 @@
+"""The loss of distillation as a module, from logits or from hidden states: cross-entropy with the
+labels and a divergence from the teacher.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from . import _checks, _head_checks, _reduce
+from ._heads import Given, prepare
+from ._types import DistillationDirection, DivergenceName
+from .divergence import DIVERGENCES, Call, of_name
+from .linear import Head, linear_token_stats
+from .linear_divergences import reduced
+from .ops import dual_op
+from .tokens import TokenStats, token_stats
+
+DIRECTIONS = get_args(DistillationDirection)
+# The label of a token that does not count, as of torch.nn.functional.cross_entropy.
+IGNORED = -100
+# Arguments that print(model) shows where they are not None.
+_ARGUMENTS = (
+    *("divergence", "alpha", "temperature", "direction", "divergence_alpha", "beta"),
+    *("logits_dtype", "chunk_size", "recompute"),
+)
+
+
+class _Distillation(torch.nn.Module):
+    """The common part of both losses: the divergence, the weights, the last call's statistics."""
+
+    def __init__(
+        self,
+        divergence: DivergenceName,
+        alpha: float,
+        temperature: float,
+        direction: DistillationDirection,
+        divergence_alpha: float | None,
+        beta: float | None,
+        elsewhere: str,
+    ) -> None:
+        super().__init__()
+        _checks.choice("divergence", divergence, DIVERGENCES)
+        _checks.choice("direction", direction, DIRECTIONS)
+        _checks.share("alpha", alpha)
+        _checks.fixed_temperature("temperature", temperature, elsewhere)
+        _checks.fixed_temperature("temperature (squared)", temperature**2, elsewhere)
+        self.divergence, self.direction, self.alpha = divergence, direction, alpha
+        self.temperature, self.divergence_alpha, self.beta = temperature, divergence_alpha, beta
+        self._of = of_name(divergence, divergence_alpha, beta, "divergence_alpha")
+        self._reverse = direction == DIRECTIONS[1]
+        self.last: dict[str, torch.Tensor] = {}
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for print(model)."""
+        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+
+    def _combine(
+        self,
+        like: torch.Tensor,
+        labels: torch.Tensor,
+        normalizer: float | torch.Tensor | None,
+        teacher: tuple[Any, ...],
+        statistics: Callable[..., TokenStats],
+        divergence: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Check labels [...] of `like` [..., X], add up the terms of a weight above 0, and remember
+        their means.
+
+        statistics: token_stats of (labels, *teacher, mask=); divergence: its sum for a mask.
+        """
+        _checks.tokens(labels, like.shape[:-1], like.device, "labels")
+        _checks.normalizer(normalizer, "mean", like.device)
+        mask, sums = labels != IGNORED, {}
+        # The KL at temperature 1 comes with the log-probs.
+        joint = self.divergence == "kl" and self.temperature == 1 and 0 < self.alpha < 1
+        if self.alpha < 1:
+            stats: Any = statistics(labels, *(teacher if joint else ()), mask=mask)
+            sums["cross_entropy"] = -stats.logprob.sum()
+        if joint:
+            sums["divergence"] = (stats.kl if self._reverse else stats.ref_kl).sum()
+        elif self.alpha > 0:
+            sums["divergence"] = divergence(mask)
+        scales = {"cross_entropy": 1 - self.alpha, "divergence": self.alpha * self.temperature**2}
+        total = torch.stack([scales[name] * value for name, value in sums.items()]).sum()
+        loss = _reduce.reduced(total, mask, None, "mean", normalizer)
+        if not dual_op.transforming():  # else these tensors are invalid outside the transform
+            with torch.no_grad():
+                tokens = mask.sum(dtype=total.dtype)
+                means = {name: value / tokens.clamp(min=1) for name, value in sums.items()}
+                self.last = {**means, "tokens": tokens, "loss": loss.detach().clone()}
+        return loss
+
+
+class DistillationLoss(_Distillation):
+    """Computes a mixture of the cross-entropy with the labels and a divergence of student and
+    teacher, a scalar loss.
+
+    Equivalent to
+
+        mask = labels != -100
+        cross_entropy = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+        kl = kl_divergence(teacher_logits, logits, mask, temperature=temperature)
+        loss = ((1 - alpha) * cross_entropy + alpha * temperature**2 * kl.sum()) / mask.sum()
+
+    for the default divergence, without a tensor of probabilities: from one read of both logits at
+    temperature 1, else from one of the student's for the cross-entropy and those of the divergence.
+
+    Args:
+        divergence: "kl", "js", "skew_kl", "renyi", "total_variation" or "jeffreys", as in
+            linear_divergence. P, its first model, is the teacher.
+        alpha: the divergence's weight, a number in [0, 1]; 1 - alpha is the cross-entropy's. A term
+            of weight 0 is not computed.
+        temperature: divides both logits in the divergence, not in the cross-entropy; a positive
+            number. Its square keeps the gradient's size.
+        direction: "teacher||student", the forward KL, or "student||teacher", the reverse KL: P and
+            Q exchanged, of every divergence.
+        divergence_alpha: the divergence's own alpha, of "skew_kl" and "renyi".
+        beta: of "js", the share of P. Default: 0.5.
+
+    forward(logits, teacher_logits, labels, *, normalizer=None) takes logits [..., V] and integer
+    labels [...], -100 where a token does not count, and returns a float32 scalar with gradient with
+    respect to the logits that require it. labels[..., t] is the token that logits[..., t, :]
+    predict: of a causal model's pass logits[:, :-1] and labels[:, 1:]. Without a token that counts
+    it returns 0. normalizer: the divisor in place of mask.sum(), as in KLPenalty.
+
+    `last` holds the last call's means over the tokens that count, as detached tensors:
+    "cross_entropy" and "divergence" (nats, without weights and temperature²; absent if not
+    computed), and "tokens" (their number) and "loss". A call inside a transform of torch.func
+    leaves it unchanged.
+
+    Raises ValueError or TypeError for wrong arguments, as kl_divergence and token_stats do.
+    Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network (2015), section 2.
+    """
+
+    def __init__(
+        self,
+        divergence: DivergenceName = "kl",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        *,
+        direction: DistillationDirection = "teacher||student",
+        divergence_alpha: float | None = None,
+        beta: float | None = None,
+    ) -> None:
+        super().__init__(
+            divergence, alpha, temperature, direction, divergence_alpha, beta, "kl_divergence"
+        )
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a batch; see the class."""
+        _checks.logits("logits", logits)
+        _checks.logits("teacher_logits", teacher_logits)
+        _checks.same_shape("teacher_logits", teacher_logits, "logits", logits)
+        pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
+        return self._combine(
+            *(logits, labels, normalizer, (teacher_logits,)),
+            functools.partial(token_stats, logits),
+            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None).of(*self._of),
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class LinearDistillationLoss(_Distillation):
+    """Computes DistillationLoss from hidden states and lm_head weights, a chunk of logits at a
+    time.
+
+    Equivalent to
+
+        logits = F.linear(hidden, weight)
+        teacher_logits = F.linear(ref_hidden, ref_weight)
+        loss = DistillationLoss(divergence, alpha, temperature)(logits, teacher_logits, labels)
+
+    with logits_dtype, chunk_size and recompute as in linear_token_stats. The KL at temperature 1
+    comes with the cross-entropy, in the products and memory of one linear_token_stats of both
+    models: four with a trained lm_head and kept logits, six without. Otherwise the divergence costs
+    those of linear_divergence with "sum", four, and the cross-entropy those of linear_token_stats
+    of the student, three or four.
+
+    Args:
+        divergence, alpha, temperature, direction, divergence_alpha, beta: as DistillationLoss.
+        logits_dtype, chunk_size, recompute: as linear_token_stats.
+
+    forward(hidden, weight, ref_hidden, ref_weight, labels, *, normalizer=None) takes the student's
+    hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and
+    [V, H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
+    gradient with respect to those that require it; pass weight.detach() as ref_weight to keep the
+    teacher's gradient out of a shared lm_head. A bias, soft cap or factor of the logits is its
+    Head's. labels, normalizer, `last`: as DistillationLoss.
+
+    Raises ValueError or TypeError for wrong arguments, as linear_divergence and linear_token_stats
+    do. Source: as DistillationLoss.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        divergence: DivergenceName = "kl",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        *,
+        direction: DistillationDirection = "teacher||student",
+        divergence_alpha: float | None = None,
+        beta: float | None = None,
+        logits_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        recompute: bool | None = None,
+    ) -> None:
+        super().__init__(
+            divergence, alpha, temperature, direction, divergence_alpha, beta, "linear_divergence"
+        )
+        _head_checks.chunk_size(chunk_size)
+        _head_checks.recompute(recompute)
+        _head_checks.float_type("logits_dtype", logits_dtype)
+        self.logits_dtype, self.chunk_size, self.recompute = logits_dtype, chunk_size, recompute
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | Head,
+        ref_hidden: torch.Tensor,
+        ref_weight: torch.Tensor | Head | None,
+        labels: torch.Tensor,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a batch; see the class."""
+        kind, share, factor = self._of
+        models = (hidden, weight, None, ref_hidden, ref_weight, None)
+        options = self.logits_dtype, self.chunk_size, self.recompute
+        inputs = prepare(
+            Given(*models, self.temperature, None, None, None, *options),
+            reference_required=True,
+            swapped=self._reverse == (factor is not None),
+        )
+        statistics = functools.partial(
+            linear_token_stats,
+            hidden,
+            weight,
+            logits_dtype=self.logits_dtype,
+            chunk_size=self.chunk_size,
+            recompute=self.recompute,
+        )
+
+        def divergence(mask: torch.Tensor) -> torch.Tensor:
+            asked = inputs._replace(mask=mask, divergence=kind, share=share)
+            total = reduced(asked, None, "sum", None, self.recompute)
+            return total if factor is None else factor * total
+
+        return self._combine(
+            hidden, labels, normalizer, (ref_hidden, ref_weight), statistics, divergence
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward
