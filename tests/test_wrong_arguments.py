@@ -65,6 +65,7 @@ OWN: dict[str, Callable[[], object]] = {
     "PPOAdaptiveBeta.update.kl": lambda: 0.1,
     "SpikeDetector.update.kl": lambda: 0.1,
     "dpo_loss.beta": lambda: 0.1,
+    "linear_divergence.ref_hidden": lambda: TENSORS["hidden"],
     "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
 }
 # An argument is looked at beside these: function.argument, as patterns, the first that fits.
@@ -88,15 +89,18 @@ BESIDE = [
     ("*_stats.ref_weight", {"ref_hidden": TENSORS["hidden"]}),
     ("*_stats.ref_temperature", {"ref_hidden": TENSORS["hidden"]}),
     ("*_stats.ref_bias", {"ref_hidden": TENSORS["hidden"], "bias": TENSORS["bias"]}),
+    ("linear_divergence.ref_logits", {"ref_hidden": None}),
+    ("linear_topk*.bias", {}),
     ("*linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("*linear*.ref_bias", {"bias": TENSORS["bias"]}),
     ("Linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("Linear*.ref_bias", {"bias": TENSORS["bias"]}),
+    ("token_stats.logits", {"tokens": TENSORS["tokens"]}),
     ("*.weights", {"reduction": "sum"}),
     ("grpo_loss.normalizer", {"reduction": "bnpo"}),
-    ("*.normalizer", {"reduction": "mean"}),
     ("linear_divergence.alpha", {"divergence": "renyi"}),
     ("linear_divergence.beta", {"divergence": "js"}),
+    ("*.normalizer", {"reduction": "mean"}),
     ("*DistillationLoss.divergence_alpha", {"divergence": "renyi"}),
     ("*DistillationLoss.beta", {"divergence": "js"}),
 ]
@@ -127,7 +131,9 @@ def right(
         key = f"{target}.{name}"
         if name == "state":
             values[name] = own.state_dict()
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+        elif key in OWN or (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        ):
             assert key in OWN or name in RIGHT, f"{key}: give RIGHT a value for it"
             values[name] = OWN[key]() if key in OWN else RIGHT[name]
     return values
@@ -254,6 +260,9 @@ VALID = [
         "logits alone may have any shape and device",
     ),
     (r"(token_stats|selective_log_softmax|topk_.*)\.logits", "longer, shorter, float64", "any V"),
+    (r"entropy_from_logits\.logits", f"meta, float64, {ANY_SHAPE}", "no other argument to fit"),
+    (r"(linear_)?token_stats\.tokens", "None", "without log-probabilities"),
+    (r"(linear_)?token_stats\.support", "last dimension more", "K ids of each row"),
     (
         r".*\.((ref_)?temperature|weights|advantages|scores|topk_logprobs)",
         "float64",
@@ -288,7 +297,7 @@ VALID = [
         "any figure, a tensor's mean; None: not reported",
     ),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
-    (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
+    (r"grpo_loss\.correct_kl|.*\.(recompute|reverse)", "bool", "a bool"),
     (r"((ppo|grpo)_loss|divergence_mask)\.old_logprob", "None", "the policy as it is now"),
     (r"divergence_mask\.limit", "inf", "no limit"),
     (r"LinearDistillationLoss\.forward\.ref_weight", "None", "the student's"),
