@@ -23,7 +23,7 @@ GROUPS = (
     ("test_kernels", "test_row_segment"),
     ("test_tokens", "test_linear", "test_linear_options"),
     ("test_divergence_family",),
-    ("test_topk", "test_topk_op", "test_linear_divergence"),
+    ("test_topk", "test_linear_divergence"),
     ("test_engine", "test_far_rows"),
     (
         "test_torch",

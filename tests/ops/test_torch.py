@@ -2,6 +2,7 @@
 graphs, and the bytes that they allocate and hold.
 """
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import cases
 import family
 import memory
 import pytest
+import test_topk
 import torch
 from cases import HAS_CPP
 from test_dispatch import assert_same
@@ -61,6 +63,18 @@ def divergences(p, q, data):
     members = family.KINDS.values()
     values = [member(p, q, data.mask, temperature=data.temperatures) for member in members]
     return *values[:2], values[2] + values[3], *values[4:]
+
+
+def listed(p, q, data):
+    teacher = (p + q).detach().log_softmax(-1).topk(5)
+    ways = [*itertools.product((p, q), test_topk.DIRECTIONS)]
+    return tuple(
+        sum(
+            fastkl.topk_kl_divergence(x, *teacher, data.mask, direction=direction, tail=tail)
+            for x, direction in ways
+        )
+        for tail in test_topk.TAILS
+    )
 
 
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
@@ -128,6 +142,7 @@ COMPILED = {
     "kl": kl,
     "stats": stats,
     "divergences": divergences,
+    "listed": listed,
     "penalty": lambda p, q, data: (PENALTY(p, q, data.mask),),
 }
 
