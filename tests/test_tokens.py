@@ -224,6 +224,7 @@ def test_gradcheck_in_fp64() -> None:
     assert torch.equal(alone, selective_log_softmax(logits, index[:, 0]))
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the ops' rules do not depend on the kernels")
 def test_opcheck(implementation) -> None:
     logits = testing.pair("normal3", 6, 29, 0.0)[0].view(2, 3, 29)
     index = torch.randint(29, (2, 3, 4), generator=torch.Generator().manual_seed(2))

@@ -178,16 +178,6 @@ def test_absent_entries(implementation, name) -> None:
         assert_same(outcome(implementation.device, student, more, padded_ids), expected)
 
 
-# As vLLM appends the prompt's own token where it is not among the first K.
-@each_direction
-def test_one_more_entry(implementation, direction) -> None:
-    student, logprobs, ids = example(k=9)
-    kept = torch.tensor([0, 1, 2, 3, 8])
-    check(
-        implementation, student, logprobs[:, kept], ids[:, kept], direction=direction, tail="bucket"
-    )
-
-
 @each_tail
 @each_direction
 def test_repeated_ids_add_up(implementation, direction, tail) -> None:
@@ -249,11 +239,12 @@ def test_mass_of_padding(implementation) -> None:
 # ---- options
 
 
+# Of lists that leave out some of the most probable tokens, as vLLM's do that end with the prompt's.
 @each_tail
 @each_direction
 def test_clip(implementation, direction, tail) -> None:
     student, logprobs, ids = example(k=8)
-    logprobs, ids = torch.cat([logprobs] * 2), torch.cat([ids] * 2)
+    logprobs, ids = (torch.cat([value[:, ::2]] * 2) for value in (logprobs, ids))
     student = torch.cat([student, student.flip(-1)])
     how = {"direction": direction, "tail": tail}
     clipped = check(implementation, student, logprobs, ids, clip=0.01, **how)
@@ -321,6 +312,7 @@ def test_leading_shapes(implementation, leading) -> None:
 # ---- the ops
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the ops' rules do not depend on the kernels")
 @pytest.mark.parametrize("temperature", (0.7, PER_ROW), ids=str)
 def test_opcheck(implementation, temperature) -> None:
     given = (implementation.device, *example(vocabulary=19), torch.ones(len(SIZES)).bool())

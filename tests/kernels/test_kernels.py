@@ -3,6 +3,7 @@ offsets beyond 2^31; no recompiles.
 """
 
 import inspect
+import itertools
 import math
 from unittest import mock
 
@@ -83,7 +84,12 @@ def test_same_bits_wherever_a_row_is(kernels, vocabulary, count, layouts, dtype)
 
 # Right, and the same bits in any batch, for each way to cut a row, whether or not rows are read
 # again: half masked, equal, far, peaked. Four rows share a program of the fallback.
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    itertools.product(CONFIGS, cases.FLOATS.values())
+    if not INTERPRETING
+    else zip(CONFIGS, (torch.float32, torch.bfloat16, torch.float32), strict=True),
+)
 def test_each_configuration(kernels, name, dtype) -> None:
     vocabulary = 2 * CONFIGS[name].segment + 9 if INTERPRETING else 70001
     p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 5)
