@@ -107,16 +107,9 @@ def fallback_statistics(
         log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
     # The means and the entropy follow below; peak_ratios reads none of them.
     stats = Fallback(
-        x_peak,
-        y_peak,
-        log_sum,
-        log_sum_ratio,
-        tl.max(y_at_x_peak, 0),
-        log_sum,
-        tl.max(x_at_y_peak, 0),
-        log_sum,
-        log_sum,
-    )
+        x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum,
+        tl.max(x_at_y_peak, 0), log_sum, log_sum,
+    )  # fmt: skip
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp

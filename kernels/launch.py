@@ -24,6 +24,8 @@ from .series import KL, Series
 # fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
 FIELDS = Upstream._fields
+# Arguments of row_forward, in its order, by the names of `outputs`.
+POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 # Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
 # rows spread over a GPU, but enough that all programs of 8192 rows are resident.
 FALLBACK_ROWS = 4
@@ -220,16 +222,7 @@ def forward(
         divergence.constants(),
         tuple(config._override.items()),
     )
-    fields = dict(
-        saved_ptr=saved,
-        logprob_ptr=outputs.get("logprob", saved),
-        entropy_ptr=outputs.get("entropy", saved),
-        ref_logprob_ptr=outputs.get("ref_logprob", saved),
-        kl_ptr=outputs.get("kl", saved),
-        ref_kl_ptr=outputs.get("ref_kl", saved),
-        lse_ptr=outputs.get("lse", saved),
-        ref_lse_ptr=outputs.get("ref_lse", saved),
-    )
+    fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     places, temperature = layout.places, float(problem.temperature)
     with _on(p):
         state = counters = saved

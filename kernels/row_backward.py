@@ -88,15 +88,8 @@ def write_chunk(  # noqa: PLR0915
         upstream_of(args.upstream, row, args.n_rows, fields.lse),
         upstream_of(args.upstream, row, args.n_rows, fields.ref_lse),
     )
-    activity = (
-        tl.abs(g.logprob)
-        + tl.abs(g.entropy)
-        + tl.abs(g.ref_logprob)
-        + tl.abs(g.kl)
-        + tl.abs(g.ref_kl)
-        + tl.abs(g.lse)
-        + tl.abs(g.ref_lse)
-    )
+    activity = tl.abs(g.logprob) + tl.abs(g.entropy) + tl.abs(g.ref_logprob) + tl.abs(g.kl)
+    activity += tl.abs(g.ref_kl) + tl.abs(g.lse) + tl.abs(g.ref_lse)
     if cut.has_mask:
         activity = tl.where(tl.load(args.mask + row) != 0, activity, 0.0)
     scale = row_scale(args.temperatures, args.temperature, row, row >= 0, cut.per_row)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fastkl import kl_divergence, testing, token_stats
 from fastkl.ops import engine
@@ -195,6 +196,16 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen += [(func, args)] if func.namespace == "fastkl" else []
         return func(*args, **(kwargs or {}))
+
+
+# Check schema, fake results, autograd and AOT dispatch of each op of one call and its backward.
+def check_ops(call) -> list:
+    with Calls() as calls:
+        call()
+    torch.library.opcheck(*calls[0])
+    for func, args in calls[1:]:  # of backward: second derivatives are refused
+        torch.library.opcheck(func, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
+    return calls
 
 
 # Count how often call() waits for the GPU, once everything is compiled.

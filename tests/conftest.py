@@ -7,6 +7,7 @@ Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a 
 """
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -137,8 +138,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
 
 
-# Start those processes first, the longest before the others.
+# Start those processes first, the longest before the others. What the imports made is left out of
+# every collection of garbage, which tests of memory ask for.
 def pytest_runtestloop(session: pytest.Session) -> None:
+    gc.freeze()
     modules = {getattr(item, "module", None) for item in session.items}
     starts = [m for m in modules if hasattr(m, "start_in_background")]
     if not session.config.option.collectonly:

@@ -1,9 +1,10 @@
-"""Σ weights · x / normalizer, of kl_divergence and of the penalties: values and gradients."""
+"""Σ weights · x / normalizer, of the divergences and of the penalties: values and gradients."""
 
 import functools
 import itertools
 import math
 
+import family
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from fastkl import testing
 V, H = 17, 5
 TENSORS = torch.tensor(2.5), torch.tensor([7]), torch.tensor(2.5, dtype=torch.float64)
 NORMALIZERS = [None, 2.5, 7, *TENSORS]
+MEMBERS = {"kl": family.Member(fastkl.kl_divergence, "kl"), **family.KINDS}
 
 
 # (p, q, mask, weights): two sequences, of three tokens and of one; masked rows hold NaN.
@@ -29,17 +31,21 @@ def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor
     [("sum", None), *itertools.product(["mean", "token_mean"], NORMALIZERS)],
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_value_and_gradients(implementation, reduction, weighted, normalizer) -> None:
+@pytest.mark.parametrize("name", MEMBERS)
+def test_value_and_gradients(implementation, name, reduction, weighted, normalizer) -> None:
     p, q, mask, weights = batch(implementation.device)
     leaves = [testing.leaf(value) for value in (p, q, weights)]
     more = {"weights": leaves[2]} if weighted else {}
     if isinstance(normalizer, torch.Tensor):
         normalizer = normalizer.to(implementation.device)
     more |= {"reduction": reduction, "normalizer": normalizer}
-    result = fastkl.kl_divergence(*leaves[:2], mask, **more)
+    result = MEMBERS[name](*leaves[:2], mask, **more)
     exact = [testing.leaf(value[mask].double()) for value in (p, q, weights)]
-    kl = testing.truth(*exact[:2]).kl * (exact[2] if weighted else 1)
-    expected = kl.sum() / float({"sum": 1}.get(reduction, 4 if normalizer is None else normalizer))
+    logs, member = family.log_probs(*exact[:2]), MEMBERS[name]
+    values = family.textbook(*logs, member.kind, member.share) * (exact[2] if weighted else 1)
+    expected = values.sum() / float(
+        {"sum": 1}.get(reduction, 4 if normalizer is None else normalizer)
+    )
     assert result.dtype == torch.float32 and result.shape == ()
     testing.assert_near(result, expected, 2e-5, 0.0, "value")
     sides = (result, leaves[: 2 + weighted]), (expected, exact[: 2 + weighted])
@@ -74,6 +80,7 @@ LOSSES = {
     "linear_kl_divergence": of_states(
         functools.partial(fastkl.linear_kl_divergence, reduction="token_mean")
     ),
+    "js_divergence": functools.partial(fastkl.js_divergence, beta=0.1, reduction="mean"),
     "token_mean": fastkl.KLPenalty(0.5),
     "reverse": fastkl.KLPenalty(0.5, direction="reference||policy", reduction="mean"),
     "sequence_mean": fastkl.KLPenalty(0.5, reduction="sequence_mean"),

@@ -23,10 +23,14 @@ CASES = [(kind, share) for kind, shares in SHARES.items() for share in shares]
 V = 13
 
 
-# Rows of each size, and the largest with entries that P, Q or both do not have.
+ROWS = (*SIZES, 1.0, 1.0, 1.0, 1.0)
+
+
+# Rows of each size, and others with entries that P, Q or both do not have; the last one's models
+# have no entry in common.
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    p, q = testing.sizes_pair("normal3", (*SIZES, 1.0, 1.0, 1.0), (0.0, 50.0), V, torch.float64)
-    p[5:, :3] = q[5:, :3] = -math.inf
+    p, q = testing.sizes_pair("normal3", ROWS, (0.0, 50.0), V, torch.float64)
+    p[5:, :3] = q[5:, :3] = p[8, :8] = q[8, 8:] = -math.inf
     p[6, 4] = p[7, 4] = q[5, 6] = q[7, 6] = -math.inf
     return p, q
 
@@ -72,7 +76,7 @@ def test_high_precision(kind, share) -> None:
             defined(mp, *pair, kind, share) for pair in zip(p.tolist(), q.tolist(), strict=True)
         ]
         exact = torch.tensor([float(value) for value in exact], dtype=torch.float64)
-    for row, size in enumerate((*SIZES, 1.0, 1.0, 1.0)):
+    for row, size in enumerate(ROWS):
         relative = 1e-11 + 1e-14 / size
         testing.assert_near(results[row], exact[row], relative, 0.0, f"size {size}, row {row}")
     assert bool(((results == math.inf) == (exact == math.inf)).all())

@@ -19,23 +19,12 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The files that share a process, whose start takes seconds; the longest first.
 GROUPS = (
-    ("test_divergence", "test_divergence_rows"),
-    ("test_kernels", "test_row_segment"),
-    ("test_tokens", "test_linear", "test_linear_options"),
-    ("test_divergence_family",),
-    ("test_topk", "test_topk_op", "test_linear_divergences"),
-    ("test_engine", "test_far_rows"),
+    ("test_divergence", "test_divergence_rows", "test_divergence_family"),
+    ("test_kernels", "test_row_segment", "test_row_fused", "test_topk", "test_linear_divergences"),
+    ("test_tokens", "test_linear", "test_linear_options", "test_linear_checks"),
     (
-        "test_torch",
-        "test_linear_checks",
-    ),
-    (
-        "test_row_fused",
-        "test_dispatch",
-        "test_transforms",
-        "test_checks",
-        "test_penalty",
-        "test_backend",
+        *("test_engine", "test_far_rows", "test_torch", "test_dispatch", "test_transforms"),
+        *("test_checks", "test_penalty", "test_backend"),
     ),
 )
 

@@ -25,7 +25,6 @@ from linear_inputs import (
     small_case,
 )
 from test_linear import with_heads
-from torch.utils._pytree import tree_map_only
 
 import fastkl
 from fastkl import testing
@@ -168,7 +167,7 @@ def test_equals_klpenalty_on_logits(implementation, direction, reduction, mask, 
     batch, whatever masked hidden states hold; exactly 0 where no token counts. A controller's beta
     is read at the call.
     """
-    few(implementation, models == "everything")
+    few(implementation, models == "everything" and mask == "masked")
     case = with_heads(models, "sum").without("weights").but(mask=MASKS[mask])
     case = case.but(temperature=1.3) if models == "plain" else case
     for name in ("hidden", "ref_hidden"):
@@ -229,18 +228,14 @@ def test_opcheck(implementation, call, mix) -> None:
 
     They do not depend on the kernels: the interpreter has the mix in which most takes part.
     """
-    few(implementation, mix == "everything")
+    few(implementation, mix == "everything" and call == "mean")
     if mix == "one model" and call != "stats":
         pytest.skip("a KL needs a reference")
     left_out, changes = MIXES[mix]
     sizes = {"vocabulary": V, "width": H, "ref_width": H if "ref_weight" in left_out else 3}
     case = small_case(call, **{"leading": (3,), "sizes": sizes, **changes}).without(*left_out)
-    with cases.Calls() as calls:
-        linear_cases.outcome(case, implementation.device)
+    calls = cases.check_ops(lambda: linear_cases.outcome(case, implementation.device))
     assert len(calls) >= 1 + bool(case.trainable)
-    torch.library.opcheck(*calls[0])
-    for func, args in calls[1:]:  # of backward: second derivatives are refused
-        torch.library.opcheck(func, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
 
 
 @pytest.mark.parametrize(

@@ -66,32 +66,23 @@ def test_bits_do_not_depend_on_the_batch(dtype, temperature, elements, monkeypat
     assert_same(outcome(turned).named().values(), [value[order] for value in expected.values()])
 
 
-@pytest.fixture
-def two_threads(request) -> None:
+def sums(rows: Rows) -> list[torch.Tensor]:
+    """Sums of P's entries, every field, and the KL's gradient apart and together."""
+    ones, fields = torch.ones(rows.count), cases.forward("reference", rows).fields.values()
+    rows = rows._replace(tokens=None)
+    grads = (compute(rows, ones).grads[0] for compute in (apart, together))
+    return [cpu_passes.row_sum(rows.p), *fields, *grads]
+
+
+@pytest.mark.parametrize("count, vocabulary", [(9, 17), (9, 300), (9, 1003), (9, 5003), (3, 33001)])
+def test_bits_with_two_threads(count, vocabulary, request) -> None:
     """With several threads torch divides the sum of a row that is alone."""
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-
-
-def test_bits_of_long_rows_with_two_threads(two_threads) -> None:
-    values = torch.randn(3, 33001)
-    alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
-    testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
-    rows = Rows(*testing.pair("normal3", 3, 33001, 0.1), torch.zeros(3, dtype=torch.long))
-    whole = outcome(rows).fields
-    for i in range(3):
-        alone = outcome(rows.part([i])).fields
-        assert_same(alone.values(), [value[[i]] for value in whole.values()], "field")
-
-
-@pytest.mark.parametrize("compute", [apart, together])
-@pytest.mark.parametrize("vocabulary", [17, 300, 1003, 5003])
-def test_bits_of_gradients_with_two_threads(two_threads, vocabulary, compute) -> None:
-    rows, ones = Rows(*testing.pair("normal3", 9, vocabulary, 0.1)), torch.ones(9)
-    whole = apart(rows, ones).grads[0]
-    testing.assert_same_bits(compute(rows, ones).grads[0], whole, "all")
-    alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(9)]
-    testing.assert_same_bits(torch.cat(alone), whole, "alone")
+    rows = Rows(*testing.pair("normal3", count, vocabulary, 0.1), torch.arange(count))
+    whole, alone = sums(rows), [sums(rows.part([i])) for i in range(count)]
+    assert_same(whole, [torch.cat(each) for each in zip(*alone, strict=True)])
+    testing.assert_same_bits(*whole[-2:], "together")
 
 
 def test_which_rows_are_left_to_the_definition() -> None:

@@ -9,6 +9,7 @@ import cases
 import family
 import memory
 import pytest
+import test_topk
 import torch
 from cases import HAS_CPP
 from test_dispatch import assert_same
@@ -61,6 +62,17 @@ def divergences(p, q, data):
     members = family.KINDS.values()
     values = [member(p, q, data.mask, temperature=data.temperatures) for member in members]
     return *values[:2], values[2] + values[3], *values[4:]
+
+
+def listed(p, q, data):
+    given = p + q, *(p - q).detach().log_softmax(-1).topk(5), data.mask
+    return tuple(
+        sum(
+            fastkl.topk_kl_divergence(*given, direction=direction, tail=tail)
+            for direction in test_topk.DIRECTIONS
+        )
+        for tail in test_topk.TAILS
+    )
 
 
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
@@ -128,13 +140,15 @@ COMPILED = {
     "kl": kl,
     "stats": stats,
     "divergences": divergences,
+    "listed": listed,
     "penalty": lambda p, q, data: (PENALTY(p, q, data.mask),),
 }
 
 
 @pytest.mark.parametrize(
     "name, compiler, dynamic",
-    [(name, "aot_eager", dynamic) for name in COMPILED for dynamic in (False, True)]
+    [(name, "aot_eager", False) for name in COMPILED]
+    + [(name, "aot_eager", True) for name in COMPILED if name != "listed"]
     + [("kl", "inductor", False), ("stats", "inductor", True), ("penalty", "inductor", False)],
 )
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
@@ -243,7 +257,10 @@ def sized(implementation, times: int = 1) -> SimpleNamespace:
 FUNCTIONS = {
     "kl": (kl, 1),
     "stats": (stats, len(FIELDS)),
-    "js": (lambda p, q, data: (fastkl.js_divergence(p, q, data.mask),), 1),
+    **{
+        name: (lambda p, q, data, member=member: (member(p, q, data.mask),), 1)
+        for name, member in [*family.KINDS.items()][: 1 if cases.INTERPRETING else None]
+    },
 }
 
 
@@ -291,10 +308,10 @@ def test_bytes_held_for_backward(implementation, name) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bytes_held_under_checkpointing(implementation, name, reentrant) -> None:
-    """No memory beyond the results."""
+    """No memory beyond the results, and the factor of an exchanged divergence."""
     (function, fields), data = FUNCTIONS[name], sized(implementation)
     given, more = (function, data.p, data.q, data), {"preserve_rng_state": False}
     left = memory.allocated(
         implementation.device, lambda: checkpoint(*given, use_reentrant=reentrant, **more)
     )[1]
-    assert left <= 4 * fields * data.rows + (512 * 8 if implementation.device == "cuda" else 0)
+    assert left <= 4 * fields * data.rows + (512 * 8 if implementation.device == "cuda" else 8)
