@@ -274,8 +274,8 @@ def forward(
                 ),
             )
         if divergence.forward:
-            arguments |= divergence.numbers(divergence.forward)
-            plan.second.start(layout.rows * plan.splits, arguments)
+            numbers = divergence.numbers(divergence.forward)
+            plan.second.start(layout.rows * plan.splits, {**arguments, **numbers})
 
 
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:

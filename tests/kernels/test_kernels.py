@@ -12,11 +12,12 @@ import pytest
 import torch
 from cases import INTERPRETING, Rows, assert_gradients, assert_same, padded
 
+import fastkl
 from fastkl import testing, token_stats
 from fastkl.ops.fields import FIELDS
 
 pytest.importorskip("triton")
-from fastkl.kernels import config, launch
+from fastkl.kernels import config, launch, launch_fused, launch_outside
 
 # Several segments per row, several tiles per segment, one 16-byte block per thread, one warp.
 CONFIGS = {
@@ -39,7 +40,7 @@ def data(
     sizes = (0.03, 1.0, 0.3, 0.1, 0.3)[:rows]
     p, q = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, dtype)
     tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
-    upstream = testing.upstream_for(torch.empty(5, rows))
+    upstream = testing.upstream_for(torch.empty(len(FIELDS), rows))
     return tuple(value.to(device) for value in (p, q, tokens, upstream))
 
 
@@ -169,10 +170,15 @@ def test_segment_lengths(preferred) -> None:
 # ---- compilation
 
 LAUNCHED = launch.row_forward, launch.row_fallback, launch.row_backward
+ALL_LAUNCHED = (
+    *LAUNCHED,
+    *(launch.row_divergence, launch.row_divergence_backward),
+    *(launch_fused.row_fused, launch_outside.row_outside),
+)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter does not specialize")
-@pytest.mark.parametrize("kernel", LAUNCHED)
+@pytest.mark.parametrize("kernel", ALL_LAUNCHED)
 def test_numbers_are_not_specialized(kernel) -> None:
     for one in kernel.params:
         assert one.is_constexpr or one.name.endswith("_ptr") or one.do_not_specialize, one.name
@@ -182,10 +188,14 @@ def test_arguments_come_in_the_order_of_the_signatures(kernels) -> None:
     start = launch.Variant.start
     with mock.patch.object(launch.Variant, "start", autospec=True, side_effect=start) as spy:
         outcome(*data(300, torch.float32, kernels.device))
+        p, q = testing.pair("normal3", 2, 304, 0.3, device=kernels.device)
+        p, ids = p.requires_grad_(), torch.zeros(2, 1, dtype=torch.long, device=p.device)
+        more = fastkl.topk_kl_divergence(p, ids - 1.0, ids).sum() + fastkl.js_divergence(p, q).sum()
+        (more + fastkl.kl_divergence(p, q, reduction="mean")).backward()
     for variant, _, arguments in (call.args for call in spy.call_args_list):
         names = inspect.signature(variant.kernel.fn).parameters
         assert [*arguments, *variant.constants] == [*names]
-    assert {call.args[0].kernel for call in spy.call_args_list} == {*LAUNCHED}
+    assert {call.args[0].kernel for call in spy.call_args_list} == {*ALL_LAUNCHED}
 
 
 # The first start goes through Triton, by name and with the compiler's options; the others start its
