@@ -38,7 +38,7 @@ INTERPRETED = {
     "Liger KLDIVLoss (interpreted)": ("Liger KLDIVLoss", None),
     "Liger JSD (interpreted)": ("Liger JSD", None),
 }
-MEASURES = {"kl": ("worst_relative", ""), "gradient": ("gradient_worst", ", gradient")}
+MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 KL = "kl_divergence"
 FAMILY_TARGETS, COMPILED = TARGETS[::2], "torch.compile"
 
@@ -216,7 +216,7 @@ def figures(data, dtype, measure, operation=KL):
     They are over the kinds of rows of one size. An error that is not a number counts as infinite;
     worst is NaN where a provider failed in one of the kinds: the others alone would flatter it.
     """
-    key, _ = MEASURES[measure]
+    key = MEASURES[measure]
     lines = [
         {
             "size": found["target"],
@@ -287,12 +287,12 @@ def power(value):
 
 def tables(data):
     """Yield (title, table)."""
+    titles = {"kl": "", "gradient": ", gradient"}
     for dtype in dict.fromkeys(found["dtype"] for found in data["records"]):
-        for measure, (_, title) in MEASURES.items():
+        for measure, title in titles.items():
             yield f"the KL{title}, {dtype}", markdown(data, dtype, measure)
-    if operations_of(data):
-        for measure, (_, title) in MEASURES.items():
-            yield f"the other divergences{title}, fp32", family_markdown(data, measure)
+    for measure, title in titles.items() if operations_of(data) else ():
+        yield f"the other divergences{title}, fp32", family_markdown(data, measure)
 
 
 # The plot
