@@ -287,12 +287,13 @@ def power(value):
 
 def tables(data):
     """Yield (title, table)."""
-    titles = {"kl": "", "gradient": ", gradient"}
     for dtype in dict.fromkeys(found["dtype"] for found in data["records"]):
-        for measure, title in titles.items():
-            yield f"the KL{title}, {dtype}", markdown(data, dtype, measure)
-    for measure, title in titles.items() if operations_of(data) else ():
-        yield f"the other divergences{title}, fp32", family_markdown(data, measure)
+        yield f"the KL, {dtype}", markdown(data, dtype)
+        to = f"gradient to {data['wrt'].upper()}"
+        yield f"the KL, its {to}, {dtype}", markdown(data, dtype, "gradient")
+    if operations_of(data):
+        yield "the other divergences, fp32", family_markdown(data, "kl")
+        yield "the other divergences, their gradient to Q, fp32", family_markdown(data, "gradient")
 
 
 # The plot
