@@ -309,19 +309,20 @@ def draw(data, path):
     panels = list(upper.subplots(len(dtypes), 2, squeeze=False, sharex=True, sharey=True).flat)
     panels += lower.subplots(2, 3, sharex=True, sharey=True).flat
     errors = (item for found in data["records"] for item in found["errors"].items())
-    titles = {name: column_title(data, name) for name, error in errors if "rows" in error}
+    names = dict.fromkeys(name for name, error in errors if "rows" in error)
     drawn = [(f"{dtype}, {measure}", dtype, measure) for dtype in dtypes for measure in MEASURES]
     drawn += [(f"fp32, {name}", "fp32", "kl", name) for name in operations_of(data)]
     for panel, (title, *chosen) in zip(panels, drawn, strict=True):
         found = figures(data, *chosen)
         found["worst"] = found["worst"].clip(1e-8, 3e3)
-        table = found["worst"].unstack().reindex(columns=titles).rename(columns=titles)
+        table = found["worst"].unstack().reindex(columns=names)
         style = {"loglog": True, "ylim": (1e-8, 3e3), "grid": True, "xlabel": "", "legend": False}
         table.plot(ax=panel, marker="o", ms=4, **style)
         panel.set_title(title, fontsize=10)
         hollow = found["worst"][found["negative"] > 0]
         panel.scatter(hollow.index.get_level_values("size"), hollow, 5, "white", zorder=3)
-    worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
+    worst = f"worst of {data['rows']} rows of each kind (ours interpreted: fewer)"
+    worst += f", V = {data['vocabulary']}"
     what = f"relative error against float64 by KL in nats, {worst}; hollow: negative; top: infinite"
     figure.suptitle(what, fontsize=8)
     lines, names = panels[0].get_legend_handles_labels()
