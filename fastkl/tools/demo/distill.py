@@ -115,7 +115,7 @@ def picture(curves: dict[str, list[list[float]]]) -> bytes:
     figure, content = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained"), io.BytesIO()
     for at, axes in enumerate(figure.subplots(1, 2)):
         for name, curve in curves.items():
-            axes.plot([each[at] for each in curve], label=f"{name}: {curve[-1][at]:.1%}")
+            axes.plot([each[at] for each in curve], label=name)
         axes.set(
             title=f"{COLUMNS[at + 4]}: only the {('teacher', 'student')[at]} expects it",
             xlabel="step",
