@@ -5,9 +5,10 @@
 All providers get the same logits, float32 and bfloat16, of four kinds. The second tensor is the
 first plus noise, of the size that gives the KL in question. The error of a row is relative: that of
 its KL, and that of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient
-alone rounds by up to 2^-9). Providers whose kernels need a GPU run in Triton's interpreter on a
-CPU, ours on fewer rows (processes.py). Exit code 0: fastkl's KL is nowhere negative nor worse
-than plain torch's; 1: it is; 2: wrong use.
+alone rounds by up to 2^-9). The other divergences get the float32 pairs of some sizes, and have
+their gradient to the second tensor. Providers whose kernels need a GPU run in Triton's interpreter
+on a CPU, ours on fewer rows (processes.py). Exit code 0: no divergence of fastkl is negative or
+worse than plain torch's; 1: one is; 2: wrong use.
 """
 
 import io
@@ -16,6 +17,7 @@ import math
 import pickle
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,13 +31,16 @@ from fastkl import testing
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
 # Providers whose Triton kernels run in the interpreter: their names elsewhere, and of how many rows
-# of a pair, if not all: at V = 128256 a row of ours takes a second, one of theirs a tenth.
+# of a pair, if not all: at V = 128256 a row of ours takes three seconds, one of theirs a tenth. The
+# other divergences take longer, and get one row of ours.
 INTERPRETED = {
     "fastkl (Triton, interpreted)": ("fastkl", 2),
     "Liger KLDIVLoss (interpreted)": ("Liger KLDIVLoss", None),
     "Liger JSD (interpreted)": ("Liger JSD", None),
 }
 MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
+KL = "kl_divergence"
+FAMILY_TARGETS, COMPILED = TARGETS[::2], "torch.compile"
 
 
 # Pairs of logits, and errors
@@ -65,34 +70,63 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
     return p, q, exact
 
 
-def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
-    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
-    rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the
-    other."""
-    if missing := provider.why_not("kl_divergence"):
-        return {"reason": missing}
+class Problem(NamedTuple):
+    """Hold the inputs of an operation, its values and gradients in float64, and to which tensor a
+    provider is asked for the gradient."""
+
+    operation: str
+    p: torch.Tensor
+    q: torch.Tensor
+    tokens: torch.Tensor | None
+    values: torch.Tensor
+    gradients: testing.Gradients
+    wrt: str
+
+
+def problem(operation, p, q, exact, wrt):
+    """Make a Problem of two logits tensors and the truth of their KL."""
+    if operation == KL:
+        true = testing.kl_gradients(exact, torch.ones_like(exact.kl))
+        return Problem(KL, p, q, None, exact.kl, true, wrt)
+    p, tokens = cases.top_k(p) if operation == work.TOPK else (p, None)
+    leaf = q.double().requires_grad_()
+    (values,) = cases.exact(operation, p, leaf, tokens).values()
+    (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    gradients = testing.Gradients(None, gradient)
+    return Problem(operation, p, q, tokens, values.detach(), gradients, "q")
+
+
+def error_of(provider, asked, rows=None):
+    """Return the errors of one provider at one Problem, of its values and of its gradient, or
+    reasons; {} if it does not offer the operation. rows: of the pair, if not all. A provider
+    without a gradient to asked.wrt is asked for the other."""
+    if provider.why_not(asked.operation):
+        return {"reason": provider.missing} if provider.missing else {}
     found, key = {}, "reason"
     try:
-        kl, leaf, wrt = _run(provider, p[:rows], q[:rows], wrt)
+        kl, leaf, wrt = _run(provider, asked, rows)
         found = {"rows": len(kl), "negative": int((kl < 0).sum())}
-        found |= _relative(kl.detach(), exact.kl, rows, "worst_relative", "median_relative")
+        found |= _relative(kl.detach(), asked.values, rows, "worst_relative", "median_relative")
         key = "gradient_reason"
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
-        true = getattr(true_gradients, wrt)
+        true = getattr(asked.gradients, wrt)
         ends = _relative(gradient, true, rows, "gradient_worst", "gradient_median")
         return {**found, "wrt": wrt, **ends}
     except Exception as error:  # one provider's failure must not lose the others' figures
         return {**found, key: _reason(error)}
 
 
-def _run(provider, p, q, wrt):
-    run, (other,) = provider.operations["kl_divergence"], {*"pq"} - {wrt}
-    inputs = cases.inputs_of(p.detach(), q.detach(), wrt, tokens=None)
+def _run(provider, asked, rows):
+    def attempt(wrt):
+        p, q = (x[:rows].detach() for x in (asked.p, asked.q))
+        tokens = None if asked.tokens is None else asked.tokens[:rows]
+        inputs = cases.inputs_of(p, q, wrt, tokens=tokens)
+        return *provider.operations[asked.operation](inputs), *inputs.leaves, wrt
+
     try:
-        return *run(inputs), *inputs.leaves, wrt
+        return attempt(asked.wrt)
     except work.NotOfferedError:
-        inputs = cases.inputs_of(p.detach(), q.detach(), other, tokens=None)
-        return *run(inputs), *inputs.leaves, other
+        return attempt("q" if asked.wrt == "p" else "p")
 
 
 def _relative(result, true, rows, worst, median):
@@ -108,38 +142,43 @@ def _reason(error):
 
 
 def interpreted_error(name, pickled):
-    peer, rows = INTERPRETED[name]
+    (peer, rows), asked = INTERPRETED[name], pickle.loads(pickled)
+    rows = 1 if rows and asked.operation != KL else rows
     with fastkl.use_backend("triton"):
-        return error_of(
-            *providers.load_providers(torch.device("cpu"), [peer]), *pickle.loads(pickled), rows
-        )
+        return error_of(*providers.load_providers(torch.device("cpu"), [peer]), asked, rows)
 
 
-def errors_of(names, providers, *pair):
+def errors_of(names, providers, asked):
     """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
-    pickled = pickle.dumps(pair)
-    asked = [name for name in INTERPRETED if name in names]
-    apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
-    found = {provider.name: error_of(provider, *pair) for provider in providers}
+    pickled = pickle.dumps(asked)
+    some = [name for name in INTERPRETED if name in names]
+    apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in some}
+    found = {provider.name: error_of(provider, asked) for provider in providers}
     for name, future in apart.items():
         failed = future.exception()
         found[name] = {"reason": _reason(failed)} if failed else future.result()
-    return found
+    return {name: errors for name, errors in found.items() if errors}
 
 
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
-    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
+    """Yield a record per element type, kind of row, size of the KL and operation; sizes: rows,
+    vocabulary. Compiling the family would take longer than all the rest."""
     loaded = providers.load_providers(device, names)
+    eager = [provider for provider in loaded if provider.name != COMPILED]
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
-        kl, errors = exact.kl.median().item(), {}
-        # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
-        skipped = f"rounding to {dtype} gives a KL of {kl:.1e}"
-        if target / 3 <= kl <= target * 3:
-            true, skipped = testing.kl_gradients(exact, torch.ones_like(exact.kl)), None
-            errors = errors_of(names, loaded, p, q, exact, true, wrt)
+        kl = exact.kl.median().item()
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
-        yield {**found, "errors": errors, "skipped": skipped}
+        # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
+        if not target / 3 <= kl <= target * 3:
+            skipped = f"rounding to {dtype} gives a KL of {kl:.1e}"
+            yield {**found, "operation": KL, "errors": {}, "skipped": skipped}
+            continue
+        more = work.FAMILY if dtype == "fp32" and target in FAMILY_TARGETS else ()
+        for operation in (KL, *more):
+            asked = problem(operation, p, q, exact, wrt)
+            errors = errors_of(names, eager if operation in more else loaded, asked)
+            yield {**found, "operation": operation, "errors": errors, "skipped": None}
 
 
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
@@ -163,7 +202,7 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 
 
 def summary(found):
-    size = "{dtype:<5} {distribution:<9} KL {target:.0e}  ".format(**found)
+    size = "{dtype:<5} {distribution:<9} KL {target:.0e}  {operation}  ".format(**found)
     return size + (found["skipped"] or "")
 
 
@@ -171,7 +210,7 @@ def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
-def figures(data, dtype, measure):
+def figures(data, dtype, measure, operation=KL):
     """Return "worst", "negative" and "rows" by size of the KL and provider, of one element type.
 
     They are over the kinds of rows of one size. An error that is not a number counts as infinite;
@@ -190,7 +229,7 @@ def figures(data, dtype, measure):
         }
         for found in data["records"]
         for name, error in found["errors"].items()
-        if found["dtype"] == dtype
+        if (found["dtype"], found["operation"]) == (dtype, operation)
     ]
     found = pd.DataFrame(lines).groupby(["size", "provider"])
     return found.agg({"worst": lambda x: x.max(skipna=False), "negative": "sum", "rows": "sum"})
@@ -200,7 +239,7 @@ def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     """Write a table of the worst relative error by size of the KL and provider. providers,
     targets: which columns and rows (default: all with a figure). A provider without a figure
     gets a dash; one that took fewer rows of each pair than the others says how many."""
-    texts = figures(data, dtype, measure).apply(_text, axis=1).unstack()
+    texts = texts_of(data, dtype, measure).unstack()
     names = [name for name in names_of(data) if name in texts.dropna(axis=1, how="all")]
     texts = texts.reindex(columns=names if providers is None else providers).fillna("–")
     chosen = texts if targets is None else texts[texts.index.isin(targets)]
@@ -208,8 +247,29 @@ def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     return record.markdown(["KL", *(column_title(data, name) for name in texts)], lines)
 
 
-def column_title(data, name):
-    errors = (found["errors"].get(name, {}) for found in data["records"])
+def texts_of(*which):
+    return figures(*which).apply(_text, axis=1)
+
+
+def family_markdown(data, measure):
+    """Write a table of the other divergences, float32 logits: a line for each and each provider
+    with a figure, a column for each size of the KL."""
+    texts = {name: texts_of(data, "fp32", measure, name).unstack(0) for name in operations_of(data)}
+    lines = [
+        [f"`{operation}`", column_title(data, name, operation), *cells]
+        for operation, table in texts.items()
+        for name, *cells in table.dropna(how="all").fillna("–").itertuples()
+    ]
+    return record.markdown(["KL", "", *map(power, FAMILY_TARGETS)], lines)
+
+
+def operations_of(data):
+    return [name for name in work.FAMILY if any(r["operation"] == name for r in data["records"])]
+
+
+def column_title(data, name, operation=KL):
+    records = (found for found in data["records"] if found["operation"] == operation)
+    errors = (found["errors"].get(name, {}) for found in records)
     rows = min(error.get("rows", data["rows"]) for error in errors)
     return f"{name}, {rows} of {data['rows']} rows" if rows < data["rows"] else name
 
@@ -226,9 +286,14 @@ def power(value):
 
 
 def tables(data):
+    """Yield (title, table)."""
     for dtype in dict.fromkeys(found["dtype"] for found in data["records"]):
-        for measure in MEASURES:
-            yield measure, dtype, markdown(data, dtype, measure)
+        yield f"the KL, {dtype}", markdown(data, dtype)
+        to = f"gradient to {data['wrt'].upper()}"
+        yield f"the KL, its {to}, {dtype}", markdown(data, dtype, "gradient")
+    if operations_of(data):
+        yield "the other divergences, fp32", family_markdown(data, "kl")
+        yield "the other divergences, their gradient to Q, fp32", family_markdown(data, "gradient")
 
 
 # The plot
@@ -236,25 +301,31 @@ def tables(data):
 
 def draw(data, path):
     """Write a PNG 1600 pixels wide: errors of the KL on the left, of its gradient on the right, the
-    element types one above the other. Hollow: some KL came out negative; at the top: infinite or
-    not a number."""
+    element types one above the other, and below them errors of the other divergences. Hollow: some
+    value came out negative; at the top: infinite or not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
-    figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
-    panels = figure.subplots(len(dtypes), 2, squeeze=False, sharex=True, sharey=True)
+    figure, content = Figure(figsize=(8, 11), dpi=200, layout="constrained"), io.BytesIO()
+    upper, lower = figure.subfigures(2, 1, height_ratios=(len(dtypes), 2))
+    panels = list(upper.subplots(len(dtypes), 2, squeeze=False, sharex=True, sharey=True).flat)
+    panels += lower.subplots(2, 3, sharex=True, sharey=True).flat
     errors = (item for found in data["records"] for item in found["errors"].items())
-    titles = {name: column_title(data, name) for name, error in errors if "rows" in error}
-    for panel, chosen in zip(panels.flat, itertools.product(dtypes, MEASURES), strict=True):
+    names = dict.fromkeys(name for name, error in errors if "rows" in error)
+    drawn = [(f"{dtype}, {measure}", dtype, measure) for dtype in dtypes for measure in MEASURES]
+    drawn += [(f"fp32, {name}", "fp32", "kl", name) for name in operations_of(data)]
+    for panel, (title, *chosen) in zip(panels, drawn, strict=True):
         found = figures(data, *chosen)
-        found["worst"] = found["worst"].clip(3e-8, 3e3)
-        table = found["worst"].unstack().reindex(columns=titles).rename(columns=titles)
-        style = {"loglog": True, "ylim": (3e-8, 3e3), "grid": True, "xlabel": "", "legend": False}
-        table.plot(ax=panel, title=", ".join(chosen), marker="o", ms=4, **style)
+        found["worst"] = found["worst"].clip(1e-8, 3e3)
+        table = found["worst"].unstack().reindex(columns=names)
+        style = {"loglog": True, "ylim": (1e-8, 3e3), "grid": True, "xlabel": "", "legend": False}
+        table.plot(ax=panel, marker="o", ms=4, **style)
+        panel.set_title(title, fontsize=10)
         hollow = found["worst"][found["negative"] > 0]
         panel.scatter(hollow.index.get_level_values("size"), hollow, 5, "white", zorder=3)
-    worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
+    worst = f"worst of {data['rows']} rows of each kind (ours interpreted: fewer)"
+    worst += f", V = {data['vocabulary']}"
     what = f"relative error against float64 by KL in nats, {worst}; hollow: negative; top: infinite"
     figure.suptitle(what, fontsize=8)
-    lines, names = panels.flat[0].get_legend_handles_labels()
+    lines, names = panels[0].get_legend_handles_labels()
     figure.legend(lines, names, ncols=3, fontsize=7, loc="outside lower center")
     figure.savefig(content, format="png", metadata={"Software": None})
     record.write_bytes(path, content.getvalue())
@@ -286,8 +357,8 @@ def main(argv=None):
     data |= {"device": arguments.device, "threads": torch.get_num_threads()}
     records = accuracy(names, torch.device(arguments.device), sizes.values(), arguments.wrt)
     record.gather(arguments.json, data, records, summary)
-    for measure, dtype, table in tables(data):
-        print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")
+    for title, table in tables(data):
+        print(f"\nWorst relative error, {title}:\n\n{table}")
     if arguments.plot:
         draw(data, arguments.plot)
     worse = not_worse(data["records"]) if {"fastkl", "torch"} <= set(names_of(data)) else []

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.work import ONE_TENSOR, gradients
-from fastkl import testing
+from benchmarks.work import FAMILY, ONE_TENSOR, TOP_K, TOPK, gradients, log_probs, log_softmax
+from fastkl import f_divergences, testing
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -21,7 +21,8 @@ DTYPES = {
 PHASES = ("forward", "backward", "both")
 # The statistics of a policy-gradient step; its log-sum-exps are left out.
 FIELDS = testing.FIELDS[:5]
-# Outputs of an operation, as fastkl.testing names them; "mean_kl" is a loss over all tokens.
+# Outputs of an operation, as fastkl.testing names them, or a divergence of FAMILY; "mean_kl" and
+# "mean_js" are losses over all tokens.
 OUTPUTS = {
     "kl_divergence": ("kl",),
     "mean_kl": ("kl",),
@@ -29,8 +30,11 @@ OUTPUTS = {
     "logprob": ("logprob",),
     "logprob_entropy": ("logprob", "entropy"),
     "entropy": ("entropy",),
+    **{name: (name,) for name in FAMILY},
+    "mean_js": ("js_divergence",),
 }
-DIFFERENTIATED = ("logprob", "entropy", "kl")  # outputs that get an upstream gradient
+MEANS = ("mean_kl", "mean_js")
+DIFFERENTIATED = ("logprob", "entropy", "kl", *FAMILY)  # outputs that get an upstream gradient
 CHECKED_ROWS = 256  # compared with float64, which is slower than any provider
 # Relative errors of a row. The gradient's element type alone rounds by 2^-9 (bf16), 2^-12 (fp16).
 VALUE_LIMIT = 1e-3
@@ -48,8 +52,8 @@ class Case:
 class Workload(Case):
     """Define an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
 
-    operation: a key of OUTPUTS; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss
-    with an upstream gradient of 1. wrt: the tensor of the gradient, "p" or "q". layout: "rows" is a
+    operation: a key of OUTPUTS; MEANS are means over the tokens, losses with an upstream gradient
+    of 1. wrt: the tensor of the gradient, "p" or "q"; of the top-k KL, "q". layout: "rows" is a
     contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as
     trainers shift by one token.
     """
@@ -69,8 +73,8 @@ class Workload(Case):
 
     def moved_bytes(self, phase):
         """Count the least that has to move. Forward reads the logits, backward reads them
-        again and writes one gradient."""
-        read = 1 if self.operation in ONE_TENSOR else 2
+        again and writes one gradient; a list of the top k is too short to count."""
+        read = 1 if self.operation in (*ONE_TENSOR, TOPK) else 2
         tensors = {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase]
         return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
 
@@ -91,7 +95,7 @@ def make_inputs(workload, device, seed=0):
     """Make logits p, N(0, 3²), and q = p + N(0, 1): a KL of a few tenths of a nat.
 
     Beside them tokens, and upstream: of each output, None for one without. Where the operation
-    reads one logits tensor, q is empty.
+    reads one logits tensor, q is empty. Of the top-k KL p and tokens are the teacher's list.
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     sliced = workload.layout == "sliced"
@@ -102,13 +106,19 @@ def make_inputs(workload, device, seed=0):
     p, q = (x[:, :-1] if sliced else x for x in (p, q))
     q = q.new_empty(0) if workload.operation in ONE_TENSOR else q
     tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
+    p, tokens = top_k(p) if workload.operation == TOPK else (p, tokens)
     upstream = (torch.ones((), device=device),)
-    if workload.operation != "mean_kl":
+    if workload.operation not in MEANS:
         upstream = tuple(
             torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
             for name in OUTPUTS[workload.operation]
         )
     return inputs_of(p, q, workload.wrt, tokens=tokens, upstream=upstream)
+
+
+def top_k(logits):
+    """Return log-probs and ids of the most probable tokens, [..., K] each."""
+    return log_softmax(logits).topk(min(TOP_K, logits.shape[-1]))
 
 
 # The gate
@@ -145,26 +155,37 @@ def sizes(rows):
     return rows.norm(dim=-1) if rows.dim() > 1 else rows.abs()
 
 
+def exact(operation, p, q, tokens):
+    """Compute the outputs of an operation in float64, by formulas that keep their digits near 0."""
+    names = OUTPUTS[operation]
+    if (name := names[0]) in FAMILY:
+        pair = log_probs(name, p.double(), q.double(), tokens)
+        return {name: f_divergences.divergence(*pair, *FAMILY[name])}
+    found = testing.truth(p, q).stats(tokens)
+    return {name: found[name] for name in names}
+
+
 def truth(workload, inputs):
     """Compute {output or "gradient": Known}.
 
-    The rows that are compared are the first, the last and some evenly between; "mean_kl" is one
+    The rows that are compared are the first, the last and some evenly between; a mean is one
     number, over ALL tokens. Values are relative to themselves or to 1e-3 nats.
     """
-    names, leading = OUTPUTS[workload.operation], inputs.tokens.shape
-    mean, count = workload.operation == "mean_kl", leading.numel()
+    operation, leading = workload.operation, inputs.p.shape[:-1]
+    mean, count = operation in MEANS, leading.numel()
     rows = torch.unravel_index(evenly(CHECKED_ROWS, count).to(inputs.p.device), leading)
     pair = (inputs.p, inputs.q if inputs.q.numel() else inputs.p)
     p, q = (x.detach()[rows].double() for x in pair)
     share = count if mean else 1
     upstream = [u if u is None else u.expand(leading)[rows] / share for u in inputs.upstream]
     some = inputs_of(p, q, workload.wrt, upstream=upstream)
-    found = testing.truth(some.p, some.q).stats(inputs.tokens[rows])
-    values, shape, at = {name: found[name] for name in names}, leading, rows
+    values, shape, at = exact(operation, some.p, some.q, inputs.tokens[rows]), leading, rows
     (gradient,) = gradients(some, values.values())
     if mean:
-        blocks = zip(*(x.detach().flatten(0, -2).split(CHECKED_ROWS) for x in pair), strict=True)
-        values = {"kl": torch.cat([testing.truth(*block).kl for block in blocks]).mean()}
+        whole = (x.detach().flatten(0, -2) for x in (*pair, inputs.tokens[..., None]))
+        blocks = zip(*(x.split(CHECKED_ROWS) for x in whole), strict=True)
+        each = [exact(operation, p, q, tokens[:, 0]) for p, q, tokens in blocks]
+        values = {name: torch.cat([one[name] for one in each]).mean() for name in values}
         shape, at = (), ...
     limits, whole = (VALUE_LIMIT,) * 3, inputs.leaves[0].shape
     known = {

@@ -13,7 +13,7 @@ from benchmarks.work import PLAIN, PRODUCTS, gradients, grpo_terms, plain_token_
 from fastkl import testing
 
 # Modes whose output is a mean over the tokens.
-MEANS = ("loss", "frozen", "grpo", "distillation")
+MEANS = ("loss", "frozen", "grpo", "distillation", "js")
 OUTPUTS = {
     "forward": ("kl",),
     "loss": ("kl",),
@@ -21,6 +21,7 @@ OUTPUTS = {
     "stats": FIELDS,
     "grpo": ("loss",),
     "distillation": ("loss",),
+    "js": ("loss",),
     "logprob": ("logprob",),
 }
 # Log-ratios of the GRPO step, in the clip and beyond it. None is near log(0.8) or log(1.2), where
@@ -54,11 +55,11 @@ class LinearWorkload(Case):
 
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden
     and weight; "frozen" the same with the gradient to hidden only; "stats" all fields of
-    token_stats, an upstream gradient on each, and the gradient to hidden and weight. Two whole
+    token_stats, an upstream gradient on each, and the gradient to hidden and weight. Three whole
     losses, with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens
     plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student), where the
-    reference is the teacher. "logprob" is the log-probability of the tokens alone, without a
-    reference: what fused cross-entropies compute.
+    reference is the teacher, "js" that of their Jensen-Shannon divergence. "logprob" is the
+    log-probability of the tokens alone, without a reference: what fused cross-entropies compute.
     """
 
     mode: str = "loss"
@@ -142,6 +143,8 @@ def answer(workload, inputs, dtype):
             else dict(zip(FIELDS, plain_token_stats(logits, ref_logits, tokens), strict=True))
         )
         values["loss"] = values["ref_kl"]
+        if workload.mode == "js":
+            (values["loss"],) = PLAIN["js_divergence"](ref_logits, logits)
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
             values["loss"] = grpo_terms(values["logprob"], values["kl"], *step)

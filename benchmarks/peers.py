@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.work import NotOfferedError, Work, linear_works, log_softmax
+from benchmarks.work import JS_BETA, TOPK, NotOfferedError, Work, linear_works, log_softmax
 
 ASKS = "its backward asks the GPU whether the upstream gradient is 1"
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
@@ -31,18 +31,29 @@ def load_trl(device):
     The KL is the mode that a trainer would take: beta = 1 with the first argument as student,
     beta = 0 with the second. The loss softmaxes in the type of the logits, so they are cast to
     float32 here, as they come out of TRL's mixed precision. Its kernel for log-prob and entropy
-    (GPU only) reads 16-bit logits; on a CPU they are cast as well. It has no token_stats.
+    (GPU only) reads 16-bit logits; on a CPU they are cast as well. It has no token_stats. The
+    top-k KL is made of the parts of SDPOTrainer's loss.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trl.experimental may change
         from trl.experimental.gkd import GKDTrainer
+        from trl.experimental.sdpo import loss_utils
     from trl.trainer import utils
 
-    def loss(i, reduction):
-        student, teacher, beta = (i.p, i.q, 1) if i.wrt == "p" else (i.q, i.p, 0)
+    def loss(i, reduction, beta=0):
+        # beta: the share of P, or of the teacher.
+        student, teacher, beta = (i.q, i.p, beta) if i.wrt == "q" else (i.p, i.q, 1 - beta)
         # [N, V]: it divides by the first dimension.
         pair = (x.float().flatten(0, -2) for x in (student, teacher))
         return GKDTrainer.generalized_jsd_loss(*pair, beta=beta, reduction=reduction)
+
+    def each(i, beta=0):
+        return (loss(i, "none", beta).sum(-1).view(i.p.shape[:-1]),)
+
+    def topk(i):
+        student = i.q.float().log_softmax(-1).gather(-1, i.tokens)
+        pair = (loss_utils.add_tail_bucket(x) for x in (student, i.p))
+        return (loss_utils.compute_divergence(*pair, alpha=0.0),)
 
     def logits(i):
         return i.p if i.p.is_cuda else i.p.float()
@@ -52,9 +63,13 @@ def load_trl(device):
         "writes [N, V] of losses"
     )
     fused = "one kernel for log-probability and entropy, whichever is asked for"
+    mixed = f"{note}, and a stack of both log_softmax in [2, N, V]"
     return {
-        "kl_divergence": Work(lambda i: (loss(i, "none").sum(-1).view(i.p.shape[:-1]),), note),
+        "kl_divergence": Work(each, note),
         "mean_kl": Work(lambda i: (loss(i, "batchmean"),), note),
+        "js_divergence": Work(partial(each, beta=JS_BETA), mixed),
+        "mean_js": Work(lambda i: (loss(i, "batchmean", JS_BETA),), mixed),
+        TOPK: Work(topk, "the same work: a float32 copy of the logits and its log_softmax"),
         "logprob": Work(lambda i: (utils.selective_log_softmax(logits(i), i.tokens),), fused),
         "logprob_entropy": Work(
             lambda i: utils.selective_log_softmax_and_entropy(logits(i), i.tokens), fused
@@ -90,34 +105,82 @@ def load_liger_jsd(device):
     """Load Liger-Kernel's LigerJSD after two log_softmax by torch.
 
     beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q. It gives
-    one scalar, the mean over all tokens. A KL per token therefore takes a call per row: done for
+    one scalar, the mean over all tokens. A value per token therefore takes a call per row: done for
     few rows, to see the error; refused for many, where the time would be that of the calls.
     """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerJSD
 
-    losses = {"p": LigerJSD(beta=1.0), "q": LigerJSD(beta=0.0)}
-
-    def student_and_teacher(i):
+    def loss_and_sides(i, beta):
+        # beta: the share of P; Liger's is the teacher's. The student has the gradient.
         log_p, log_q = (log_softmax(x).flatten(0, -2) for x in (i.p, i.q))
-        return (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
+        if i.wrt == "p":
+            log_p, log_q, beta = log_q, log_p, 1.0 - beta
+        return LigerJSD(beta=beta), log_q, log_p
 
-    def kl_divergence(i):
+    def mean(i, beta=0.0):
+        loss, student, teacher = loss_and_sides(i, beta)
+        return (loss(student, teacher),)
+
+    def per_token(i, beta=0.0):
         if (rows := i.p.shape[:-1].numel()) > ROWS_BY_CALLS:
             raise NotOfferedError(
-                f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls"
+                f"LigerJSD gives one scalar for all tokens; one per token would be {rows} calls"
             )
-        pairs = zip(*student_and_teacher(i), strict=True)
-        each = [losses[i.wrt](student[None], teacher[None]) for student, teacher in pairs]
-        return (torch.stack(each).view(i.p.shape[:-1]),)
+        loss, *sides = loss_and_sides(i, beta)
+        pairs = zip(*(side.split(1) for side in sides), strict=True)
+        return (torch.stack([loss(*pair) for pair in pairs]).view(i.p.shape[:-1]),)
 
     note = (
         "the same work: two float32 log_softmax by torch first; value and gradient in one kernel, "
         "[N, V] of losses"
     )
     return {
-        "kl_divergence": Work(kl_divergence, f"{note}, a call per row"),
-        "mean_kl": Work(lambda i: (losses[i.wrt](*student_and_teacher(i)),), f"{note}; {ASKS}"),
+        "kl_divergence": Work(per_token, f"{note}, a call per row"),
+        "mean_kl": Work(mean, f"{note}; {ASKS}"),
+        "js_divergence": Work(partial(per_token, beta=JS_BETA), f"{note}, a call per row"),
+        "mean_js": Work(partial(mean, beta=JS_BETA), f"{note}; {ASKS}"),
+    }
+
+
+def load_liger_tvd(device):
+    """Load Liger-Kernel's LigerTVDLoss on float32 softmaxes by torch. Its gradient is to its first
+    argument only."""
+    _needs_gpu(device)
+    from liger_kernel.transformers import LigerTVDLoss
+
+    loss = LigerTVDLoss(reduction="none")
+
+    def total_variation(i):
+        pair = (i.p, i.q) if i.wrt == "p" else (i.q, i.p)
+        each = loss(*(log_softmax(x).exp().flatten(0, -2) for x in pair))
+        return (each.sum(-1).view(i.p.shape[:-1]),)
+
+    note = "the same work: two float32 softmaxes by torch first, writes [N, V] of losses, gradients"
+    return {"total_variation": Work(total_variation, note)}
+
+
+def load_speculators(device):
+    """Load speculators' fused losses, which have a gradient to the draft's logits only."""
+    _needs_gpu(device)
+    from speculators.losses import fused
+
+    def of(to_q, to_p, mean=False):
+        def run(i):
+            loss, draft, target = (to_q, i.q, i.p) if i.wrt == "q" else (to_p, i.p, i.q)
+            each = loss(*(x.flatten(0, -2)[None] for x in (draft, target)))
+            return (each.mean() if mean else each.view(i.p.shape[:-1]),)
+
+        return Work(run, "the same work: forward reads the logits three times")
+
+    kl = (fused.fused_kl_div_loss, fused.fused_reverse_kl_div_loss)
+    js = (fused.fused_js_div_loss,) * 2
+    return {
+        "kl_divergence": of(*kl),
+        "mean_kl": of(*kl, mean=True),
+        "js_divergence": of(*js),
+        "mean_js": of(*js, mean=True),
+        "total_variation": of(fused.fused_tv_loss, fused.fused_tv_loss),
     }
 
 
@@ -145,16 +208,17 @@ def load_trl_fused(device):
         "kl_divergence": lambda *inputs: (kl(1.0, *inputs),),
         "mean_kl": lambda *inputs: (kl(1.0, *inputs).mean(),),
         "reverse_mean_kl": lambda *inputs: (kl(0.0, *inputs).mean(),),
+        "mean_js": lambda h, w, *policy: (kl(JS_BETA, *policy[:2], h, w, policy[2]).mean(),),
         "logprob": logprob,
     }
-    products = dict.fromkeys(("forward", "loss", "frozen", "distillation", "logprob"))
+    products = dict.fromkeys(("forward", "loss", "frozen", "distillation", "js", "logprob"))
     tiles = "float32 logits in tiles, again in backward; gradients summed in float32"
     entropy = f"more work: {tiles}; the student's entropy comes with it"
     return linear_works(functions, products, entropy, logprob=f"the same work: {tiles}")
 
 
 def load_liger(device):
-    """Load Liger-Kernel's LigerFusedLinearJSD at beta 1 and 0: losses only, no KL per token.
+    """Load Liger-Kernel's LigerFusedLinearJSD: losses only, no divergence per token.
 
     Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode
     grpo. The weight's gradient is summed in float32, as ours, where the release can (accum_dtype).
@@ -164,18 +228,20 @@ def load_liger(device):
 
     known = inspect.signature(LigerFusedLinearJSD).parameters
     options = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
-    reverse, forward = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in (1.0, 0.0))
+    betas = (1.0, 0.0, JS_BETA)
+    reverse, forward, js = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in betas)
     functions = {
         "mean_kl": lambda h, w, rh, rw, tokens: (reverse(h, w, rh, rw, None),),
         "reverse_mean_kl": lambda h, w, rh, rw, tokens: (forward(h, w, rh, rw, None),),
+        "mean_js": lambda rh, rw, h, w, tokens: (js(h, w, rh, rw, None),),
     }
     summed = f"the weight's gradient summed in {'float32' if options else 'its type'}"
-    products = {"loss": 4, "frozen": 3, "distillation": 4}
+    products = {"loss": 4, "frozen": 3, "distillation": 4, "js": 4}
     return linear_works(functions, products, f"the same work, gradient with the value; {summed}")
 
 
 def load_liger_chunked(device):
-    """Load Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, set as in TRL's trainers.
+    """Load Liger-Kernel's LigerFusedLinearJSDLoss, set as in TRL's trainers.
 
     It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its
     error is shown and no time. The gradient of the weight is computed even if it is frozen.
@@ -183,10 +249,14 @@ def load_liger_chunked(device):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
-    loss = LigerFusedLinearJSDLoss(beta=1.0, compiled=False, **weights)
+    betas = (1.0, JS_BETA)
+    kl, js = (LigerFusedLinearJSDLoss(beta=beta, compiled=False, **weights) for beta in betas)
     note = "more work: a cross-entropy weighted by 0; softmaxes in the type of the logits"
-    works = {"mean_kl": lambda *inputs: (loss(*inputs),)}
-    return linear_works(works, {"loss": 4, "frozen": 4}, note)
+    works = {
+        "mean_kl": lambda *inputs: (kl(*inputs),),
+        "mean_js": lambda rh, rw, h, w, tokens: (js(h, w, rh, rw, tokens),),
+    }
+    return linear_works(works, {"loss": 4, "frozen": 4, "js": 4}, note)
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
@@ -205,7 +275,13 @@ def _cross_entropy(function, note, **options):
     return linear_works({"logprob": logprob}, {"logprob": 4}, f"{note}; logits again in backward")
 
 
-PEERS = {"TRL": load_trl, "Liger KLDIVLoss": load_liger_kldiv, "Liger JSD": load_liger_jsd}
+PEERS = {
+    "TRL": load_trl,
+    "Liger KLDIVLoss": load_liger_kldiv,
+    "Liger JSD": load_liger_jsd,
+    "Liger TVD": load_liger_tvd,
+    "speculators": load_speculators,
+}
 LINEAR_PEERS = {
     "TRL fused": load_trl_fused,
     "liger": load_liger,

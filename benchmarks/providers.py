@@ -1,12 +1,11 @@
 """List who computes: every provider offers operations on the same tensors, or says why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
-(cases.make_inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy",
-"entropy". From hidden states (linear_cases.make_linear_inputs): "linear_" and a mode of
-work.PRODUCTS. A provider is a loader, a function of the device that returns {operation: Work} and
-raises what it likes where it cannot be used; the reason becomes a row of the results. Other
-packages are in peers.py. A user's own loader is named on the command line:
---provider package.module:function.
+(cases.make_inputs): the keys of cases.OUTPUTS. From hidden states
+(linear_cases.make_linear_inputs): "linear_" and a mode of work.PRODUCTS. A provider is a loader, a
+function of the device that returns {operation: Work} and raises what it likes where it cannot be
+used; the reason becomes a row of the results. Other packages are in peers.py. A user's own loader
+is named on the command line: --provider package.module:function.
 """
 
 import argparse
@@ -22,15 +21,19 @@ from torch.utils.checkpoint import checkpoint
 import fastkl
 from benchmarks.peers import LINEAR_PEERS, PEERS
 from benchmarks.work import (
+    FAMILY,
+    JS_BETA,
     PLAIN,
     PRODUCTS,
+    TOPK,
     linear_works,
     log_softmax,
     logits_works,
     on_hidden,
 )
 
-LOSSES = ("forward", "loss", "frozen", "distillation")
+LOSSES = ("forward", "loss", "frozen", "distillation", "js")
+READ_TWICE = ("js_divergence", "skew_kl_divergence", "total_variation", "mean_js")
 CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
 
 
@@ -99,7 +102,15 @@ def load_fastkl(device):
         "logprob": lambda p, q, tokens: (fastkl.selective_log_softmax(p, tokens),),
         "logprob_entropy": lambda p, q, tokens: fastkl.token_stats(p, tokens)[:2],
         "entropy": lambda p, q, tokens: (fastkl.entropy_from_logits(p),),
+        **{name: _divergence(name) for name in FAMILY if name != TOPK},
+        "mean_js": _divergence("js_divergence", reduction="mean"),
+        TOPK: lambda p, q, tokens: (fastkl.topk_kl_divergence(q, p, tokens),),
     }
+    notes = dict.fromkeys(READ_TWICE, "the same work; forward reads the logits twice")
+
+    def mean_js(h, w, rh, rw, tokens):
+        options = {"divergence": "js", "beta": JS_BETA, "reduction": "mean"}
+        return (fastkl.linear_divergence(h, w, rh, rw, **options),)
 
     def kl(reduction):
         options = {"reduction": reduction}
@@ -108,12 +119,20 @@ def load_fastkl(device):
     summed = "the same work; {}; the weight's gradient summed in float32"
     once = summed.format("logits of a chunk at a time, gradient with the value")
     again = summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
-    linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
+    linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean"), "mean_js": mean_js}
     return {
-        **logits_works(functions, "the same work"),
+        **logits_works(functions, "the same work", **notes),
         **linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once),
         **_from_stats(again),
     }
+
+
+def _divergence(name, **options):
+    kind, share = FAMILY[name]
+    options |= {"js": {"beta": share}, "skew_kl": {"alpha": share}, "renyi": {"alpha": share}}.get(
+        kind, {}
+    )
+    return lambda p, q, tokens: (getattr(fastkl, name)(p, q, **options),)
 
 
 def _from_stats(note, **options):
@@ -165,7 +184,8 @@ def load_torch_chunked(device):
 
     functions = {name: chunked(function) for name, function in on_hidden(PLAIN).items()}
     functions["mean_kl"] = lambda *inputs: (functions["kl_divergence"](*inputs)[0].mean(),)
-    products = {**dict.fromkeys(("loss", "stats", "grpo", "distillation"), 6), "frozen": 5}
+    functions["mean_js"] = lambda *inputs: (functions["js_divergence"](*inputs)[0].mean(),)
+    products = {**dict.fromkeys(("loss", "stats", "grpo", "distillation", "js"), 6), "frozen": 5}
     again = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
     summed = f"{again}; the weight's gradient summed in its type"
     return linear_works(functions, {"forward": 2, "logprob": 4, **products}, summed)

@@ -19,7 +19,10 @@ from fastkl.tools.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = re.compile(r"(?:-m benchmarks\.|python3? benchmarks/)(\w+)")
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
+PACKAGES = (
+    *("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "speculators"),
+    "transformers",
+)
 
 
 def command_line(module, description, json_help="write the records to FILE"):

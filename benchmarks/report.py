@@ -180,8 +180,7 @@ def results_page():
 
 
 def _accuracy_parts(data):
-    titles = {"kl": "the KL", "gradient": "its gradient to the first logits"}
-    parts = [f"### {titles[m]}, {dtype}\n\n{table}" for m, dtype, table in accuracy.tables(data)]
+    parts = [f"### {title}\n\n{table}" for title, table in accuracy.tables(data)]
     errors = [item for record in data["records"] for item in record["errors"].items()]
     reasons = {name: error["reason"].splitlines()[0] for name, error in errors if "reason" in error}
     without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())

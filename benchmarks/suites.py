@@ -6,7 +6,7 @@ from benchmarks.cases import OUTPUTS, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.peers import LINEAR_PEERS
 from benchmarks.providers import LOADERS
-from benchmarks.work import PRODUCTS
+from benchmarks.work import FAMILY, ONE_TENSOR, PRODUCTS, TOPK
 
 
 class Section(NamedTuple):
@@ -31,6 +31,7 @@ LOGPROBS = (
     Workload("logprob_entropy"),
     Workload("entropy"),
 )
+DIVERGENCES = tuple(Workload(operation, wrt="q") for operation in ("mean_js", *FAMILY))
 SWEEP = (
     *_sizes(rows=(8, 64, 512, 2048), vocabulary=(32000, 50257, 151936)),
     *(Workload(dtype="fp32"), Workload(layout="sliced"), Workload(vocabulary=262144)),
@@ -47,19 +48,16 @@ SCALING = (
     *(Workload(rows=4096, vocabulary=v) for v in (128256, 151936, 262144)),
 )
 SMALL = {"rows": 16, "vocabulary": 131}
+# Operations without a gradient to the other logits.
+ONE_SIDED = {TOPK: "q", "token_stats": "p", **dict.fromkeys(ONE_TENSOR, "p")}
 SMOKE = (
     *(
-        Workload(operation, dtype=dtype, **SMALL)
+        Workload(operation, dtype=dtype, wrt=ONE_SIDED.get(operation, "p"), **SMALL)
         for operation in OUTPUTS
         for dtype in ("bf16", "fp32")
     ),
     *(
-        Workload(
-            operation,
-            wrt="q" if operation.endswith(("divergence", "mean_kl")) else "p",
-            layout="sliced",
-            **SMALL,
-        )
+        Workload(operation, wrt=ONE_SIDED.get(operation, "q"), layout="sliced", **SMALL)
         for operation in OUTPUTS
     ),
     *(LinearWorkload(mode, 24, 32, 257, dtype) for mode in PRODUCTS for dtype in ("bf16", "fp32")),
@@ -82,6 +80,7 @@ SUITES = {
         tuple(LinearWorkload(mode) for mode in PRODUCTS), (FLOOR, *FROM_HIDDEN, COMPILED)
     ),
     "peers": Section((*MAIN[3:], *LOGPROBS), (*FROM_LOGITS, COMPILED)),
+    "divergences": Section(DIVERGENCES, (*FROM_LOGITS, COMPILED)),
     "sweep": Section(SWEEP, ("fastkl", "torch", COMPILED)),
     "linear_sweep": Section(
         tuple(

@@ -14,7 +14,7 @@ OURS, PLAIN = "fastkl", "torch"
 # This package too: where there is memory for all logits, and where the GPU was found fit for it.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
 MAIN, LINEAR_MAIN = cases.Workload().as_dict(), linear_cases.LinearWorkload().as_dict()
-TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
+TIMED = ("main", "peers", "divergences", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: their names go without it.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
 NOISE = 0.01  # two measurements of the same may differ by so much

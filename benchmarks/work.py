@@ -5,14 +5,28 @@ float64. Its token_stats returns the fields of TokenStats; logprob_kl the two te
 and nothing more.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 # Operations that read no second logits tensor.
 ONE_TENSOR = {"logprob", "logprob_entropy", "entropy"}
+# The divergences of a teacher P and a student Q beside the KL, by their names in fastkl: kind and
+# share of fastkl/f_divergences.py. The top-k KL has a list of the teacher's log-probs in place of
+# its logits, and their ids in place of tokens.
+JS_BETA, TOPK, TOP_K = 0.5, "topk_kl_divergence", 64
+FAMILY = {
+    "js_divergence": ("js", JS_BETA),
+    "skew_kl_divergence": ("skew_kl", 0.1),
+    "renyi_divergence": ("renyi", 0.5),
+    "total_variation": ("total_variation", 0.0),
+    "jeffreys_divergence": ("jeffreys", 0.0),
+    TOPK: ("kl", 0.0),
+}
 # The modes from hidden states, and the products of N x H x V that each takes at least: two for the
 # logits (one for "logprob"), one for each gradient. For "stats" and "grpo" that is the count where
 # all logits are kept; a provider that computes them again does six, and "logprob" four.
@@ -21,6 +35,7 @@ PRODUCTS = {
     "forward": 2,
     "grpo": 4,
     "distillation": 4,
+    "js": 4,
     "logprob": 3,
     "stats": 4,
     "frozen": 3,
@@ -89,11 +104,15 @@ def linear_works(functions, products, note, **notes):
 
     functions: of (hidden, weight, ref_hidden, ref_weight, tokens), by "kl_divergence", "mean_kl",
     "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) of policy
-    P, by default mean_kl with the models exchanged. notes: of modes that `note` is not true of.
+    P, by default mean_kl with the models exchanged; "mean_js" takes the teacher, which is the
+    reference, first. notes: of modes that `note` is not true of.
     """
 
     def call(name):
         return lambda i: functions[name](i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
+
+    def teacher_first(name, i):
+        return functions[name](i.ref_hidden, i.ref_weight, i.hidden, i.weight, i.tokens)
 
     def grpo(i):
         logprob, kl = call("logprob_kl")(i)
@@ -102,8 +121,7 @@ def linear_works(functions, products, note, **notes):
     def distillation(i):
         if "reverse_mean_kl" in functions:
             return call("reverse_mean_kl")(i)
-        policy = i.hidden, i.weight
-        return functions["mean_kl"](i.ref_hidden, i.ref_weight, *policy, i.tokens)
+        return teacher_first("mean_kl", i)
 
     runs = {
         "forward": call("kl_divergence"),
@@ -113,6 +131,7 @@ def linear_works(functions, products, note, **notes):
         "logprob": call("logprob"),
         "grpo": grpo,
         "distillation": distillation,
+        "js": partial(teacher_first, "mean_js"),
     }
     said = {mode: f"{count} products; " if count else "" for mode, count in products.items()}
     return {
@@ -136,9 +155,42 @@ def _entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def _kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def plain_kl_divergence(p, q, tokens=None):
-    log_p, log_q = log_softmax(p), log_softmax(q)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1),)
+    return (_kl(log_softmax(p), log_softmax(q)),)
+
+
+def log_probs(operation, p, q, tokens):
+    """Compute the log-probabilities that one of FAMILY compares: of all tokens or, of the top-k KL,
+    of K tokens and of the rest as one more."""
+    if operation != TOPK:
+        return log_softmax(p), log_softmax(q)
+    listed = p, log_softmax(q).gather(-1, tokens)
+    rests = (1 - x.exp().sum(-1, keepdim=True) for x in listed)
+    least = torch.finfo(listed[1].dtype).eps
+    pairs = zip(listed, rests, strict=True)
+    return tuple(torch.cat([x, rest.clamp_min(least).log()], -1) for x, rest in pairs)
+
+
+def textbook(log_p, log_q, kind, share):
+    if kind == "total_variation":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    if kind == "renyi":
+        return (share * log_p + (1 - share) * log_q).logsumexp(-1) / (share - 1)
+    if kind == "jeffreys":
+        return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+    if kind == "kl":
+        return _kl(log_p, log_q)
+    log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    of_p = _kl(log_p, log_m)
+    return share * of_p + (1 - share) * _kl(log_q, log_m) if kind == "js" else of_p
+
+
+def plain_divergence(operation, p, q, tokens=None):
+    return (textbook(*log_probs(operation, p, q, tokens), *FAMILY[operation]),)
 
 
 def plain_logprob_entropy(p, q, tokens):
@@ -154,13 +206,13 @@ def plain_token_stats(p_logits, q_logits, tokens):
         -(p * log_p).sum(-1),
         _chosen(log_q, tokens),
         (p * (log_p - log_q)).sum(-1),
-        (log_q.exp() * (log_q - log_p)).sum(-1),
+        _kl(log_q, log_p),
     )
 
 
 def plain_logprob_kl(p, q, tokens):
     log_p, log_q = log_softmax(p), log_softmax(q)
-    return _chosen(log_p, tokens), (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _chosen(log_p, tokens), _kl(log_p, log_q)
 
 
 PLAIN = {
@@ -171,4 +223,6 @@ PLAIN = {
     "logprob_entropy": plain_logprob_entropy,
     "entropy": lambda p, q, tokens: (_entropy(log_softmax(p)),),
     "logprob_kl": plain_logprob_kl,
+    **{name: partial(plain_divergence, name) for name in FAMILY},
+    "mean_js": lambda p, q, tokens: (plain_divergence("js_divergence", p, q)[0].mean(),),
 }

@@ -92,10 +92,14 @@ def _run_demo(given: argparse.Namespace) -> int:
     with told("--out", "a folder that can be written to", repr(str(given.out)), "choose another"):
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
+    if given.algorithm == "distill" and (given.beta is not None or given.save_models):
+        expected = "neither --beta nor --save-models, which are of ppo"
+        raise UseError("--algorithm distill", expected, "one of them", "leave it out")
     given.device = _choose_device(given.device)
     names = {field.name for field in dataclasses.fields(demo.Settings)} & vars(given).keys()
     settings = demo.choose_settings(**{name: getattr(given, name) for name in names})
-    return int(_load("demo", ".demo.report").run_demo(settings, given.out))
+    module = {"ppo": ".demo.report", "distill": ".demo.distill"}[given.algorithm]
+    return int(_load("demo", module).run_demo(settings, given.out))
 
 
 def _run_compare(given: argparse.Namespace) -> int:

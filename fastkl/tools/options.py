@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .demo import QUICK, Settings
+from .demo import DISTILL, QUICK, Settings
 
 # Arguments of add_argument, by option: its help, and the rest.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
@@ -17,7 +17,8 @@ TEXTS: dict[str, dict[str, Any]] = {
         help="fine-tune a small language model without and with the KL penalty",
         description="""\
 RLHF in small, on real text: what a policy does to a reward that can be hacked, without
-and with the KL penalty.""",
+and with the KL penalty. Or distillation: what a small student gives up by the forward KL,
+the reverse KL and the JSD.""",
     ),
     "compare": dict(
         help="how two model versions differ on a text, and where",
@@ -93,6 +94,11 @@ DEVICE: tuple[str, dict[str, Any]] = (
 )
 ARGUMENTS: dict[str, Arguments] = {
     "demo": {
+        "--algorithm": (
+            "ppo: fine-tune without and with the KL penalty; distill: teach a smaller model "
+            "by three divergences (default: %(default)s)",
+            dict(choices=("ppo", "distill"), default="ppo"),
+        ),
         "--quick": (
             "all stages in smaller sizes: seconds instead of minutes",
             dict(action="store_true"),
@@ -110,7 +116,8 @@ ARGUMENTS: dict[str, Arguments] = {
             ),
         ),
         "--steps": (
-            f"training steps of each run (default: {Settings.steps}, quick {QUICK['steps']})",
+            f"training steps of each run (default: {Settings.steps}, quick {QUICK['steps']}, "
+            f"distill {DISTILL['steps']})",
             dict(type=at_least(2), metavar="N"),
         ),
         "--beta": (

@@ -17,9 +17,12 @@ LOGITS = (
 LINEAR = (
     linear_cases.LinearWorkload("loss", 12, 16, 131),
     linear_cases.LinearWorkload("forward", 12, 16, 131),
+    linear_cases.LinearWorkload("js", 12, 16, 131),
 )
+DIVERGENCES = tuple(cases.Workload(name, 4, 97, wrt="q") for name in ("mean_js", *work.FAMILY))
 SECTIONS = {
     "main": suites.Section(LOGITS, ()),
+    "divergences": suites.Section(DIVERGENCES, ("fastkl",)),
     "linear": suites.Section(LINEAR, (linear_cases.FLOOR, "fastkl")),
 }
 

@@ -20,9 +20,8 @@ def exact(p, q):
 # Errors of a function of (p_logits, q_logits) on six rows, or on the first `rows` of them.
 def errors_of(function, target=1e-2, wrt="p", rows=None):
     pair = accuracy.make_pair("normal 3", "fp32", target, 6, 503, CPU)
-    gradients = testing.kl_gradients(pair[2], torch.ones(6))
     provider = providers.Provider("theirs", {"kl_divergence": lambda i: (function(i.p, i.q),)})
-    return accuracy.error_of(provider, *pair, gradients, wrt, rows)
+    return accuracy.error_of(provider, accuracy.problem(accuracy.KL, *pair, wrt), rows)
 
 
 @pytest.mark.parametrize("target", accuracy.TARGETS)
@@ -56,6 +55,18 @@ def test_failures_are_reasons():
     assert found["wrt"] == "q" and found["gradient_worst"] < 1e-6
 
 
+# Plain formulas in float64 beside the truth, whose formulas are others.
+@pytest.mark.parametrize("operation", work.FAMILY)
+def test_the_truth_of_the_other_divergences(operation):
+    pair = accuracy.make_pair("normal 3", "fp32", 1e-2, 6, 503, CPU)
+    asked = accuracy.problem(operation, *pair, "p")
+    wide = lambda i: work.PLAIN[operation](i.p.double(), i.q.double(), i.tokens)  # noqa: E731
+    found = accuracy.error_of(providers.Provider("theirs", {operation: wide}), asked)
+    assert found["wrt"] == "q" and found["worst_relative"] < 1e-9, found
+    assert 0 < found["gradient_worst"] < 1e-6, "the gradient is float32"
+    assert accuracy.error_of(providers.Provider("theirs", {}), asked) == {}
+
+
 # Tables, the plot, the command
 
 
@@ -68,6 +79,7 @@ def row(worst, negative=0, rows=8):
 def results(*errors):
     records = [*({"errors": e, "skipped": None} for e in errors), {"errors": {}, "skipped": "no"}]
     head = {"dtype": "fp32", "target": 1e-7, "kl": 1e-7, "distribution": "normal 3"}
+    head["operation"] = accuracy.KL
     return {"rows": 8, "vocabulary": 503, "records": [{**head, **record} for record in records]}
 
 
@@ -96,13 +108,19 @@ def test_the_table_shows_the_worst_kind(kinds, measure, title, cell):
 def test_the_command(tmp_path, monkeypatch, capsys):
     file, picture = tmp_path / "a.json", tmp_path / "b.png"
     monkeypatch.setattr(accuracy.accuracy, "__defaults__", ("p", (1e-8, 1.0)))
+    monkeypatch.setattr(accuracy, "DISTRIBUTIONS", ("peaked",))
     words = "--rows 2 --vocabulary 211 --providers fastkl torch".split()
     words.append("fastkl (Triton, interpreted)")
     assert accuracy.main([*words, "--json", str(file), "--plot", str(picture)]) == 0
     data = json.loads(file.read_text())
-    assert len(data["records"]) == 2 * 4 * 2 and data["command"].endswith(f"--plot {picture}")
+    assert len(data["records"]) == 2 * 2 + 2 * len(work.FAMILY)
+    assert data["command"].endswith(f"--plot {picture}")
     assert (data["rows"], data["vocabulary"], data["wrt"]) == (2, 211, "p")
-    assert accuracy.markdown(data, "bf16", "gradient") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert accuracy.markdown(data, "bf16", "gradient") in printed
+    lines = accuracy.family_markdown(data, "kl").splitlines()
+    assert len(lines) == 2 + 3 * len(work.FAMILY) and set(lines) < set(printed.splitlines())
+    assert "| `js_divergence` | fastkl (Triton, interpreted), 1 of 2 rows | " in printed
     assert picture.read_bytes()[:20].endswith((1600).to_bytes(4, "big"))
     data["records"] += results({"fastkl": row("inf"), "torch": row("nan")})["records"]
     accuracy.draw(data, picture)
@@ -125,4 +143,5 @@ def test_committed_results():
         "every provider has figures or a reason"
     )
     assert accuracy.not_worse(data["records"]) == [] and data["vocabulary"] == 128256
-    assert len(data["records"]) == 2 * 4 * len(accuracy.TARGETS)
+    family = len(accuracy.FAMILY_TARGETS) * len(work.FAMILY)
+    assert len(data["records"]) == 4 * (2 * len(accuracy.TARGETS) + family)

@@ -20,12 +20,16 @@ OWN = "stand_in:provider"
 # Order, processes, a user's own provider that crashes, the floor, whole JSON.
 def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
     stand_in.install(monkeypatch.setattr)
-    assert speed.main(["--out", str(tmp_path), "--suite", "main", "linear", "--provider", OWN]) == 1
+    words = ["--out", str(tmp_path), "--suite", *stand_in.SECTIONS, "--provider", OWN]
+    assert speed.main(words) == 1
     (file,) = tmp_path.iterdir()
     data = json.loads(file.read_text())
     assert data["gpu"]["name"] == "stand-in" and data["versions"]["torch"] and data["commit"]
-    assert f"--provider {OWN}" in data["command"] and list(data["sections"]) == ["main", "linear"]
-    main, linear = (section["rows"] for section in data["sections"].values())
+    assert f"--provider {OWN}" in data["command"]
+    main, others, linear = (section["rows"] for section in data["sections"].values())
+    for row in others:
+        assert row["status"] == "ok" and set(row["times"]) == set(cases.PHASES), row
+    assert len(others) == len(stand_in.DIVERGENCES)
     right, crashed = main
     assert [row["workload"]["rows"] for row in main] == [6, 4]
     assert [right["provider"], right["status"], crashed["status"]] == [OWN, "ok", "failed"]
@@ -36,8 +40,8 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
         assert figures["percent_of_copy"] == pytest.approx(rate)
         assert figures["median_ms"] > 0 and figures["wall_ms"] > 0
     floor = linear_cases.FLOOR
-    assert [row["provider"] for row in linear] == [floor, floor, "fastkl", "fastkl"]
-    for floor, row in zip(linear[:2], linear[2:], strict=True):
+    assert [row["provider"] for row in linear] == [floor] * 3 + ["fastkl"] * 3
+    for floor, row in zip(linear[:3], linear[3:], strict=True):
         ((_, bare),), ((phase, figures),) = floor["times"].items(), row["times"].items()
         assert figures["ratio_to_floor"] == pytest.approx(figures["median_ms"] / bare["median_ms"])
         assert figures["tflop_per_s"] == pytest.approx(figures["flop"] / figures["median_ms"] / 1e9)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases, linear_cases, processes, providers, suites, timing, work
+from fastkl import topk_kl_divergence
 
 CPU = torch.device("cpu")
 TINY = cases.Workload(rows=6, vocabulary=97, dtype="fp32")
@@ -127,6 +128,13 @@ WRONG = {
     cases.Workload("logprob_entropy", 6, 97, "fp32"): [
         (lambda i: work.plain_logprob_entropy(i.p, i.q, i.tokens)[::-1], "off by")
     ],
+    cases.Workload("skew_kl_divergence", 6, 97, "fp32"): [
+        (lambda i: work.PLAIN["skew_kl_divergence"](i.q, i.p), "skew_kl_divergence off by")
+    ],
+    cases.Workload(work.TOPK, 6, 97, "fp32", "q"): [
+        (lambda i: (topk_kl_divergence(i.q, i.p, i.tokens, tail="ignore"),), f"{work.TOPK} off by")
+    ],
+    tiny("js"): [(mean(lambda h, w, r, v: kl_of(r, v, h, w) / 4), "loss off by")],
     tiny("loss"): [(mean(function), reason) for function, reason in WRONG_LOSS],
     tiny("stats"): WRONG_STATS,
 }
@@ -180,7 +188,8 @@ def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
 def test_bytes_that_have_to_move():
     for operation in cases.OUTPUTS:
         workload = cases.Workload(operation, rows=3, vocabulary=5, dtype="bf16")
-        counts = [30, 60, 90] if operation in work.ONE_TENSOR else [60, 90, 150]
+        one = operation in (*work.ONE_TENSOR, work.TOPK)
+        counts = [30, 60, 90] if one else [60, 90, 150]
         assert [workload.moved_bytes(phase) for phase in cases.PHASES] == counts
 
 

@@ -195,7 +195,7 @@ def test_arguments_come_in_the_order_of_the_signatures(kernels) -> None:
     for variant, _, arguments in (call.args for call in spy.call_args_list):
         names = inspect.signature(variant.kernel.fn).parameters
         assert [*arguments, *variant.constants] == [*names]
-    assert {call.args[0].kernel for call in spy.call_args_list} == {*ALL_LAUNCHED}
+    assert {call.args[0].kernel for call in spy.call_args_list} >= {*ALL_LAUNCHED}
 
 
 # The first start goes through Triton, by name and with the compiler's options; the others start its

@@ -1,6 +1,7 @@
 """`fastkl demo`: the quick run once, and its options in a tiny size."""
 
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ for name in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
 # After the skips: the demo needs its extra.
 from fastkl.rl import read_jsonl  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.demo import Settings, report  # noqa: E402
+from fastkl.tools.demo import DISTILL, Settings, distill, report  # noqa: E402
 
 POLICIES = ["reference", "no penalty", "with KL penalty"]
 FILES = ["curves.png", "no-penalty.jsonl", "report.json", "report.txt", "with-penalty.jsonl"]
@@ -112,11 +113,13 @@ def test_fastkl_compare_reads_the_models(demo, tmp_path):
             ["--beta", "0.5", "--save-models", "--seed", "3", "--steps", "7"],
             Settings(beta=0.5, save_models=True, seed=3, steps=7),
         ),
+        (["--algorithm", "distill"], Settings(algorithm="distill", **DISTILL)),
     ],
 )
 def test_command_line_chooses_the_settings(arguments, settings, tmp_path, monkeypatch):
     chosen = []
-    monkeypatch.setattr(report, "run_demo", lambda settings, out: chosen.append(settings) or 0)
+    for module in (report, distill):
+        monkeypatch.setattr(module, "run_demo", lambda settings, out: chosen.append(settings) or 0)
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path), *arguments]) == 0
     assert chosen == [settings]
 
@@ -128,6 +131,27 @@ def test_a_fixed_beta_into_the_folder_of_an_earlier_run(tmp_path):
     numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert len(read_jsonl(tmp_path / "no-penalty.jsonl")) == TINY.steps
     assert set(numbers["series"]["with KL penalty"]["beta"]) == {0.25}
+
+
+# One student covers, one seeks, one is between.
+def test_distillation(tmp_path, capsys):
+    settings = dataclasses.replace(
+        TINY, width=32, reference_steps=80, reference_batch=8, steps=60, algorithm="distill"
+    )
+    assert distill.run_demo(settings, tmp_path) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["curves.png", "report.json", "report.txt"]
+    final = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["final"]
+    forward, reverse, jsd = (final[name] for name in distill.LOSSES)
+    assert forward[0] < reverse[0] and reverse[1] < forward[1], final
+    assert forward[3] < jsd[3] < reverse[3] and reverse[4] < jsd[4] < forward[4], final
+    assert "JSD" in capsys.readouterr().out
+
+
+def test_options_of_ppo_are_refused_for_distillation(tmp_path, capsys):
+    for words in (["--beta", "0.5"], ["--save-models"]):
+        assert cli.main(["demo", "--algorithm", "distill", *words, "--out", str(tmp_path)]) == 2
+        assert "expected neither --beta nor --save-models" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_no_file_behind(tmp_path, monkeypatch):

@@ -3,9 +3,10 @@
 A small transformer learns the source code of Python's standard library: the reference. PPO then
 raises a reward that is easy to hack, once without and once with the exact KL penalty;
 `fastkl.rl.PIDBeta` moves the penalty's weight, `fastkl.rl.KLMonitor` watches both runs. The report
-shows what the penalty is for.
+shows what the penalty is for. With `--algorithm distill` the reference is the teacher of a smaller
+model instead, by three divergences side by side.
 
-In reading order: this file, corpus, model, training, report.
+In reading order: this file, corpus, model, training, report, distill.
 """
 
 import dataclasses
@@ -14,8 +15,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes and rates of one run; the defaults are PPO in the full size, minutes on a CPU."""
+    """Sizes and rates of one run; the defaults are PPO in the full size, minutes on a CPU.
 
+    Of distillation only the sizes of corpus, reference and evaluation are read, and steps.
+    """
+
+    algorithm: str = "ppo"
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -69,8 +74,17 @@ QUICK: dict[str, Any] = dict(
     evaluation_samples=16,
 )
 
+# A CPU computes the JSD in float64: a smaller vocabulary.
+DISTILL: dict[str, Any] = dict(
+    corpus_characters=3_000_000,
+    vocabulary=4_096,
+    reference_steps=300,
+    steps=100,
+    evaluation_samples=24,
+)
+
 
 def choose_settings(*, quick: bool, **given: Any) -> Settings:
-    """Combine the size's settings with given ones; None keeps a default."""
-    chosen = QUICK if quick else {}
+    """Combine the algorithm's and the size's settings with given ones; None keeps a default."""
+    chosen = QUICK if quick else DISTILL if given.get("algorithm") == "distill" else {}
     return Settings(**chosen | {name: x for name, x in given.items() if x is not None})

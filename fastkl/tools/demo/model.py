@@ -1,6 +1,7 @@
 """A small transformer: its training on the corpus, samples from it, and its checkpoint."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,16 @@ def sample(
     return torch.cat(tokens, 1)
 
 
-def train_reference(corpus: Corpus, settings: Settings) -> tuple[LanguageModel, list[float]]:
-    """Train on random excerpts of the corpus; return (model, loss per step in nats per token)."""
+def train_reference(
+    corpus: Corpus,
+    settings: Settings,
+    backward: Callable[[LanguageModel, torch.Tensor], float] | None = None,
+    title: str = "reference",
+) -> tuple[LanguageModel, list[float]]:
+    """Train on random excerpts of the corpus; return (model, loss per step in nats per token).
+
+    backward: returns the loss of excerpts [B, T + 1] and adds its gradient; default: cross-entropy.
+    """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = LanguageModel(corpus.vocabulary, settings)
@@ -133,14 +142,14 @@ def train_reference(corpus: Corpus, settings: Settings) -> tuple[LanguageModel, 
         groups, lr=settings.reference_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     losses: list[float] = []
-    steps = progress(range(settings.reference_steps), "reference")
+    steps = progress(range(settings.reference_steps), title)
     for step in steps:
         share = min((step + 1) / WARM_UP_STEPS, 1.0 - step / settings.reference_steps)
         for group in optimizer.param_groups:
             group["lr"] = settings.reference_rate * share * group["scale"]
         batch = windows(corpus.train, settings.context + 1, settings.reference_batch, generator)
         optimizer.zero_grad(set_to_none=False)
-        losses.append(_backward(model, batch.to(settings.device)))
+        losses.append((backward or _backward)(model, batch.to(settings.device)))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         steps.set_postfix_str(f"loss {losses[-1]:.2f} nats", refresh=False)

@@ -1,0 +1,127 @@
+"""`fastkl demo --algorithm distill`: the reference is the teacher of students too small for it.
+
+Three students start alike and read the same text, each with another divergence. What each gives up
+is the lesson.
+"""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from fastkl import linear_divergence
+
+from ..console import table
+from ..files import json_text, write_whole
+from . import Settings
+from .corpus import build_corpus, windows
+from .model import LanguageModel, train_reference
+
+# Divergences by their names here: that of fastkl.linear_divergence, and whether the teacher is P.
+LOSSES: dict[str, tuple[Any, bool]] = {
+    "forward KL": ("kl", True),
+    "reverse KL": ("kl", False),
+    "JSD": ("js", True),
+}
+STUDENT: dict[str, Any] = dict(width=8, layers=1, heads=2, reference_batch=6, reference_rate=1e-2)
+COLUMNS = ["student of", "KL(teacher‖student)", "KL(student‖teacher)", "JSD", "missed", "invented"]
+LESSON = """
+Nats per token of held-out text. Missed: the teacher's probability of tokens to which the student
+gives less than a tenth of it; invented: the student's, of tokens to which the teacher gives less
+than a tenth of it.
+
+Forward KL, KL(teacher‖student), has no bound where the student misses something: its student covers
+all that the teacher does, and invents what lies between. Reverse KL, KL(student‖teacher), has none
+where the student invents something: its student seeks the teacher's modes, and misses the rest. The
+JSD is at most log 2 either way: its student is between."""
+
+
+def divergence(
+    teacher: LanguageModel, student: LanguageModel, tokens: torch.Tensor, name: str
+) -> torch.Tensor:
+    """Compute the mean over tokens [B, T] of one of LOSSES, from hidden states."""
+    p, q = (teacher, student) if LOSSES[name][1] else (student, teacher)
+    return linear_divergence(
+        p.hidden(tokens),
+        p.lm_head.weight,
+        q.hidden(tokens),
+        q.lm_head.weight,
+        bias=p.lm_head.bias,
+        ref_bias=q.lm_head.bias,
+        divergence=LOSSES[name][0],
+        reduction="mean",
+    )
+
+
+@torch.no_grad()
+def masses(teacher: LanguageModel, student: LanguageModel, tokens: torch.Tensor) -> list[float]:
+    """Return the probability that the student misses, and that it invents, as LESSON says."""
+    p, q = (model.lm_head(model.hidden(tokens)).softmax(-1) for model in (teacher, student))
+    return [(a * (a > 10.0 * b)).sum(-1).mean().item() for a, b in ((p, q), (q, p))]
+
+
+def run_demo(settings: Settings, out: Path) -> int:
+    """Train the teacher and the students, print the report, and write the files into `out`.
+
+    These are curves.png, report.txt and report.json, each whole or not at all. Returns the exit
+    code.
+    """
+    torch.set_num_threads(settings.threads)
+    corpus = build_corpus(settings)
+    teacher, _ = train_reference(corpus, settings)
+    small = dataclasses.replace(settings, reference_steps=settings.steps, **STUDENT)
+    text = windows(
+        corpus.held_out,
+        settings.context,
+        settings.evaluation_samples,
+        torch.Generator().manual_seed(settings.seed + 1),
+    ).to(settings.device)
+    curves, final = {name: list[list[float]]() for name in LOSSES}, dict[str, list[float]]()
+    for name in LOSSES:
+
+        def backward(student: LanguageModel, batch: torch.Tensor, name: str = name) -> float:
+            curves[name].append(masses(teacher, student, text))
+            (loss := divergence(teacher, student, batch[:, :-1], name)).backward()
+            return loss.item()
+
+        student, _ = train_reference(corpus, small, backward, f"student, {name}")
+        final[name] = [
+            *(divergence(teacher, student, text, of).item() for of in LOSSES),
+            *masses(teacher, student, text),
+        ]
+    rows = (
+        [name, *(f"{x:.3f}" for x in found[:3]), *(f"{x:.1%}" for x in found[3:])]
+        for name, found in final.items()
+    )
+    said = "\n".join([*table([COLUMNS, *rows], "<>>>>>"), LESSON])
+    files = {
+        "curves.png": picture(curves),
+        "report.txt": (said + "\n").encode(),
+        "report.json": json_text(
+            dict(configuration=dataclasses.asdict(settings), curves=curves, final=final)
+        ).encode(),
+    }
+    for name, content in files.items():
+        write_whole(out / name, content)
+    print(f"{said}\n\nwrote {', '.join(files)} into {out}")
+    return 0
+
+
+def picture(curves: dict[str, list[list[float]]]) -> bytes:
+    """Draw what the students miss and what they invent over their steps, as PNG."""
+    figure, content = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained"), io.BytesIO()
+    for at, axes in enumerate(figure.subplots(1, 2)):
+        for name, curve in curves.items():
+            axes.plot([each[at] for each in curve], label=name)
+        axes.set(
+            title=f"{COLUMNS[at + 4]}: only the {('teacher', 'student')[at]} expects it",
+            xlabel="step",
+            ylabel="share of probability",
+            ylim=(0, None),
+        )
+        axes.legend(frameon=False)
+    figure.savefig(content, format="png")
+    return content.getvalue()
