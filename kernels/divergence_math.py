@@ -141,6 +141,27 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
 
 
 @triton.jit
+def double_formula(formula):
+    """Return a Formula with share and rest as float64, which add up to 1."""
+    share = tl.cast(formula.share, tl.float64)
+    rest = tl.cast(formula.rest, tl.float64)
+    return Formula(
+        tl.where(share < 0.5, share, 1.0 - rest),
+        tl.where(share < 0.5, 1.0 - share, rest),
+        formula.curvature,
+        formula.series,
+    )
+
+
+@triton.jit
+def double_terms(log_p, log_q, formula, kind: tl.constexpr):
+    """Return the Terms of entries of an f-divergence as float64; p or q may be 0."""
+    d = tl.where(log_p == log_q, 0.0, log_q - log_p)
+    d = tl.minimum(tl.maximum(d, -LARGEST_DOUBLE_D), LARGEST_DOUBLE_D)
+    return entry_terms(tl.exp(log_p), tl.exp(log_q), d, formula, kind)
+
+
+@triton.jit
 def renyi_exponent(log_p, log_q, formula):
     """Return α·log p + (1 - α)·log q of entries as float64, finite or -inf; for α > 1, -inf where p
     is 0, whatever q is.

@@ -11,7 +11,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .divergence_math import LARGEST_DOUBLE_D, Formula, entry_terms, renyi_exponent
+from .divergence_math import double_formula, double_terms, renyi_exponent
 from .row_finish import not_above_zero, store_fields, store_lse, token_logits
 from .row_load import load_logit
 from .row_math import OF_KL, RENYI, soft_cap_slope
@@ -204,27 +204,6 @@ def is_fallback(saved_ptr):
 
 
 @triton.jit
-def double_formula(formula):
-    """Return a Formula with share and rest as float64, which add up to 1."""
-    share = tl.cast(formula.share, tl.float64)
-    rest = tl.cast(formula.rest, tl.float64)
-    return Formula(
-        tl.where(share < 0.5, share, 1.0 - rest),
-        tl.where(share < 0.5, 1.0 - share, rest),
-        formula.curvature,
-        formula.series,
-    )
-
-
-@triton.jit
-def fallback_terms(log_p, log_q, formula, kind: tl.constexpr):
-    """Return the Terms of entries of an f-divergence as float64; p or q may be 0."""
-    d = tl.where(log_p == log_q, 0.0, log_q - log_p)
-    d = tl.minimum(tl.maximum(d, -LARGEST_DOUBLE_D), LARGEST_DOUBLE_D)
-    return entry_terms(tl.exp(log_p), tl.exp(log_q), d, formula, kind)
-
-
-@triton.jit
 def fallback_divergence(
     row,
     stats,
@@ -258,7 +237,7 @@ def fallback_divergence(
             value = value * tl.exp(u - largest) + tl.exp(exponent - largest)
             u = largest
         else:
-            terms = fallback_terms(log_p, log_q, formula, kind)
+            terms = double_terms(log_p, log_q, formula, kind)
             value += terms.value
             u += terms.to_p
             v += terms.to_q
@@ -302,7 +281,7 @@ def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
         r = tl.exp(renyi_exponent(log_p, log_q, formula) - mean_u)
         return (r - p) * (-formula.share / formula.rest), q - r
     else:
-        terms = fallback_terms(log_p, log_q, formula, kind)
+        terms = double_terms(log_p, log_q, formula, kind)
         return terms.to_p - p * mean_u, terms.to_q - q * mean_v
 
 
