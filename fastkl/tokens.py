@@ -120,7 +120,7 @@ def token_stats(
             models are restricted to them and normalised again, as by logits of -inf elsewhere. Ids
             outside 0 … V-1 pad, repeated ones count once. A token outside the support has a
             log-probability of -inf and no gradient; a row without support is masked. Computed in
-            float64 from K logits a row, whose gradient alone has V entries.
+            float64 from K logits a row; only their gradient has V entries.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
@@ -180,6 +180,8 @@ class Support(NamedTuple):
         several = isinstance(ids, torch.Tensor) and ids.dim() > len(leading)
         entries = ids.shape[-1:] if several else (1,)
         _checks.tokens(ids, torch.Size((*leading, *entries)), device, "support")
+        remedy = "leave it out for the whole vocabulary"
+        _checks.expect(ids.shape[-1], "support", "K ≥ 1 ids a token", tuple(ids.shape), remedy)
         ids = increasing(ids.long(), vocabulary)
         absent = ids == vocabulary
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]

@@ -82,5 +82,5 @@ def divergence_mask(
     return ~torch.where(
         advantages > 0,
         (logprob > old_logprob) & (divergence > high),
-        (logprob < old_logprob) & (divergence > low),
+        (advantages <= 0) & (logprob < old_logprob) & (divergence > low),
     )
