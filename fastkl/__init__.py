@@ -91,10 +91,7 @@ _HOMES = {
     "use_backend": "backend",
 }
 # Submodules that are attributes of fastkl without being imported explicitly.
-_MODULES = (
-    *("backend", "divergence", "estimators", "linear", "penalty", "reference", "rl", "tokens"),
-    "topk",
-)
+_MODULES = {*_HOMES.values(), "reference", "rl"}
 
 if not typing.TYPE_CHECKING:  # else a checker would accept any misspelt name
 

@@ -130,8 +130,8 @@ def linear_token_stats(  # noqa: PLR0913
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have
             gradient exactly 0, for any hidden states. The reference backend drops them from the
             products; on a GPU, where that would synchronise, they are computed as zeros.
-        support: integer ids [..., K], as for token_stats: the K logits of a token are kept, and
-            chunks are computed as without it.
+        support: integer ids [..., K], as for token_stats. Up to K = V / 256 each product is with K
+            rows of the weight per token; beyond, chunks of all logits are computed as without it.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, or float32 if
             policy and reference differ. torch.float32 keeps the products' float32 sums for 16-bit
             inputs; see Accuracy.

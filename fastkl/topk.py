@@ -21,8 +21,8 @@ LARGEST_MASS = 1.05
 
 
 class TopKStats(NamedTuple):
-    """Per-token results of topk_stats, [...] float32. kl: as topk_kl_divergence. student_mass,
-    teacher_mass: the probability of the listed tokens, without gradient.
+    """Per-token results of topk_stats, [...] float32. kl: as topk_kl_divergence, nats.
+    student_mass, teacher_mass: the probability of the listed tokens, without gradient.
     """
 
     kl: torch.Tensor
@@ -86,7 +86,8 @@ def topk_kl_divergence(  # noqa: PLR0913
         [...] float32 (float64 for float64 logits), nats; ≥ 0 but for "ignore" and clip.
 
     Gradient:
-        With respect to logits. As an advantage, a top-k KL has an expected gradient of zero.
+        With respect to logits. Use it as a loss: as the advantage of a sampled token, on which it
+        does not depend, its expected gradient is zero.
 
     Special values:
         Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
@@ -96,8 +97,8 @@ def topk_kl_divergence(  # noqa: PLR0913
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
-    Source: the tail bucket is that of the data-processing inequality, Cover & Thomas, Elements of
-    Information Theory (2006), section 2.8.
+    Source: merging tokens into one bucket can only lower a divergence, by the data-processing
+    inequality: Cover & Thomas, Elements of Information Theory (2006), section 2.8.
     """
     how = _How(direction, beta, tail, clip, temperature)
     found = _topk(logits, topk_logprobs, topk_ids, mask, how)
@@ -136,14 +137,16 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
         topk_kl_divergence(logits, topk_logprobs, topk_ids, mask, direction=direction, ...)
 
     in one matrix product forward and two backward (one for a frozen lm_head), and one more where
-    the logits are not kept: see recompute.
+    the logits are not kept: see recompute. tail="renormalize" needs the listed logits alone: up to
+    K = V / 256 each product is with K rows of the weight per token.
 
     Args:
         hidden, weight, bias, softcap, logits_dtype, chunk_size, recompute: as in
             linear_token_stats, for the student alone. The others: as in topk_kl_divergence.
 
     Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
-    linear_token_stats, for one model; 8·K bytes per token from forward to backward.
+    linear_token_stats, for one model; about 200·K bytes per token ("js": 450·K) from forward to
+    backward, as of topk_kl_divergence.
 
     Gradient:
         With respect to hidden, weight and bias, in their types.
@@ -195,7 +198,10 @@ def topk_stats(  # noqa: PLR0913
 ) -> TopKStats:
     """Compute topk_kl_divergence per token beside the mass of the listed tokens in both models.
 
-    Arguments, Gradient, Special values, Raises: as topk_kl_divergence. A masked row is 0.
+    Returns:
+        TopKStats of [...] float32 (float64 for float64 logits) tensors; a masked row is 0.
+
+    Arguments, Gradient, Special values, Raises, Source: as topk_kl_divergence.
     """
     how = _How(direction, beta, tail, clip, temperature)
     return _topk(logits, topk_logprobs, topk_ids, mask, how)[0]

@@ -91,8 +91,8 @@ def row_fallback(  # noqa: PLR0913
     Math:   Fallback, fallback_divergence and write_fallback, in float64; defined by
             reference.row_statistics and row_gradients, and f_divergences.divergence.
     Grid:   (⌈N / ROWS⌉,).
-    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V
-            WITH_GRADIENT.
+    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, V more for
+            a divergence beside the KL and WITH_GRADIENT.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
             of weight·KL to P.
     Saves:  store_row's ten values, marked by the sign of the second; of a divergence beside the KL

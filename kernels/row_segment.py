@@ -11,7 +11,7 @@ The centre is always the mean of d over at least an eighth of the weight: sums a
 centre would lose their digits when the centre moves.
 
 The second read of an f-divergence starts with log2 of P's partition function as origin and with
-log(lse_q - lse_p) as centre: e is p and d is log(q/p), and no tile is anchored.
+lse_q - lse_p as centre: e is p and d is log(q/p), and no tile is anchored.
 """
 
 from collections import namedtuple

@@ -7,7 +7,7 @@ import torch
 from .. import reference
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
-# Those that depend on each model.
+# Fields that depend on the policy, and on the reference.
 POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl", "lse")
 REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl", "ref_lse")
 # PerRow: a vector [N], or None if absent. Values: the same, or one number for all rows.

@@ -1,4 +1,4 @@
-"""Policy-gradient losses over log-probabilities: PPO, and GRPO and GSPO with their KL penalty."""
+"""Policy-gradient losses over log-probabilities: PPO; GRPO, GSPO, CISPO and SAPO with a KL."""
 
 from typing import Literal, get_args
 
