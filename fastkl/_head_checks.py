@@ -11,6 +11,8 @@ from ._checks import (
     LOWEST_TEMPERATURE,
     described,
     dtype_remedy,
+    expect,
+    is_number,
     packed_remedy,
     plain,
     same_device,
@@ -107,11 +109,9 @@ def no_reference(weight: object, bias: object, temperature: object) -> None:
         ("ref_bias", bias),
         ("ref_temperature", temperature),
     ):
-        if value is not None:
-            raise ValueError(
-                f"{name}: expected None without ref_hidden, got {described(value)}; pass "
-                f"ref_hidden too"
-            )
+        expect(
+            value is None, name, "None without ref_hidden", described(value), "pass ref_hidden too"
+        )
 
 
 def given_logits(
@@ -119,11 +119,13 @@ def given_logits(
 ) -> None:
     """Check ref_logits [..., V], and that what they replace is None."""
     for name, value in zip(("ref_hidden", "ref_weight", "ref_bias"), others, strict=True):
-        if value is not None:
-            raise ValueError(
-                f"{name}: expected None beside ref_logits, got {described(value)}; pass the "
-                f"reference's logits or its hidden states"
-            )
+        expect(
+            value is None,
+            name,
+            "None beside ref_logits",
+            described(value),
+            "pass the reference's logits or its hidden states",
+        )
     _plain_float_tensor("ref_logits", logits, "logits [..., V]")
     expected = (*hidden.shape[:-1], weight.shape[0])
     if logits.shape != expected:
@@ -131,11 +133,13 @@ def given_logits(
             f"ref_logits: expected the shape {expected}, got {tuple(logits.shape)}; slice a padded "
             f"vocabulary to the shared one: ref_logits[..., :V], or weight[:V] and bias[:V]"
         )
-    if logits.requires_grad:
-        raise ValueError(
-            "ref_logits: expected a tensor without gradient, got one that requires it; pass "
-            "ref_logits.detach()"
-        )
+    expect(
+        not logits.requires_grad,
+        "ref_logits",
+        "a tensor without gradient",
+        "one that requires it",
+        "pass ref_logits.detach()",
+    )
     same_device_and_precision("ref_logits", logits, "hidden", hidden)
 
 
@@ -182,11 +186,9 @@ def softcap(value: float | None, name: str = "softcap") -> None:
 
 def number(name: str, what: str, value: float, remedy: str = "pass numbers nearer to 1") -> None:
     """Check for a number within 2^-126 … 2^126, the range of temperatures."""
-    what = f"{name}: expected {what} within 2^-126 … 2^126, got"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{what} {type_name(value)}; {remedy}")
-    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"{what} {shown(value)}; {remedy}")
+    what = f"{what} within 2^-126 … 2^126"
+    expect(is_number(value), name, what, value, remedy, TypeError)
+    expect(LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE, name, what, value, remedy)
 
 
 def chunk_size(value: int | None) -> None:
@@ -205,11 +207,14 @@ def chunk_size(value: int | None) -> None:
 
 def recompute(value: bool | None) -> None:
     """Check for None or a bool."""
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(
-            f"recompute: expected True, False or None, got {type_name(value)}; pass None, which "
-            f"keeps logits of up to 2 GiB"
-        )
+    expect(
+        value is None or isinstance(value, bool),
+        "recompute",
+        "True, False or None",
+        value,
+        "pass None, which keeps logits of up to 2 GiB",
+        TypeError,
+    )
 
 
 def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
@@ -226,8 +231,11 @@ def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
 def float_type(name: str, value: torch.dtype | None) -> None:
     """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
     known = isinstance(value, torch.dtype)
-    if value is not None and not (known and value in FLOAT_TYPES):
-        raise (ValueError if known else TypeError)(
-            f"{name}: expected None, float32, bfloat16, float16 or float64, got "
-            f"{value if known else type_name(value)}; pass torch.float32, for instance"
-        )
+    expect(
+        value is None or (known and value in FLOAT_TYPES),
+        name,
+        "None, float32, bfloat16, float16 or float64",
+        value,
+        "pass torch.float32, for instance",
+        ValueError if known else TypeError,
+    )

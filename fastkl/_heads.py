@@ -181,11 +181,13 @@ def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | 
     if not isinstance(weight, Head):
         return Head(weight, bias, softcap)
     for other, value in ((f"{prefix}bias", bias), ("softcap", softcap)):
-        if value is not None:
-            raise ValueError(
-                f"{other}: expected None beside a Head as {prefix}weight, got "
-                f"{_checks.described(value)}; give each model a Head with its own"
-            )
+        _checks.expect(
+            value is None,
+            other,
+            f"None beside a Head as {prefix}weight",
+            _checks.described(value),
+            "give each model a Head with its own",
+        )
     _head_checks.softcap(weight.softcap, f"{prefix}weight.softcap")
     _head_checks.number(
         f"{prefix}weight.logit_scale",

@@ -69,7 +69,8 @@ class _Distillation(torch.nn.Module):
         """Check labels [...] of `like` [..., X], add up the terms of a weight above 0, and remember
         their means.
 
-        statistics: token_stats of (labels, *teacher, mask=); divergence: its sum for a mask.
+        statistics: token_stats as a function of (labels, *teacher, mask=); divergence: the sum as
+        one of the mask.
         """
         _checks.tokens(labels, like.shape[:-1], like.device, "labels")
         _checks.normalizer(normalizer, "mean", like.device)

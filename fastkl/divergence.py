@@ -75,8 +75,9 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of("kl", 0.0, None)
+    return _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer).of(
+        "kl", 0.0, None
+    )
 
 
 def js_divergence(
@@ -150,8 +151,9 @@ def skew_kl_divergence(
 
     Source: Lee, Measures of distributional similarity (1999); Ko et al., DistiLLM (2024).
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of(*of_name("skew_kl", alpha, None))
+    return _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer).of(
+        *of_name("skew_kl", alpha, None)
+    )
 
 
 def renyi_divergence(
@@ -187,8 +189,9 @@ def renyi_divergence(
     Source: Rényi, On measures of entropy and information (1961); van Erven & Harremoës, Rényi
     divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014).
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of(*of_name("renyi", alpha, None))
+    return _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer).of(
+        *of_name("renyi", alpha, None)
+    )
 
 
 def total_variation(
@@ -219,8 +222,9 @@ def total_variation(
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of(*of_name("total_variation", None, None))
+    return _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer).of(
+        *of_name("total_variation", None, None)
+    )
 
 
 def jeffreys_divergence(
@@ -243,8 +247,9 @@ def jeffreys_divergence(
     Source: Jeffreys, An invariant form for the prior probability in estimation problems, Proc. R.
     Soc. A 186 (1946).
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of(*of_name("jeffreys", None, None))
+    return _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer).of(
+        *of_name("jeffreys", None, None)
+    )
 
 
 class Call(NamedTuple):
@@ -311,8 +316,9 @@ def of_name(
     """
     takes_alpha, takes_beta = name in ("skew_kl", "renyi"), name == "js"
     for argument, value, takes in ((alpha_name, alpha, takes_alpha), ("beta", beta, takes_beta)):
-        nothing = value is None or takes
-        _checks.expect(nothing, argument, f"None for {name!r}", value, "leave it out")
+        _checks.expect(
+            value is None or takes, argument, f"None for {name!r}", value, "leave it out"
+        )
     given: Any = (0.5 if beta is None else beta) if takes_beta else alpha
     if takes_alpha or takes_beta:
         check = _checks.order if name == "renyi" else _checks.share

@@ -269,11 +269,14 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
     for name, value in {"logprob": logprob, **others}.items():
         if value is None and name == "old_logprob":
             continue
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"{name}: expected a float tensor of log-probabilities [...], got "
-                f"{type(value).__name__}; token_stats returns them"
-            )
+        _checks.expect(
+            isinstance(value, torch.Tensor),
+            name,
+            "a float tensor of log-probabilities [...]",
+            value,
+            "token_stats returns them",
+            TypeError,
+        )
         if value.dtype not in _checks.FLOAT_TYPES:
             raise TypeError(
                 f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got "
@@ -286,10 +289,11 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
                 f"token, got {tuple(value.shape)}; align the batch and time dimensions"
             )
         _checks.same_device_and_precision(name, value, "logprob", logprob)
-        if name == "old_logprob" and value.requires_grad:
-            raise ValueError(
-                "old_logprob: expected log-probabilities without gradient, of the policy as it was "
-                "when it sampled, got a tensor that requires grad; pass old_logprob.detach(), or "
-                "None for tokens sampled from the policy as it is now"
-            )
+        _checks.expect(
+            name != "old_logprob" or not value.requires_grad,
+            name,
+            "log-probabilities without gradient, of the policy as it was when it sampled",
+            "a tensor that requires grad",
+            "pass old_logprob.detach(), or None for tokens sampled from the policy as it is now",
+        )
     _checks.clamp("clamp", clamp)

@@ -125,17 +125,19 @@ def linear_divergence(  # noqa: PLR0913
     normalizer: float | torch.Tensor | None = None,
     recompute: bool | None = None,
 ) -> torch.Tensor:
-    """Compute a divergence of P from (hidden, weight, bias) and Q from (ref_hidden, ref_weight,
-    ref_bias) or ref_logits per token, its sum or its mean.
+    """Compute a divergence per token, its sum or its mean, with P's logits from (hidden, weight,
+    bias) and Q's from (ref_hidden, ref_weight, ref_bias) or ref_logits.
 
     Equivalent to
 
         p_logits, q_logits = ...        # as in linear_token_stats
         p_logits, q_logits = p_logits / temperature, q_logits / ref_temperature
+        if reverse:
+            p_logits, q_logits = q_logits, p_logits
         fastkl.js_divergence(p_logits, q_logits, mask, beta=beta, reduction=reduction, ...)
 
-    or the function of the same name as `divergence`, a chunk of tokens at a time. P is the first
-    model: for a teacher P and a student Q pass the teacher first, or reverse=True.
+    or the function that `divergence` names, a chunk of tokens at a time. P is the first model: for
+    a teacher P and a student Q pass the teacher first, or reverse=True.
 
     Args:
         divergence: "kl", "js", "skew_kl", "renyi", "total_variation" or "jeffreys".
@@ -147,12 +149,12 @@ def linear_divergence(  # noqa: PLR0913
         reverse: exchange P and Q: with "kl", KL(Q‖P).
         The others: as linear_kl_divergence.
 
-    Returns, Gradient, Memory, Accuracy, autocast, Special values: as linear_kl_divergence, with the
-    same numbers of matrix products, one less where ref_logits are given; and as the function of
-    logits.
+    Returns, Gradient, Memory, Accuracy, autocast, Special values: as linear_kl_divergence and the
+    function of logits, with the same numbers of matrix products, one less with ref_logits.
 
-    Raises: TypeError, ValueError, RuntimeError as linear_kl_divergence; an alpha or a beta that the
-    divergence does not take.
+    Raises: TypeError, ValueError, RuntimeError as linear_kl_divergence; ValueError for an alpha or
+    a beta that the divergence does not take, and for ref_logits beside ref_hidden, ref_weight or
+    ref_bias or with gradient.
 
     Source: as the function of logits.
     """

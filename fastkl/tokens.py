@@ -153,8 +153,7 @@ def token_stats(
         listed = [each.gather(-1, within).double() / divisor for each in both]
         return kept.statistics(listed, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
-    temperatures = per_token(temperature)
-    inputs = RowInputs(logits, ref_logits, tokens, mask, *temperatures, fields, chosen)
+    inputs = RowInputs(logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen)
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
 

@@ -101,8 +101,9 @@ def topk_kl_divergence(  # noqa: PLR0913
     inequality: Cover & Thomas, Elements of Information Theory (2006), section 2.8.
     """
     how = _How(direction, beta, tail, clip, temperature)
-    found = _topk(logits, topk_logprobs, topk_ids, mask, how)
-    return _reduced(found, weights, reduction, normalizer)
+    return _reduced(
+        _topk(logits, topk_logprobs, topk_ids, mask, how), weights, reduction, normalizer
+    )
 
 
 def linear_topk_kl_divergence(  # noqa: PLR0913
@@ -203,8 +204,9 @@ def topk_stats(  # noqa: PLR0913
 
     Arguments, Gradient, Special values, Raises, Source: as topk_kl_divergence.
     """
-    how = _How(direction, beta, tail, clip, temperature)
-    return _topk(logits, topk_logprobs, topk_ids, mask, how)[0]
+    return _topk(
+        logits, topk_logprobs, topk_ids, mask, _How(direction, beta, tail, clip, temperature)
+    )[0]
 
 
 class _How(NamedTuple):
@@ -359,15 +361,12 @@ def _check(
     """Check the list and the options, for a student of leading shape `leading`."""
     plain = isinstance(ids, torch.Tensor) and not ids.is_nested
     entries = ids.shape[-1:] if plain else torch.Size()
-    integers = (torch.int64, torch.int32)
-    remedy = "convert it with .long()"
-    shape = torch.Size((*leading, *entries))
-    _checks.per_row("topk_ids", ids, shape, device, integers, "an int32 or int64 tensor", remedy)
+    given = torch.Size((*leading, *entries)), device
+    of_ids = (torch.int64, torch.int32), "an int32 or int64 tensor", "convert it with .long()"
+    _checks.per_row("topk_ids", ids, *given, *of_ids)
     kind = "a float tensor of log-probabilities"
-    types = _checks.FLOAT_TYPES
-    _checks.per_row(
-        "topk_logprobs", logprobs, shape, device, types, kind, "convert it with .float()"
-    )
+    remedy = "convert it with .float()"
+    _checks.per_row("topk_logprobs", logprobs, *given, _checks.FLOAT_TYPES, kind, remedy)
     _checks.expect(
         ids.dim() > len(leading) and ids.shape[-1] > 0,
         "topk_ids",

@@ -302,7 +302,7 @@ class KLCallback(TrainerCallback, ExportableState):
 
 
 class TeacherMixin:
-    """Gives transformers.Trainer, or a subclass that calls its compute_loss, a teacher of a causal
+    """Gives transformers.Trainer, or a subclass that calls its compute_loss, a teacher for a causal
     language model: the loss is DistillationLoss, normalised as the Trainer's own.
 
         class Distiller(TeacherMixin, transformers.Trainer): ...
@@ -344,7 +344,7 @@ class TeacherMixin:
             "teacher",
             "a model",
             teacher,
-            "load it before",
+            "load it with AutoModelForCausalLM",
             TypeError,
         )
         trainer: Any = super()

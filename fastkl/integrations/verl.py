@@ -250,8 +250,8 @@ def forward_kl_topk(
         {"distillation_losses": stats.kl, "student_mass": …, "teacher_mass": …}
 
     The tokens that are not listed are one more token: verl's loss, the listed terms alone, is
-    often negative, and verl then sets it to 0, without gradient. Nor is it clamped below, as verl's
-    log-probs are at log_prob_min_clamp, where the student gets no gradient.
+    often negative, and verl then sets it to 0, without gradient. Log-probs have no lower clamp:
+    below verl's log_prob_min_clamp the student gets no gradient.
 
     Args:
         student_logits: [1, T, V]. teacher_topk_log_probs, teacher_topk_ids: jagged, T rows of K.

@@ -183,8 +183,9 @@ class Kernels(Engine):
     ) -> None:
         # -upstream times a log-probability's gradient without its one-hot term: no token is -1.
         tokens = torch.full(rest.shape, -1, dtype=torch.int64, device=rest.device)
-        weights = {"logprob": -upstream.float()}
-        self.backward(args._replace(tokens=tokens), saved, weights, grad, None)
+        self.backward(
+            args._replace(tokens=tokens), saved, {"logprob": -upstream.float()}, grad, None
+        )
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
         # The kernels' base-2 exponents have the float32 product of 1/T and log2(e).

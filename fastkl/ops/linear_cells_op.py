@@ -89,11 +89,10 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
 
 def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     listed = torch.empty_like(request.ids, dtype=torch.float64)
-    saved = (*listed.shape[:-1], SAVED)
     return (
         listed,
         listed.new_empty(listed.shape[:-1]),
-        listed.new_empty(saved, dtype=result_dtype(inputs.hidden)),
+        listed.new_empty((*listed.shape[:-1], SAVED), dtype=result_dtype(inputs.hidden)),
         *_kept(inputs, request),
     )
 
@@ -128,8 +127,7 @@ def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: boo
 
 
 def _kept(inputs: LinearInputs, request: ListInputs) -> list[Tensor | None]:
-    keep = request.keep and not request.by_rows(inputs.weight.shape[0])
-    return kept_logits(inputs, keep)[:1]
+    return kept_logits(inputs, request.keep and not request.by_rows(inputs.weight.shape[0]))[:1]
 
 
 # ---- FLOP counts: 2·N·H·V for each GEMM, 2·N·H·K where rows are read; arguments hold shapes
@@ -204,8 +202,5 @@ linear_cell_gradients = DualOp(
     _gradients,
     lambda inputs, request: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),
-    rules=Rules(
-        refuse_second_derivative,
-        flops=_backward_flops,
-    ),
+    rules=Rules(refuse_second_derivative, flops=_backward_flops),
 )

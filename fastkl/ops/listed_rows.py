@@ -78,9 +78,8 @@ class Listed(NamedTuple):
             values, token = grad.flatten()[order].to(wide), order // grad.shape[-1]
             for name in found.keys() & {"weight", "bias"}:
                 terms = values if name == "bias" else values[:, None] * states[token]
-                found[name].index_add_(0, own, _segment_sums(terms, lengths))
+                sums = torch.segment_reduce(
+                    terms, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True
+                )
+                found[name].index_add_(0, own, sums)
         return found
-
-
-def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)

@@ -142,6 +142,7 @@ def dpo_loss(  # noqa: PLR0913
         right, wrong = logsigmoid(margin), logsigmoid(-margin)
         losses = -(1 - label_smoothing) * right - label_smoothing * wrong
     if reduction != "none":
-        divisor = _reduce.divisor(reduction, normalizer, None, losses.shape, losses.dtype)
-        losses = losses.sum() / divisor
+        losses = losses.sum() / _reduce.divisor(
+            reduction, normalizer, None, losses.shape, losses.dtype
+        )
     return DPOLoss(losses, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

@@ -227,7 +227,7 @@ def clean(text: str) -> str:
 
 
 def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[int], str]) -> str:
-    """Format a token, coloured, with its numbers for whoever points at it."""
+    """Format a token, coloured, with its numbers as a tooltip."""
     if math.isnan(row.kl_ab):
         return f'<b class="u">{clean(row.text)}</b>' if row.text else ""
     mark = " n" if "\n" in row.text else "" if row.text else " e"
