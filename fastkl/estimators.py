@@ -269,14 +269,11 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
     for name, value in {"logprob": logprob, **others}.items():
         if value is None and name == "old_logprob":
             continue
-        _checks.expect(
-            isinstance(value, torch.Tensor),
-            name,
-            "a float tensor of log-probabilities [...]",
-            value,
-            "token_stats returns them",
-            TypeError,
-        )
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{name}: expected a float tensor of log-probabilities [...], got "
+                f"{type(value).__name__}; token_stats returns them"
+            )
         if value.dtype not in _checks.FLOAT_TYPES:
             raise TypeError(
                 f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got "

@@ -362,10 +362,9 @@ def _check(
     plain = isinstance(ids, torch.Tensor) and not ids.is_nested
     entries = ids.shape[-1:] if plain else torch.Size()
     given = torch.Size((*leading, *entries)), device
-    of_ids = (torch.int64, torch.int32), "an int32 or int64 tensor", "convert it with .long()"
-    _checks.per_row("topk_ids", ids, *given, *of_ids)
-    kind = "a float tensor of log-probabilities"
-    remedy = "convert it with .float()"
+    kind, remedy = "an int32 or int64 tensor", "convert it with .long()"
+    _checks.per_row("topk_ids", ids, *given, (torch.int64, torch.int32), kind, remedy)
+    kind, remedy = "a float tensor of log-probabilities", "convert it with .float()"
     _checks.per_row("topk_logprobs", logprobs, *given, _checks.FLOAT_TYPES, kind, remedy)
     _checks.expect(
         ids.dim() > len(leading) and ids.shape[-1] > 0,
