@@ -155,10 +155,6 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     return *fields, found["saved"].view(*leading, SAVED), *kept
 
 
-def _fake_statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
-    return *empty_outputs(inputs.hidden, request.fields), *kept_logits(inputs, request.keep)
-
-
 def kept_logits(inputs: LinearInputs, keep: bool) -> list[Tensor | None]:
     """Return uninitialised memory for all logits of each model; None without `keep`."""
     return [
@@ -183,10 +179,6 @@ def _gradients(inputs: LinearInputs, request: GradientInputs, overwrite: bool = 
     # Hold no heads: they hold the sums, which in_their_types frees.
     found = inputs.heads(request.tokens).backward(saved, upstream, wrt, kept, overwrite)
     return in_their_types(inputs, found, wrt)
-
-
-def _fake_gradients(inputs: LinearInputs, request: GradientInputs) -> Outputs:
-    return empty_gradients(inputs, request.wrt)
 
 
 def in_their_types(
@@ -317,7 +309,10 @@ linear_statistics = DualOp(
     "fastkl::linear_statistics",
     (LinearInputs, StatisticsInputs),
     _statistics,
-    _fake_statistics,
+    lambda inputs, request: (
+        *empty_outputs(inputs.hidden, request.fields),
+        *kept_logits(inputs, request.keep),
+    ),
     outputs=len(FIELDS) + 3,
     rules=Rules(_backward, setup_context=_save_for_backward, flops=lambda inputs, _: flops(inputs)),
 )
@@ -325,7 +320,7 @@ linear_gradients = DualOp(
     "fastkl::linear_gradients",
     (LinearInputs, GradientInputs),
     _gradients,
-    _fake_gradients,
+    lambda inputs, request: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),
     rules=Rules(
         refuse_second_derivative,

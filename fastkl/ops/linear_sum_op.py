@@ -88,10 +88,6 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
     return result
 
 
-def _fake_scaled(inputs: ScaledInputs) -> Tensor:
-    return torch.empty_like(inputs.gradient, dtype=inputs.dtype)
-
-
 def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
     """Return the inverse loss scale of float16 gradients: the power of two u for which max|f|/u is
     in (4, 8], or 1 if that maximum is 0 or not finite, with f a token's factor of the gradients of
@@ -174,7 +170,7 @@ scaled = DualOp(
     "fastkl::scaled",
     (ScaledInputs,),
     _scaled,
-    _fake_scaled,
+    lambda inputs: torch.empty_like(inputs.gradient, dtype=inputs.dtype),
     outputs=1,
     rules=Rules(refuse_second_derivative),
 )

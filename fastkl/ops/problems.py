@@ -1,6 +1,7 @@
 """Describes logits of any leading shape and strides as kernels.launch.Problems."""
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -74,33 +75,13 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     return parts
 
 
-@functools.cache
-def launchers() -> ModuleType:
-    """Return kernels.launch, imported at first use because it needs Triton."""
-    from ..kernels import launch
-
-    return launch
+def _kernels(name: str) -> ModuleType:
+    """Import a module of fastkl.kernels, at its first use because it needs Triton."""
+    return importlib.import_module(f"..kernels.{name}", __package__)
 
 
-@functools.cache
-def series() -> ModuleType:
-    """Return kernels.series, likewise."""
-    from ..kernels import series
-
-    return series
-
-
-@functools.cache
-def outside_launchers() -> ModuleType:
-    """Return kernels.launch_outside, likewise."""
-    from ..kernels import launch_outside
-
-    return launch_outside
-
-
-@functools.cache
-def fused_launchers() -> ModuleType:
-    """Return kernels.launch_fused, likewise."""
-    from ..kernels import launch_fused
-
-    return launch_fused
+# Functions without arguments that return their module.
+launchers, outside_launchers, fused_launchers, series = (
+    functools.cache(functools.partial(_kernels, name))
+    for name in ("launch", "launch_outside", "launch_fused", "series")
+)
