@@ -25,10 +25,14 @@ from ._checks import (
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """Check for a tensor of one of FLOAT_TYPES that this process holds whole."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass the model's own"
-        )
+    expect(
+        isinstance(value, torch.Tensor),
+        name,
+        f"a tensor, {what}",
+        value,
+        "pass the model's own",
+        TypeError,
+    )
     plain(
         name,
         value,
@@ -71,11 +75,13 @@ def head(
             f"{tuple(hidden.shape)}; pass the model's last hidden states"
         )
     _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
-    if weight.dim() == 2 and weight.shape[0] == 0:
-        raise ValueError(
-            f"{names.weight}: expected a vocabulary of at least one entry, got "
-            f"{tuple(weight.shape)}; pass the whole weight"
-        )
+    expect(
+        weight.dim() != 2 or weight.shape[0] > 0,
+        names.weight,
+        "a vocabulary of at least one entry",
+        tuple(weight.shape),
+        "pass the whole weight",
+    )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, "

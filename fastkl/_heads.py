@@ -127,8 +127,9 @@ def prepare(
     temperatures, temperature = per_token(first.divisor(dtype))
     ratios, ratio = per_token(other.ratio_to(first, dtype))
     if ratio != 1:
-        what = "the quotient of both models' temperature / logit_scale"
-        _head_checks.number("ref_temperature", what, ratio)
+        _head_checks.number(
+            "ref_temperature", "the quotient of both models' temperature / logit_scale", ratio
+        )
     return LinearInputs(
         policy[0],
         policy[1],

@@ -102,7 +102,8 @@ def linear_token_stats(  # noqa: PLR0913
         if softcap is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
             ref_logits = softcap * torch.tanh(ref_logits.float() / softcap)
-        stats = token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
+        options = dict(temperature=temperature, mask=mask, support=support)
+        stats = token_stats(logits, tokens, ref_logits, **options)
 
     for plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide
     ref_logits instead. Forward takes two matrix products (one without a reference). Every field and

@@ -159,8 +159,9 @@ def linear_divergence(  # noqa: PLR0913
     Source: as the function of logits.
     """
     _checks.choice("divergence", divergence, DIVERGENCES)
-    remedy = "True exchanges P and Q"
-    _checks.expect(isinstance(reverse, bool), "reverse", "a bool", reverse, remedy, TypeError)
+    _checks.expect(
+        isinstance(reverse, bool), "reverse", "a bool", reverse, "True exchanges P and Q", TypeError
+    )
     kind, share, factor = of_name(divergence, alpha, beta)
     inputs = prepare(
         Given(

@@ -281,10 +281,12 @@ def _divergence(
     # A compiler's graph has no branch on values: the row is NaN there.
     checks = ENGINES[chosen].checks_values and not torch.compiler.is_compiling()
     if checks and bool(too_much.any()):
-        at_most = f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}"
-        remedy = "mask padded positions with mask=, or give their entries -inf"
         _checks.expect(
-            False, "topk_logprobs", at_most, f"{float(mass[too_much].max().exp()):.6g}", remedy
+            False,
+            "topk_logprobs",
+            f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}",
+            f"{float(mass[too_much].max().exp()):.6g}",
+            "mask padded positions with mask=, or give their entries -inf",
         )
     log_q = torch.cat([listed, rest[..., None]], -1)
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)

@@ -151,8 +151,7 @@ class Kernels(Engine):
         if not launch.config.fuses(launch.architecture(args.p.device)[0]):
             return False
         (_, problem), *others = problems(args)
-        gradient = grad_p.view(-1, grad_p.shape[-1])
-        return not others and fused_launchers().fuses(problem, gradient)
+        return not others and fused_launchers().fuses(problem, grad_p.view(-1, grad_p.shape[-1]))
 
     def together(
         self,

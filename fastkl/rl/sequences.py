@@ -109,9 +109,8 @@ def loss_tensors(
     mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
     now = finite(logprob)
     old = now.detach() if old_logprob is None else finite(old_logprob)
-    given = now, old, advantages.to(now.dtype)
     # A product with the mask would keep a NaN, in the value or in the gradient.
-    return *(torch.where(mask, value, 0.0) for value in given), mask
+    return *(torch.where(mask, x, 0.0) for x in (now, old, advantages.to(now.dtype))), mask
 
 
 def total(

@@ -90,8 +90,7 @@ def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
         raise ValueError(f"it has the fields {list(fields)}")
     if texts:
         return texts[0], False
-    tools = fields.get("tools")
-    return tokenizer.apply_chat_template(chats[0], tools=tools, tokenize=False), True
+    return tokenizer.apply_chat_template(chats[0], tools=fields.get("tools"), tokenize=False), True
 
 
 # ---- tokens

@@ -165,8 +165,9 @@ class Checkpoint:
                     raise ValueError(f"a {kind} changes the input, not a model's weights")
                 self.adapter = {"kind": str(kind), "base": readable(self.source)}
                 self.saved = peft.load_peft_weights(name, device="cpu")
-            auto = transformers.AutoConfig
-            self.config = auto.from_pretrained(self.source, trust_remote_code=False)
+            self.config = transformers.AutoConfig.from_pretrained(
+                self.source, trust_remote_code=False
+            )
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         size = getattr(self.config.get_text_config(), "vocab_size", None)
         self.rows: int | None = max(rows, default=size)

@@ -185,8 +185,7 @@ def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {"tokens": len(scored), **scored[means].mean().to_dict()}
     for name in DIVERGENCES:
         figures = KLMonitor(spike=False).update(torch.from_numpy(np.array(scored[name].abs())))
-        keys = ("mean", "p50", "p95", "p99", "max")
-        summary[name] = {key: figures[f"kl/{key}"] for key in keys}
+        summary[name] = {key: figures[f"kl/{key}"] for key in ("mean", "p50", "p95", "p99", "max")}
     return summary
 
 
@@ -225,9 +224,10 @@ def worst_tokens(
             **{name: row[name] for name in MEANS},
         }
         for letter in "ab":
-            chance = math.exp(row[f"top_logprob_{letter}"])
-            likely = {"token": label(int(row[f"top_{letter}"])), "probability": chance}
-            entry[f"expected_{letter}"] = likely
+            entry[f"expected_{letter}"] = {
+                "token": label(int(row[f"top_{letter}"])),
+                "probability": math.exp(row[f"top_logprob_{letter}"]),
+            }
         entries.append(entry)
     return entries
 

@@ -81,8 +81,9 @@ def run_demo(settings: Settings, out: Path) -> int:
     levels = {"reward": {"reference": numbers["final"]["reference"]["reward"]}}
     if settings.beta is None:
         levels["kl/mean"] = {"target": settings.target_kl}
-    title = "PPO on a reward that can be hacked"
-    files["curves.png"] = picture(drawn, title, watch(numbers, settings), levels)
+    files["curves.png"] = picture(
+        drawn, "PPO on a reward that can be hacked", watch(numbers, settings), levels
+    )
     files["report.txt"] = (text + "\n").encode()
     files["report.json"] = json_text(numbers).encode()
     for name, content in files.items():
