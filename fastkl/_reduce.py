@@ -105,9 +105,11 @@ def reduced(
     reduction: str,
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum or average values [...], exactly 0 where the mask is False; a masked token's weight may
-    be anything.
+    """Sum or average values [...], exactly 0 where the mask is False, or with "none" return them; a
+    masked token's weight may be anything.
     """
+    if reduction == "none":
+        return values
     if weights is not None:
         weights = weights.to(values.dtype)
         values = values * (weights if mask is None else torch.where(mask, weights, 0.0))

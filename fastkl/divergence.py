@@ -280,8 +280,6 @@ class Call(NamedTuple):
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:
             values = factor * values
-        if reduction == "none":
-            return values
         return _reduce.reduced(values, mask, weights, reduction, normalizer)
 
 

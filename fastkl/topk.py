@@ -239,8 +239,6 @@ def _reduced(
     """Reduce the divergence of the rows that count."""
     kl, counted = found[0].kl, found[1]
     _reduce.check(reduction, weights, normalizer, kl.shape, kl.device)
-    if reduction == "none":
-        return kl
     return _reduce.reduced(kl, counted, weights, reduction, normalizer)
 
 

@@ -1,4 +1,4 @@
-"""A divergence as the launchers know it: its kind, its numbers and its polynomials near P = Q."""
+"""A divergence for the launchers: its kind, its numbers and its polynomials near P = Q."""
 
 from typing import NamedTuple
 

@@ -33,9 +33,9 @@ class LinearInputs(NamedTuple):
     raw logits as in fields.Scaling, and options.
 
     temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
-    place of the second model; given_first: P's, and the lm_head's are Q's. logits_dtype: the type
-    that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default. divergence,
-    share: as in fields.Divergence.
+    place of the second model; with given_first they are P's, and the lm_head's are Q's.
+    logits_dtype: the type that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a
+    default. divergence, share: as in fields.Divergence.
     """
 
     hidden: Tensor

@@ -16,8 +16,8 @@ FACTOR = 2.0
 
 @functools.lru_cache(1024)
 def near_series(divergence: Divergence) -> Any:
-    """Return the kernels.series.Series of a divergence; that of an f-divergence from its values at
-    Chebyshev nodes: a relative error near 1e-6.
+    """Return the kernels.series.Series of a divergence; an f-divergence's polynomials interpolate
+    it at Chebyshev nodes, with a relative error near 1e-6.
     """
     kernels, (kind, share) = series(), divergence
     if kind == "kl":
