@@ -180,7 +180,7 @@ def test_16_bit_models_have_float32_logits(monkeypatch):
         values = measure.token_values(heads, hidden, tokens, vocabulary)
         names = ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba")
         found = [values[name] for name in names]
-        np.testing.assert_allclose(found, torch.stack([*stats]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, torch.stack(stats[:5]), rtol=1e-5, atol=1e-5)
 
 
 def test_forbidden_entries_and_small_divergences():
