@@ -8,6 +8,7 @@ import torch
 from . import _checks, _reduce, backend, f_divergences
 from ._heads import Given, Head, keeps_logits, prepare
 from ._types import Reduction
+from .ops import dual_op
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
@@ -270,8 +271,8 @@ def _divergence(
     log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
     mass = log_p.logsumexp(-1, keepdim=True)
     too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
-    # A compiler's graph has no branch on values: the row is NaN there.
-    checks = ENGINES[chosen].checks_values and not torch.compiler.is_compiling()
+    # Graphs and transforms have no branch on values: the row is NaN there.
+    checks = ENGINES[chosen].checks_values and dual_op.eager(too_much)
     if checks and bool(too_much.any()):
         at_most = f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}"
         remedy = "mask padded positions with mask=, or give their entries -inf"

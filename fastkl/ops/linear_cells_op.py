@@ -70,7 +70,7 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
 
     heads.each_chunk(fill, keep)
     found, leading = heads.of_all({"0": listed, "1": rest, "2": saved}), inputs.hidden.shape[:-1]
-    return *[value.view(*leading, *value.shape[1:]) for value in found.values()], *keep
+    return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
 
 def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:

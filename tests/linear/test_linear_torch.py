@@ -15,6 +15,7 @@ from linear_inputs import (
     FIELDS,
     INPUTS,
     LARGEST_KEPT,
+    MORE_CALLS,
     Case,
     heads_on_meta,
     leaves,
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import (
 import fastkl
 
 NAMES = ("mean", "none", "stats", "penalty")
-named = pytest.mark.parametrize("name", NAMES)
+named = pytest.mark.parametrize("name", [*NAMES, *MORE_CALLS])
 
 
 def made(name: str, leading: tuple[int, ...] = (2, 2), **changes) -> Case:
@@ -96,7 +97,8 @@ def test_a_retained_graph(implementation, name, way) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, compiler", [*((name, "aot_eager") for name in NAMES), ("none", "inductor")]
+    "name, compiler",
+    [*((name, "aot_eager") for name in (*NAMES, *MORE_CALLS)), ("none", "inductor")],
 )
 def test_one_graph_for_every_length(implementation, name, compiler) -> None:
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
