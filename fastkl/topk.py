@@ -325,8 +325,8 @@ def _merged(
     absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
     ids, log_p = ids.masked_fill(absent, vocabulary), log_p.masked_fill(absent, -torch.inf)
     ids, order = ids.sort(-1)
-    log_p, first = log_p.gather(-1, order), torch.ones_like(ids, dtype=torch.bool)
-    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    log_p, different = log_p.gather(-1, order), ids[..., 1:] != ids[..., :-1]
+    first = torch.nn.functional.pad(different, (1, 0), value=True)
     number = first.cumsum(-1) - 1
     sums, counts = torch.zeros_like(log_p), torch.zeros_like(ids)
     sums = sums.scatter_add(-1, number, log_p.exp()).gather(-1, number)

@@ -33,8 +33,8 @@ class Case:
     """One call and one backward. `tensors`: INPUTS that are given, on the CPU; the same object
     twice is passed as the same object twice.
 
-    `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, "support" for that with
-    support=, "topk" for linear_topk_kl_divergence, "penalty" for LinearKLPenalty. `more`: further
+    `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, "support" for that of
+    a support, "topk" for linear_topk_kl_divergence, "penalty" for LinearKLPenalty. `more`: further
     arguments. `heads`: (softcap, logit_scale) of a model that is passed as a Head. `fields`: the
     results with an upstream gradient, which is random of size `scale`; without `random` it is
     `scale`. `divergence`: computed by linear_divergence in place of the KL. `layouts`: how an input
