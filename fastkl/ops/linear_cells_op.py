@@ -2,7 +2,6 @@
 gradients, a chunk of tokens at a time.
 """
 
-import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -125,11 +124,15 @@ def _backward(
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
-    ctx.overwritten = ctx.may_overwrite
+
+    def overwriting(inputs: LinearInputs, request: ListGradientInputs) -> Any:
+        ctx.overwritten = True
+        return _gradients(inputs, request, overwrite=True)
+
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(ids, rest, saved, logits, g_listed, g_rest, ",".join(names)),
-        unobserved=functools.partial(_gradients, overwrite=True) if ctx.may_overwrite else None,
+        unobserved=overwriting if ctx.may_overwrite else None,
     )
     by_name = dict(zip(SIX, gradients, strict=True))
     return returned({name: by_name[name] for name in names}, ListInputs)
