@@ -39,6 +39,7 @@ TENSORS: dict[str, torch.Tensor] = {
     **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
     "topk_logprobs": torch.full((2, 3, 2), -1.0),
     "topk_ids": torch.arange(2).repeat(2, 3, 1),
+    "support": torch.arange(4).repeat(2, 3, 1),
     "mask": torch.ones(2, 3, dtype=torch.bool),
     "weights": torch.ones(2, 3),
     "cu_seqlens": torch.tensor([0, 2, 6]),
@@ -67,6 +68,8 @@ OWN: dict[str, Callable[[], object]] = {
     "dpo_loss.beta": lambda: 0.1,
     "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
 }
+# Optional arguments that are given.
+GIVEN = ("linear_divergence.ref_hidden", "linear_divergence.ref_weight", "token_stats.tokens")
 # An argument is looked at beside these: function.argument, as patterns, the first that fits.
 BESIDE = [
     ("grpo_loss.max_length", {"reduction": "dr_grpo"}),
@@ -91,6 +94,7 @@ BESIDE = [
     ("*.weights", {"reduction": "sum"}),
     ("grpo_loss.normalizer", {"reduction": "bnpo"}),
     ("*.normalizer", {"reduction": "mean"}),
+    ("linear_divergence.ref_logits", {"ref_hidden": None, "ref_weight": None}),
     ("linear_divergence.alpha", {"divergence": "renyi"}),
     ("linear_divergence.beta", {"divergence": "js"}),
 ]
@@ -121,7 +125,9 @@ def right(
         key = f"{target}.{name}"
         if name == "state":
             values[name] = own.state_dict()
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+        elif key in GIVEN or (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        ):
             assert key in OWN or name in RIGHT, f"{key}: give RIGHT a value for it"
             values[name] = OWN[key]() if key in OWN else RIGHT[name]
     return values
@@ -243,7 +249,7 @@ NUMBERS = "numpy float32, numpy int64"
 VALID = [
     (r"use_backend\.name", "None", "the default backend"),
     (
-        r"explain\.logits",
+        r"(explain|entropy_from_logits)\.logits",
         f"meta, float64, {ANY_SHAPE}",
         "logits alone may have any shape and device",
     ),
@@ -253,6 +259,8 @@ VALID = [
         "float64",
         "taken in any float type",
     ),
+    (r".*token_stats\.support", "longer, shorter", "any number of ids"),
+    (r"linear_token_stats\.tokens", "None", "without log-probabilities"),
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (
@@ -281,7 +289,7 @@ VALID = [
         "any figure, a tensor's mean; None: not reported",
     ),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
-    (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
+    (r"grpo_loss\.correct_kl|.*\.(recompute|reverse)", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]
