@@ -66,7 +66,7 @@ def test_lengths_of_lists(implementation, direction, k, dtype) -> None:
     linear_cases.check(implementation.device, large(direction, k, dtype))
 
 
-# Rows without entries, sums, means and their divisors.
+# Rows without entries, whose temperature is not looked at, sums, means and their divisors.
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(
     "more",
@@ -80,7 +80,8 @@ def test_equals_topk_kl_divergence_of_logits(implementation, more, recompute) ->
     logprobs[0, 1], ids[1, 2] = -torch.inf, -1
     hidden[0, 1] = hidden[1, 2] = torch.nan
     weights = testing.upstream_for(hidden[..., 0])
-    more = {**more, "weights": weights} if more else more
+    more = {**more, "weights": weights} if more else {}
+    more["temperature"] = (~hidden[..., 0].isnan()).float()
     lists, results = [value.to(implementation.device) for value in (logprobs, ids)], []
     for linear in (True, False):
         leaves = testing.leaf(hidden.clone()), testing.leaf(weight.clone())
