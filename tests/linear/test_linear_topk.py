@@ -66,7 +66,7 @@ def test_lengths_of_lists(implementation, direction, k, dtype) -> None:
     linear_cases.check(implementation.device, large(direction, k, dtype))
 
 
-# Rows without entries, whose temperature is not looked at, sums, means and their divisors.
+# Sums, means and their divisors; a masked row and one without entries, of any temperature.
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(
     "more",
@@ -77,12 +77,13 @@ def test_equals_topk_kl_divergence_of_logits(implementation, more, recompute) ->
     case = small_case("topk", trainable=("hidden", "weight"), leading=(2, 4))
     hidden, weight = (case.tensors[name].to(implementation.device) for name in ("hidden", "weight"))
     logprobs, ids = (case.more[f"topk_{name}"].clone() for name in ("logprobs", "ids"))
-    logprobs[0, 1], ids[1, 2] = -torch.inf, -1
+    ids[1, 2], mask = -1, torch.ones(2, 4, dtype=torch.bool, device=hidden.device)
+    mask[0, 1] = False
     hidden[0, 1] = hidden[1, 2] = torch.nan
     weights = testing.upstream_for(hidden[..., 0])
     more = {**more, "weights": weights} if more else {}
     more["temperature"] = (~hidden[..., 0].isnan()).float()
-    lists, results = [value.to(implementation.device) for value in (logprobs, ids)], []
+    lists, results = [x.to(implementation.device) for x in (logprobs, ids, mask)], []
     for linear in (True, False):
         leaves = testing.leaf(hidden.clone()), testing.leaf(weight.clone())
         # 0·NaN of a product would reach its gradient.
@@ -97,9 +98,9 @@ def test_equals_topk_kl_divergence_of_logits(implementation, more, recompute) ->
     assert not bool(results[0][1][hidden.isnan()].any())
 
 
-def listed(made: dict[str, torch.Tensor], **settings) -> torch.Tensor:
-    ids = torch.arange(3).expand(len(made["hidden"]), 3)
-    logprobs = torch.full(ids.shape, -1.5)
+def listed(made: dict[str, torch.Tensor], k: int = 3, **settings) -> torch.Tensor:
+    ids = torch.arange(k).expand(len(made["hidden"]), k)
+    logprobs = torch.full(ids.shape, -5.0)
     student = {name: made[name] for name in ("hidden", "weight")}
     return fastkl.linear_topk_kl_divergence(
         **student, topk_logprobs=logprobs, topk_ids=ids, **settings
@@ -135,3 +136,14 @@ def test_memory(recompute) -> None:
     assert largest < 256 * 1024 * 2 / 4 if recompute else largest == 256 * 1024 * 2
     with torch.no_grad():
         assert memory.allocations(call)["largest"] < 256 * 1024 * 2 / 4
+
+
+@pytest.mark.parametrize("direction, most", [("teacher||student", 190), ("js", 430)])
+def test_bytes_held(direction, most) -> None:
+    """Of the vocabulary's size nothing without kept logits, and the docstring's figures of K."""
+    made = tensors("cpu", 64, 4, 1024, learned="hidden,weight")
+    call = functools.partial(listed, made, 50, direction=direction, recompute=True)
+    held = memory.saved(call)
+    for name in ("hidden", "weight"):
+        held.pop(made[name].untyped_storage().data_ptr())
+    assert sum(held.values()) <= 64 * 50 * most
