@@ -238,7 +238,7 @@ def test_identical_models(implementation, call, dtype, copy) -> None:
         case = case.but(heads=((3.0, 0.3),) * 2, softcap=None, **divisors)
     result = linear_cases.outcome(case, implementation.device)
     different = {name for name, value in result.items() if bool(value.any())}
-    assert different <= {"logprob", "ref_logprob", "entropy"}
+    assert different <= {"logprob", "ref_logprob", "entropy", "lse", "ref_lse"}
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, "both", "all masked"])
@@ -340,7 +340,9 @@ def test_requires_grad_of_each_field(implementation, names) -> None:
     few(implementation, names in (("bias",), ("ref_weight",)))
     on_q = any(name.startswith("ref_") for name in names)
     on_p = bool(names) and names[0][:4] != "ref_"
-    expected = dict(zip(FIELDS, (on_p, on_p, on_q, on_p or on_q, on_p or on_q), strict=True))
+    expected = dict(
+        zip(FIELDS, (on_p, on_p, on_q, on_p or on_q, on_p or on_q, on_p, on_q), strict=True)
+    )
     for call in CALLS:
         _, values = linear_cases.run(small_case(call, trainable=names), implementation.device)
         assert {name: value.requires_grad for name, value in values.items()} == {
