@@ -8,7 +8,6 @@ import cases
 import pytest
 import torch
 from cases import assert_same
-from linear_cases import on
 
 from fastkl import TokenStats, entropy_from_logits, testing, token_stats, use_backend
 
@@ -31,7 +30,8 @@ def example(dtype: torch.dtype = torch.float32):
 # All fields and the gradients to both, where they are asked for.
 def outcome(device: str, p, q, tokens, upstream=None, **more) -> list[torch.Tensor]:
     p, q = (testing.leaf(x.to(device)) for x in (p, q))
-    fields = token_stats(p, tokens.to(device), q, **on(device, more))
+    more = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in more.items()}
+    fields = token_stats(p, tokens.to(device), q, **more)
     upstream = (cases.upstream_of(p) if upstream is None else upstream).to(fields[0])
     return [*fields, *torch.autograd.grad(fields, (p, q), [*upstream])]
 
@@ -146,9 +146,8 @@ def test_entropy(implementation, kind, temperature, dtype) -> None:
     p = testing.pair(kind, 6, 1003, 0.0, dtype=dtype)[0]
     p[5], p[1, 3:9], mask = math.nan, -math.inf, torch.arange(6) < 5
     leaf = testing.leaf(p.to(implementation.device))
-    value = entropy_from_logits(
-        leaf, mask.to(leaf.device), temperature=on(leaf.device, temperature)
-    )
+    given = temperature.to(leaf.device) if isinstance(temperature, torch.Tensor) else temperature
+    value = entropy_from_logits(leaf, mask.to(leaf.device), temperature=given)
     divisor = torch.where(mask, torch.as_tensor(temperature), 1.0)
     exact = testing.truth(p.masked_fill(~mask[:, None], 0.0), p, divisor)
     testing.assert_stats({"entropy": value}, {"entropy": torch.where(mask, exact.entropy, 0.0)})
