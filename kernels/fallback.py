@@ -156,7 +156,7 @@ def fallback_kl(stats, scale, q_scale):
 
 
 @triton.jit
-def store_row(saved_ptr, stats):
+def save_stats(saved_ptr, stats):
     """Write a Fallback to the saved values [10] of its row; the sign bit of the second marks it."""
     high = stats.log_sum_ratio.to(tl.float32)
     low = tl.where(
@@ -181,7 +181,7 @@ def store_row(saved_ptr, stats):
 
 
 @triton.jit
-def load_row(saved_ptr):
+def load_stats(saved_ptr):
     """The Fallback that store_row wrote."""
     log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return Fallback(
@@ -293,7 +293,7 @@ def store_fallback(
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     stats = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
-    store_row(out.saved, stats)
+    save_stats(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     if want.kind.name > OF_KL:
         kl = fallback_divergence(row, stats, out.saved, kl, formula, BLOCK, want.kind, reading)
@@ -325,11 +325,11 @@ def write_fallback(
     if asked.ref_kl and asked.wrt_q:
         # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
         if is_fallback(saved_ptr):
-            stats = load_row(saved_ptr)
+            stats = load_stats(saved_ptr)
         else:
             stats = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
     else:
-        stats = load_row(saved_ptr)
+        stats = load_stats(saved_ptr)
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     for first in range(grads.start, grads.end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)

@@ -194,7 +194,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        piece_row = Segment(
+        part = Segment(
             p_block,
             q_block,
             q_block,
@@ -208,7 +208,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             ratio,
             ratio,
         )
-        state = segment_sums(piece_row, length, tiling, want, reading)
+        state = segment_sums(part, length, tiling, want, reading)
         store_state(state_here, state, want)
     if PHASE == 0:
         # Order all threads' stores before the one thread's release.

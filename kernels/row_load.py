@@ -260,7 +260,7 @@ Tile = namedtuple("Tile", "x difference lo inside")
 
 @triton.jit
 def load_tile(
-    row,
+    part,
     first_group,
     end,
     GROUPS: tl.constexpr,
@@ -278,9 +278,9 @@ def load_tile(
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = load_group(row.p_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES)
-        x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
-        inside = group * LANES + row.order < end
+        x = load_group(part.p_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES)
+        x = soft_cap(x, reading.softcap, part.p_block.dtype.element_ty)
+        inside = group * LANES + part.order < end
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
@@ -288,15 +288,15 @@ def load_tile(
         if want.kl:
             if tiling.q_in_blocks:
                 y = load_group(
-                    row.q_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES
+                    part.q_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES
                 )
             else:
-                y = load_elements(row.q_row, group, row.pad, row.remaining, EDGE, LANES)
-            y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
-            y, y_lo = scale_reference(y, row.ratio, reading.ratio)
+                y = load_elements(part.q_row, group, part.pad, part.remaining, EDGE, LANES)
+            y = soft_cap(y, reading.ref_softcap, part.q_row.dtype.element_ty)
+            y, y_lo = scale_reference(y, part.ratio, reading.ratio)
             difference, lo = subtract(y, x, want.compensated)
             if want.compensated:
-                difference, more = two_sum(difference, -row.shift)
+                difference, more = two_sum(difference, -part.shift)
                 lo = lo + more
             if reading.ratio:
                 lo = lo + y_lo
