@@ -342,7 +342,7 @@ def backward(
     field; of another divergence that of the field kl.
 
     They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
-    fallback row is read again.
+    row may be read again while it is written.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout, fields = problem.layout, tuple(upstream)

@@ -95,10 +95,10 @@ class Case(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         """The compile-time values that every kernel takes."""
-        kind = self.types[0]
-        assert kind is not None
+        of_p = self.types[0]
+        assert of_p is not None
         return dict(
-            LANES=16 // kind.itemsize,
+            LANES=16 // of_p.itemsize,
             HAS_MASK=self.has_mask,
             TEMPERATURE_PER_ROW=self.types[3] is not None,
             Q_IN_BLOCKS=self.q_in_blocks,

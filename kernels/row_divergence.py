@@ -185,5 +185,6 @@ def row_divergence(  # noqa: PLR0913
     factor = terms.factor_p * D_FACTOR
     value = tl.where(value < 0.0, 0.0, value * factor)
     tl.store(kl_ptr + row, value)
+    # In place of mean_p_d and mean_q_d.
     tl.store(saved_ptr + 7, value - moment * factor)
     tl.store(saved_ptr + 8, moment * factor)

@@ -283,7 +283,7 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
     lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
     store_lse(out, lse, tl.fma(saved.lse_q, LN2, saved.lse_q_lo * LN2), want)
     if reading.tokens:
-        # Compute half the base-2 logarithm (halving is exact): x·s·log2(e) may overflow where the
+        # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow where the
         # log-probability is finite.
         half_scale = row.scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)

@@ -223,7 +223,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         tl.debug_barrier()
     if PHASE != 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
-        statistics = row_statistics(states, shift, scale, scale, want)
+        statistics = row_statistics(states, shift, scale, scale, want)  # the KL has no gamma
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
             store_statistics(out, statistics, whole, shift, want, reading)

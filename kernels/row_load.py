@@ -1,6 +1,9 @@
 """Reads a row in 16-byte blocks wherever it starts, in an order of addition that alignment does not
 change.
 
+A block is 16 aligned bytes: LANES elements, 4 or 8. A lane is one of these places, not a thread of
+a warp: a thread holds all lanes of a group.
+
 A row that does not start on a 16-byte boundary (V or a stride that is no multiple of a block, a
 slice) is read in the aligned blocks of the memory around it. Group g is the row's logical elements
 g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it,
@@ -178,8 +181,9 @@ def load_edge(ptrs, mask, EDGE: tl.constexpr):
 def load_group(
     block_ptr, group, pad, remaining, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr
 ):
-    """Return float32 [THREADS, LANES]: the groups numbered `group` [THREADS, 1] of a row; block_ptr
-    is the 16-byte boundary at or before its start, `remaining` its length.
+    """Return float32 [THREADS, LANES]: the groups numbered `group` [THREADS, 1] of a part of a row;
+    block_ptr: the 16-byte boundary at or before the part; remaining: entries from the part's first
+    to the row's end.
 
     EDGE groups may reach past the row, where lanes are unspecified. A block is read only if it
     holds an element of the row.
@@ -233,19 +237,20 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
     return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
 
 
-# Compile-time: how a program reads a row.
+# Compile-time: how a program reads a row, a tile of threads · groups groups at a time.
 #
-# realign: rows may start off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as
-# P's.
+# lanes: elements of a group. groups: of a thread, as in config.RowConfig. realign: rows may start
+# off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as P's.
 Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 
 
-# The addresses of a segment and the constants of its row.
+# The addresses of a segment and the constants of its row: `part` in the helpers.
 #
-# p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
-# from the first to the end of the row. order: the entry of its group that each lane holds. shift:
-# see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T. gamma: see row_math.Want.
-# second: of an f-divergence its divergence_math.Second.
+# p_block, q_block: the 16-byte boundary `pad` entries before the first one. q_row: Q's first entry.
+# remaining: entries from the first to the end of the row. order: the entry of its group that each
+# lane holds. shift: see row_shift. doubled_scale: D_FACTOR/T; scale_log2: LOG2E/T. gamma: see
+# row_math.Want. second: of an f-divergence its divergence_math.Second. Where a kernel has no Q, no
+# gamma or no Second, any pointer or scalar stands in for it.
 Segment = namedtuple(
     "Segment",
     "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma second",

@@ -35,7 +35,7 @@ def outside_sum(
     reading: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Return the state (origin, Σ 2^(x·s·log2(e) - origin)) of the first `length` entries of a
+    """Return the state (origin, Σ 2^(x·s·LOG2E - origin)) of the first `length` entries of a
     Segment that starts at entry `first`, without those in the sorted list of K ids.
     """
     V = first + part.remaining

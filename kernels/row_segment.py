@@ -45,8 +45,8 @@ GENERAL = tl.constexpr(1)
 ANCHOR = tl.constexpr(2)
 
 
-# A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of e
-# (share), and lane_A with the tile added.
+# A tile about the present origin and centre: e and D_FACTOR·d as tuples, S, each thread's sum of e
+# in the tile, and lane_A with the tile added.
 Weights = namedtuple("Weights", "e d S lane_A")
 
 
@@ -54,7 +54,7 @@ Weights = namedtuple("Weights", "e d S lane_A")
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
 # exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-# A, 2·W, 2·U and 4·R (with want.renyi 2·R).
+# A, 2·W, 2·U and 4·R (2·R for Rényi's divergence).
 Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
@@ -324,6 +324,7 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
             tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
             sums = anchor(sums, tile, part, GROUPS, want, False)
         else:
+            # One formula serves every d of total variation.
             if want.kind.name != TOTAL_VARIATION and path > NEAR:
                 sums = absorb(sums, weights, part, GROUPS, want, False)
             else:
