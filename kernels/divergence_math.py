@@ -104,7 +104,7 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
             to_p = p * log_m * -share
             to_q = q * (d - log_m) * rest
             return EntryTerms(to_p + to_q, to_p, to_q)
-        else:
+        else:  # skew KL
             share_of_gap = (power - 1.0) * rest / mixture
             return EntryTerms(
                 (q - p) * rest - p * log_m,
