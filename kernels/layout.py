@@ -32,8 +32,8 @@ class Rows(NamedTuple):
         return 16 // self.itemsize
 
     def same_blocks(self, other: "Rows", inner: int, outer: int) -> bool:
-        """Whether every row of both starts at the same distance, in elements, from a boundary of
-        this tensor's 16-byte blocks.
+        """Return whether every row of both starts at the same distance, in elements, from a
+        boundary of this tensor's 16-byte blocks.
 
         The other tensor is cut into blocks of as many elements: 8 bytes if it is 16-bit beside a
         32-bit one.
@@ -109,7 +109,7 @@ class Case(NamedTuple):
 
     @property
     def needs_registers(self) -> bool:
-        """Whether the temporaries of soft caps, ratios or misaligned rows need registers."""
+        """Return whether the temporaries of soft caps, ratios or misaligned rows need registers."""
         return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 

@@ -51,8 +51,8 @@ Saved = namedtuple(
 
 # Statistics of a row, and whether the float32 sums could represent it (valid).
 #
-# unshifted: the Saved of y - shift in place of y (row_load.row_shift); its entropy may be below 0
-# by rounding.
+# unshifted: the Saved with y - shift, the shift taken away (row_load.row_shift), in place of y; its
+# entropy may be below 0 by rounding.
 Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
 
 
