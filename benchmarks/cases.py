@@ -1,6 +1,7 @@
 """Define the cases on logits: shapes, random data, bytes that have to move, answers in float64.
 
-A case is an operation on `rows` tokens. Cases from hidden states are in linear_cases.py.
+A case is an operation on `rows` tokens; suites.py lists those that are measured. Cases from hidden
+states are in linear_cases.py.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
 import sys
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -298,31 +299,30 @@ def temperature_gradient(name: str) -> str:
 def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
     """Check for token ids within 0 … V-1, by reading them, which synchronises a GPU."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
-        bad = value[(value < 0) | (value >= vocabulary)][0]
-        raise ValueError(
-            f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored "
-            f"positions belong under a mask"
-        )
+        bad = int(value[(value < 0) | (value >= vocabulary)][0])
+        what, remedy = f"ids in 0 … {vocabulary - 1}", "ignored positions belong under a mask"
+        expect(False, "tokens (index)", what, bad, remedy)
 
 
 def temperatures_positive(value: torch.Tensor) -> None:
     """Check for temperatures within 2^-126 … 2^126, by reading them."""
-    wide = value.double()
-    good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
-    if not bool(good.all()):
-        raise ValueError(
-            f"temperature: expected positive finite values within 2^-126 … 2^126, got "
-            f"{float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
-        )
+    bad, what = value[~in_range(value)], "positive finite values within 2^-126 … 2^126"
+    if bad.numel():
+        remedy = "pass 1.0 for rows to leave as they are"
+        expect(False, "temperature", what, float(bad[0]), remedy)
+
+
+def in_range(temperature: Any) -> Any:
+    """Return whether temperatures are within 2^-126 … 2^126, beyond float16's range."""
+    wide = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    return (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
 
 
 def ratios_finite(value: torch.Tensor) -> None:
     """Check ratios of two temperatures, by reading them; NaN stands for one out of range."""
-    if not bool(value.isfinite().all()):
-        raise ValueError(
-            "ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation "
-            "to temperature too, got one that is not; pass 1.0 for rows to leave as they are"
-        )
+    what = "positive finite values within 2^-126 … 2^126, in relation to temperature too"
+    remedy = "pass 1.0 for rows to leave as they are"
+    expect(value.isfinite().all(), "ref_temperature", what, "one that is not", remedy)
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

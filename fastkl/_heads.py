@@ -229,11 +229,8 @@ class _Scale(NamedTuple):
         ratio = (numerator * self.factor) / (denominator * first.factor)
         if not isinstance(ratio, torch.Tensor):
             return ratio
-        return torch.where(_in_range(ratio) & _in_range(denominator), ratio, float("nan")).to(dtype)
-
-
-def _in_range(value: Any) -> Any:
-    return (value >= _checks.LOWEST_TEMPERATURE) & (value <= _checks.HIGHEST_TEMPERATURE)
+        valid = _checks.in_range(ratio) & _checks.in_range(denominator)
+        return torch.where(valid, ratio, float("nan")).to(dtype)
 
 
 def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> list[_Scale]:

@@ -216,13 +216,13 @@ def linear_token_stats(  # noqa: PLR0913
             recompute,
         )
     )
-    leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
     if tokens is not None:
-        _checks.tokens(tokens, leading, hidden.device)
+        _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
         tokens = tokens.long()
     keep = keeps_logits(inputs, recompute)
     if support is not None:
-        kept = Support.of(support, mask, leading, vocabulary, hidden.device)
+        shape = torch.Size((*hidden.shape[:-1], len(inputs.weight)))
+        kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
         models = inputs._replace(mask=kept.counted).models()
         listed = [linear_cells(one, ListInputs(kept.ids, keep, False))[0] for one in models]
         return kept.statistics(listed, tokens, result_dtype(hidden))

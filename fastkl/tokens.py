@@ -147,9 +147,8 @@ def token_stats(
     both = (logits,) if ref_logits is None else (logits, ref_logits)
     chosen = backend.select(*both)
     if support is not None:
-        kept = Support.of(support, mask, leading, logits.shape[-1], logits.device)
-        divisor = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
-        within = kept.ids.masked_fill(kept.absent, 0)
+        kept = Support.of(support, mask, logits.shape, logits.device, chosen)
+        within, divisor = kept.ids.masked_fill(kept.absent, 0), kept.divisor(temperature)
         listed = [each.gather(-1, within).double() / divisor for each in both]
         return kept.statistics(listed, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
@@ -159,32 +158,46 @@ def token_stats(
 
 class Support(NamedTuple):
     """The increasing ids [..., K] that both models are restricted to, the vocabulary's size for an
-    absent one, which are absent, and which rows count.
+    absent one, which are absent, which rows count, and whether values are checked.
     """
 
     ids: torch.Tensor
     absent: torch.Tensor
     counted: torch.Tensor
+    vocabulary: int
+    checks: bool
 
     @classmethod
     def of(
         cls,
         ids: torch.Tensor,
         mask: torch.Tensor | None,
-        leading: torch.Size,
-        vocabulary: int,
+        shape: torch.Size,
         device: torch.device,
+        chosen: str,
     ) -> Support:
-        """Check the ids and sort them; of repeated ones one is left."""
-        several = isinstance(ids, torch.Tensor) and ids.dim() > len(leading)
-        entries = ids.shape[-1:] if several else (1,)
-        _checks.tokens(ids, torch.Size((*leading, *entries)), device, "support")
-        remedy = "leave it out for the whole vocabulary"
-        _checks.expect(ids.shape[-1], "support", "K ≥ 1 ids a token", tuple(ids.shape), remedy)
+        """Check the ids for logits of a shape and sort them; of repeated ones one is left."""
+        *leading, vocabulary = shape
+        several = isinstance(ids, torch.Tensor) and not ids.is_nested and ids.dim() == len(shape)
+        entries = ids.shape[-1] if several else 1
+        _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
+        remedy = "pass None for models that nothing restricts"
+        _checks.expect(entries, "support", "at least one id per token", tuple(ids.shape), remedy)
         ids = increasing(ids.long(), vocabulary)
         absent = ids == vocabulary
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
-        return cls(ids, absent, counted)
+        # Graphs and transforms have no branch on values: bad ones give NaN there.
+        checks = ENGINES[chosen].checks_values and dual_op.eager(ids)
+        return cls(ids, absent, counted, vocabulary, checks)
+
+    def divisor(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
+        """Return a number, or [..., 1]: 1 for a row that does not count."""
+        if not isinstance(temperature, torch.Tensor):
+            return temperature
+        if self.checks:
+            _checks.temperatures_positive(temperature[self.counted])
+        valid = torch.where(_checks.in_range(temperature), temperature, torch.nan)
+        return torch.where(self.counted, valid, 1.0)[..., None]
 
     def statistics(
         self, listed: list[torch.Tensor], tokens: torch.Tensor | None, dtype: torch.dtype
@@ -198,6 +211,8 @@ class Support(NamedTuple):
         ]
         lse = [value.logsumexp(-1) for value in listed]
         log_p, *log_q = logs = [value.log_softmax(-1) for value in listed]
+        if tokens is not None and self.checks:
+            _checks.tokens_in_range(tokens[self.counted], self.vocabulary)
         # Below the smallest float64 a logarithm adds nothing.
         found: dict[str, torch.Tensor] = {"entropy": -(log_p.exp() * log_p.clamp(-800.0)).sum(-1)}
         for prefix, values, total in zip(("", "ref_"), logs, lse, strict=False):
@@ -205,7 +220,9 @@ class Support(NamedTuple):
             if tokens is not None:
                 here = (self.ids == tokens[..., None]) & ~self.absent
                 logprob = torch.where(here, values, 0.0).sum(-1)
-                found[f"{prefix}logprob"] = logprob.masked_fill(~here.any(-1), -torch.inf)
+                logprob = logprob.masked_fill(~here.any(-1), -torch.inf)
+                wrong = (tokens < 0) | (tokens >= self.vocabulary)
+                found[f"{prefix}logprob"] = logprob.masked_fill(wrong, torch.nan)
         for q in log_q:
             found["kl"] = f_divergences.divergence(log_p, q, "kl", 0.0)
             found["ref_kl"] = f_divergences.divergence(q, log_p, "kl", 0.0)

@@ -2,6 +2,9 @@
 the number of rows.
 
 A row therefore gives the same bits alone and in any batch. `measured` says what an entry rests on.
+
+The first entry that fits is taken: put a new one above those for any architecture ("*") that fit
+too. `python -m benchmarks.tune` prints one for this GPU.
 """
 
 import contextlib
@@ -38,6 +41,7 @@ class Entry:
     """The configurations for one architecture ("*": any), element size in bytes and vocabulary up
     to max_v (None: any).
 
+    arch: as layout.architecture names it, "sm_90" or "gfx942".
     fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements;
     None: not measured.
     """
@@ -168,7 +172,7 @@ def fuses(arch: str) -> bool:
 
 
 def prefetches(arch: str) -> bool:
-    """Whether the architecture can be asked for a whole segment with one instruction
+    """Return whether the architecture can be asked for a whole segment with one instruction
     (cp.async.bulk.prefetch).
     """
     return arch.startswith("sm_") and int(arch[3:]) >= 90

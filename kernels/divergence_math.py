@@ -45,8 +45,8 @@ Formula = namedtuple("Formula", "share rest curvature series")
 Second = namedtuple("Second", "formula origin centre centre_lo")
 
 
-# The terms of entries far from P = Q: p·f, p·u and q·v.
-Terms = namedtuple("Terms", "value to_p to_q")
+# The terms of entries by formulas of p and q, not by polynomials: p·f, p·u and q·v.
+EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
 
 
 @triton.jit
@@ -87,10 +87,10 @@ def half_sign(d):
 
 @triton.jit
 def entry_terms(p, q, d, formula, kind: tl.constexpr):
-    """Return the Terms of entries in the type of p; they lose digits where |d| is small."""
+    """Return EntryTerms in the type of p; they lose digits where |d| is small."""
     if kind.name == TOTAL_VARIATION:
         sign = half_sign(d)
-        return Terms(sign * (q - p), -sign * p, sign * q)
+        return EntryTerms(sign * (q - p), -sign * p, sign * q)
     else:
         share = tl.cast(formula.share, p.dtype)
         rest = tl.cast(formula.rest, p.dtype)
@@ -103,10 +103,10 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
         if kind.name == JS:
             to_p = p * log_m * -share
             to_q = q * (d - log_m) * rest
-            return Terms(to_p + to_q, to_p, to_q)
-        else:
+            return EntryTerms(to_p + to_q, to_p, to_q)
+        else:  # skew KL
             share_of_gap = (power - 1.0) * rest / mixture
-            return Terms(
+            return EntryTerms(
                 (q - p) * rest - p * log_m,
                 p * (share_of_gap * share - log_m),
                 q * (share_of_gap * rest),
@@ -155,7 +155,7 @@ def double_formula(formula):
 
 @triton.jit
 def double_terms(log_p, log_q, formula, kind: tl.constexpr):
-    """Return the Terms of entries of an f-divergence as float64; p or q may be 0."""
+    """Return the EntryTerms of an f-divergence, in float64; p or q may be 0."""
     d = tl.where(log_p == log_q, 0.0, log_q - log_p)
     d = tl.minimum(tl.maximum(d, -LARGEST_DOUBLE_D), LARGEST_DOUBLE_D)
     return entry_terms(tl.exp(log_p), tl.exp(log_q), d, formula, kind)

@@ -19,7 +19,7 @@ from .row_math import OF_KL, RENYI, soft_cap_slope
 SIGN_BIT = tl.constexpr(-2147483648)
 # Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
 # gradient does not.
-SAVED_MEAN = tl.constexpr(2.0**-64)
+MEAN_FACTOR = tl.constexpr(2.0**-64)
 # The saved values that hold E_p[u] and E_q[v] of a divergence beside the KL, each as hi and lo.
 MEAN_U = tl.constexpr(5)
 MEAN_V = tl.constexpr(7)
@@ -38,8 +38,8 @@ Fallback = namedtuple(
 
 
 @triton.jit
-def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
+def load_entries(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Load capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
     offs_v = start + tl.arange(0, BLOCK)
     capped = load_logit(row_ptr, offs_v, offs_v < end, 0.0, SOFTCAP).to(tl.float64)
     return tl.where(offs_v < end, capped, float("-inf"))
@@ -84,9 +84,9 @@ def fallback_statistics(
     x_largest = tl.full([BLOCK], float("-inf"), tl.float64)
     y_largest = x_largest
     for start in range(0, V, BLOCK):
-        x_largest = tl.maximum(x_largest, load_double(row.p, start, V, BLOCK, SOFTCAP))
+        x_largest = tl.maximum(x_largest, load_entries(row.p, start, V, BLOCK, SOFTCAP))
         if WITH_KL:
-            y_largest = tl.maximum(y_largest, load_double(row.q, start, V, BLOCK, REF_SOFTCAP))
+            y_largest = tl.maximum(y_largest, load_entries(row.q, start, V, BLOCK, REF_SOFTCAP))
     x_peak = tl.max(x_largest, 0)
     y_peak = tl.max(y_largest, 0)
     x_weights = tl.zeros([BLOCK], tl.float64)
@@ -94,10 +94,10 @@ def fallback_statistics(
     y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
     x_at_y_peak = y_at_x_peak
     for start in range(0, V, BLOCK):
-        x = load_double(row.p, start, V, BLOCK, SOFTCAP)
+        x = load_entries(row.p, start, V, BLOCK, SOFTCAP)
         x_weights += tl.exp((x - x_peak) * scale)
         if WITH_KL:
-            y = load_double(row.q, start, V, BLOCK, REF_SOFTCAP)
+            y = load_entries(row.q, start, V, BLOCK, REF_SOFTCAP)
             y_weights += tl.exp((y - y_peak) * q_scale)
             y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
             x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
@@ -115,12 +115,12 @@ def fallback_statistics(
     sum_p = plogp
     sum_q = plogp
     for start in range(0, V, BLOCK):
-        log_p = log_probability_p(load_double(row.p, start, V, BLOCK, SOFTCAP), stats, scale)
+        log_p = log_probability_p(load_entries(row.p, start, V, BLOCK, SOFTCAP), stats, scale)
         p = tl.exp(log_p)
         plogp += tl.where(p == 0.0, 0.0, p * log_p)
         if WITH_KL:
             log_q = log_probability_q(
-                load_double(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
+                load_entries(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
             )
             q = tl.exp(log_q)
             d = log_q - log_p
@@ -156,7 +156,7 @@ def fallback_kl(stats, scale, q_scale):
 
 
 @triton.jit
-def store_row(saved_ptr, stats):
+def save_stats(saved_ptr, stats):
     """Write a Fallback to the saved values [10] of its row; the sign bit of the second marks it."""
     high = stats.log_sum_ratio.to(tl.float32)
     low = tl.where(
@@ -171,9 +171,9 @@ def store_row(saved_ptr, stats):
         high,
         low,
         stats.y_at_x_peak,
-        stats.mean_p_from_peak * SAVED_MEAN,
+        stats.mean_p_from_peak * MEAN_FACTOR,
         stats.x_at_y_peak,
-        stats.mean_q_from_peak * SAVED_MEAN,
+        stats.mean_q_from_peak * MEAN_FACTOR,
         stats.entropy,
     )
     for i in tl.static_range(10):
@@ -181,7 +181,7 @@ def store_row(saved_ptr, stats):
 
 
 @triton.jit
-def load_row(saved_ptr):
+def load_stats(saved_ptr):
     """The Fallback that store_row wrote."""
     log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return Fallback(
@@ -190,16 +190,16 @@ def load_row(saved_ptr):
         -tl.load(saved_ptr + 1).to(tl.float64),
         log_sum_ratio,
         tl.load(saved_ptr + 5).to(tl.float64),
-        tl.load(saved_ptr + 6).to(tl.float64) / SAVED_MEAN,
+        tl.load(saved_ptr + 6).to(tl.float64) / MEAN_FACTOR,
         tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64) / SAVED_MEAN,
+        tl.load(saved_ptr + 8).to(tl.float64) / MEAN_FACTOR,
         tl.load(saved_ptr + 9).to(tl.float64),
     )
 
 
 @triton.jit
 def is_fallback(saved_ptr):
-    """Whether a row's saved values are those of a Fallback."""
+    """Return whether a row's saved values are those of a Fallback."""
     return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
 
 
@@ -226,10 +226,10 @@ def fallback_divergence(
     v = value
     for start in range(0, row.V, BLOCK):
         log_p = log_probability_p(
-            load_double(row.p, start, row.V, BLOCK, reading.softcap), stats, scale
+            load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, scale
         )
         log_q = log_probability_q(
-            load_double(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, q_scale
+            load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, q_scale
         )
         if kind.name == RENYI:
             exponent = renyi_exponent(log_p, log_q, formula)
@@ -250,22 +250,22 @@ def fallback_divergence(
     else:
         total = tl.sum(value, 0)
         mean_u = tl.sum(u, 0)
-    store_double(saved_ptr + MEAN_U, mean_u)
-    store_double(saved_ptr + MEAN_V, tl.sum(v, 0))
+    store_hi_lo(saved_ptr + MEAN_U, mean_u)
+    store_hi_lo(saved_ptr + MEAN_V, tl.sum(v, 0))
     return tl.where(total <= 0.0, 0.0, total)
 
 
 @triton.jit
-def store_double(ptr, value):
-    """Write a float64 as hi and lo."""
+def store_hi_lo(ptr, value):
+    """Write a float64 as two float32, hi and lo."""
     hi = value.to(tl.float32)
     tl.store(ptr, hi)
     tl.store(ptr + 1, (value - hi.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
-def load_as_double(ptr):
-    """Load the float64 that store_double wrote."""
+def load_hi_lo(ptr):
+    """Load the float64 that store_hi_lo wrote."""
     return tl.load(ptr).to(tl.float64) + tl.load(ptr + 1).to(tl.float64)
 
 
@@ -273,8 +273,8 @@ def load_as_double(ptr):
 def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
     """Gradients of a divergence beside the KL, times T, from what fallback_divergence wrote."""
     formula = double_formula(formula)
-    mean_u = load_as_double(saved_ptr + MEAN_U)
-    mean_v = load_as_double(saved_ptr + MEAN_V)
+    mean_u = load_hi_lo(saved_ptr + MEAN_U)
+    mean_v = load_hi_lo(saved_ptr + MEAN_V)
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     if kind.name == RENYI:
@@ -293,7 +293,7 @@ def store_fallback(
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     stats = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
-    store_row(out.saved, stats)
+    save_stats(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     if want.kind.name > OF_KL:
         kl = fallback_divergence(row, stats, out.saved, kl, formula, BLOCK, want.kind, reading)
@@ -325,21 +325,21 @@ def write_fallback(
     if asked.ref_kl and asked.wrt_q:
         # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
         if is_fallback(saved_ptr):
-            stats = load_row(saved_ptr)
+            stats = load_stats(saved_ptr)
         else:
             stats = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
     else:
-        stats = load_row(saved_ptr)
+        stats = load_stats(saved_ptr)
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     for first in range(grads.start, grads.end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
         inside = offs_v < grads.end
-        x = load_double(row.p, first, grads.end, BLOCK, reading.softcap)
+        x = load_entries(row.p, first, grads.end, BLOCK, reading.softcap)
         log_p = log_probability_p(x, stats, scale)
         p = tl.exp(log_p)
         grad_x = p * (g.lse - g.logprob - g.entropy * (log_p + stats.entropy))
         if HAS_Q:
-            y = load_double(row.q, first, grads.end, BLOCK, reading.ref_softcap)
+            y = load_entries(row.q, first, grads.end, BLOCK, reading.ref_softcap)
             log_q = log_probability_q(y, stats, q_scale)
             q = tl.exp(log_q)
             d = log_q - log_p

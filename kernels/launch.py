@@ -162,7 +162,7 @@ def forward_plan(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
     case, kind = layout.case, dict(divergence)["KIND"]
-    asked = dict(
+    wanted = dict(
         HAS_TOKENS=case.types[2] is not None,
         WITH_ENTROPY=with_entropy,
         WITH_KL=case.types[1] is not None,
@@ -181,9 +181,9 @@ def forward_plan(
         REALIGN=case.realign,
         PREFETCH=config.prefetches(case.arch),
         KIND=kind if kind == RENYI.value else 0,
-        **asked,
+        **wanted,
     )
-    fallback = fallback_variant(case, (), KIND=kind, **asked)
+    fallback = fallback_variant(case, (), KIND=kind, **wanted)
     second = row_variant(
         row_divergence,
         case,
@@ -279,7 +279,7 @@ def forward(
 
 
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
-    """Whether the rows of gradients, `stride` apart, start in blocks where the logits' rows do."""
+    """Return whether gradients' rows, `stride` apart, start in blocks where the logits' rows do."""
     return all(
         grad is None
         or layout.p.same_blocks(
@@ -342,7 +342,7 @@ def backward(
     field; of another divergence that of the field kl.
 
     They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
-    fallback row is read again.
+    row may be read again while it is written.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout, fields = problem.layout, tuple(upstream)

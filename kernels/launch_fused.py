@@ -78,8 +78,8 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
-    """Whether `fused` takes the problem: every row of logits and gradient starts on a 16-byte
-    boundary. config.fuses decides whether it should.
+    """Return whether `fused` takes the problem: every row of logits and gradient starts on a
+    16-byte boundary. config.fuses decides whether it should.
     """
     layout, stride = problem.layout, grad_p.stride(0)
     return (

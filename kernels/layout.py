@@ -32,8 +32,8 @@ class Rows(NamedTuple):
         return 16 // self.itemsize
 
     def same_blocks(self, other: "Rows", inner: int, outer: int) -> bool:
-        """Whether every row of both starts at the same distance, in elements, from a boundary of
-        this tensor's 16-byte blocks.
+        """Return whether every row of both starts at the same distance, in elements, from a
+        boundary of this tensor's 16-byte blocks.
 
         The other tensor is cut into blocks of as many elements: 8 bytes if it is 16-bit beside a
         32-bit one.
@@ -95,10 +95,10 @@ class Case(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         """The compile-time values that every kernel takes."""
-        kind = self.types[0]
-        assert kind is not None
+        of_p = self.types[0]
+        assert of_p is not None
         return dict(
-            LANES=16 // kind.itemsize,
+            LANES=16 // of_p.itemsize,
             HAS_MASK=self.has_mask,
             TEMPERATURE_PER_ROW=self.types[3] is not None,
             Q_IN_BLOCKS=self.q_in_blocks,
@@ -109,7 +109,7 @@ class Case(NamedTuple):
 
     @property
     def needs_registers(self) -> bool:
-        """Whether the temporaries of soft caps, ratios or misaligned rows need registers."""
+        """Return whether the temporaries of soft caps, ratios or misaligned rows need registers."""
         return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 

@@ -156,7 +156,7 @@ def row_divergence(  # noqa: PLR0913
     terms = gradient_terms(load_saved(saved_ptr), formula)
     pad = row_pad(p_row, REALIGN)
     zero = tl.full([], 0.0, tl.float32)
-    place = Segment(
+    part = Segment(
         p_row + first - pad,
         q_row + first - pad,
         q_row + first,
@@ -170,7 +170,7 @@ def row_divergence(  # noqa: PLR0913
         zero,
         Second(formula, terms.lse_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
     )
-    state = segment_sums(place, tl.minimum(segment, V - first), tiling, want, reading)
+    state = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
     moment, value = state.W, state.U
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
@@ -185,5 +185,6 @@ def row_divergence(  # noqa: PLR0913
     factor = terms.factor_p * D_FACTOR
     value = tl.where(value < 0.0, 0.0, value * factor)
     tl.store(kl_ptr + row, value)
+    # In place of mean_p_d and mean_q_d.
     tl.store(saved_ptr + 7, value - moment * factor)
     tl.store(saved_ptr + 8, moment * factor)

@@ -95,7 +95,7 @@ def row_fallback(  # noqa: PLR0913
             a divergence beside the KL and WITH_GRADIENT.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
             of weight·KL to P.
-    Saves:  store_row's ten values, marked by the sign of the second; of a divergence beside the KL
+    Saves:  save_stats' ten values, marked by the sign of the second; of a divergence beside the KL
             the means of its gradients in place of four.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.

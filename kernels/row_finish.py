@@ -51,8 +51,8 @@ Saved = namedtuple(
 
 # Statistics of a row, and whether the float32 sums could represent it (valid).
 #
-# unshifted: the Saved of y - shift in place of y (row_load.row_shift); its entropy may be below 0
-# by rounding.
+# unshifted: the Saved with y - shift, the shift taken away (row_load.row_shift), in place of y; its
+# entropy may be below 0 by rounding.
 Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
 
 
@@ -283,7 +283,7 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
     lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
     store_lse(out, lse, tl.fma(saved.lse_q, LN2, saved.lse_q_lo * LN2), want)
     if reading.tokens:
-        # Compute half the base-2 logarithm (halving is exact): x·s·log2(e) may overflow where the
+        # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow where the
         # log-probability is finite.
         half_scale = row.scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)

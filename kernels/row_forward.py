@@ -173,7 +173,7 @@ def row_forward(  # noqa: PLR0913
     if WITH_KL and COMPENSATED:
         shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
     pad = row_pad(p_row, REALIGN)
-    place = Segment(
+    part = Segment(
         p_row + first - pad,
         q_row + first - pad,
         q_row + first,
@@ -187,7 +187,7 @@ def row_forward(  # noqa: PLR0913
         gamma,
         gamma,
     )
-    state = segment_sums(place, length, tiling, want, reading)
+    state = segment_sums(part, length, tiling, want, reading)
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
         # Order all threads' stores before the one thread's release.

@@ -194,7 +194,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        piece_row = Segment(
+        part = Segment(
             p_block,
             q_block,
             q_block,
@@ -208,7 +208,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             ratio,
             ratio,
         )
-        state = segment_sums(piece_row, length, tiling, want, reading)
+        state = segment_sums(part, length, tiling, want, reading)
         store_state(state_here, state, want)
     if PHASE == 0:
         # Order all threads' stores before the one thread's release.
@@ -223,7 +223,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         tl.debug_barrier()
     if PHASE != 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
-        statistics = row_statistics(states, shift, scale, scale, want)
+        statistics = row_statistics(states, shift, scale, scale, want)  # the KL has no gamma
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
             store_statistics(out, statistics, whole, shift, want, reading)

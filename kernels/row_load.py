@@ -1,6 +1,9 @@
 """Reads a row in 16-byte blocks wherever it starts, in an order of addition that alignment does not
 change.
 
+A block is 16 aligned bytes: LANES elements, 4 or 8. A lane is one of these places, not a thread of
+a warp: a thread holds all lanes of a group.
+
 A row that does not start on a 16-byte boundary (V or a stride that is no multiple of a block, a
 slice) is read in the aligned blocks of the memory around it. Group g is the row's logical elements
 g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it,
@@ -178,8 +181,9 @@ def load_edge(ptrs, mask, EDGE: tl.constexpr):
 def load_group(
     block_ptr, group, pad, remaining, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr
 ):
-    """Return float32 [THREADS, LANES]: the groups numbered `group` [THREADS, 1] of a row; block_ptr
-    is the 16-byte boundary at or before its start, `remaining` its length.
+    """Return float32 [THREADS, LANES]: the groups numbered `group` [THREADS, 1] of a part of a row;
+    block_ptr: the 16-byte boundary at or before the part; remaining: entries from the part's first
+    to the row's end.
 
     EDGE groups may reach past the row, where lanes are unspecified. A block is read only if it
     holds an element of the row.
@@ -233,19 +237,20 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
     return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
 
 
-# Compile-time: how a program reads a row.
+# Compile-time: how a program reads a row, a tile of threads · groups groups at a time.
 #
-# realign: rows may start off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as
-# P's.
+# lanes: elements of a group. groups: of a thread, as in config.RowConfig. realign: rows may start
+# off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as P's.
 Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 
 
-# The addresses of a segment and the constants of its row.
+# The addresses of a segment and the constants of its row: `part` in the helpers.
 #
-# p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
-# from the first to the end of the row. order: the entry of its group that each lane holds. shift:
-# see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T. gamma: see row_math.Want.
-# second: of an f-divergence its divergence_math.Second.
+# p_block, q_block: the 16-byte boundary `pad` entries before the first one. q_row: Q's first entry.
+# remaining: entries from the first to the end of the row. order: the entry of its group that each
+# lane holds. shift: see row_shift. doubled_scale: D_FACTOR/T; scale_log2: LOG2E/T. gamma: see
+# row_math.Want. second: of an f-divergence its divergence_math.Second. Where a kernel has no Q, no
+# gamma or no Second, any pointer or scalar stands in for it.
 Segment = namedtuple(
     "Segment",
     "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma second",
@@ -260,7 +265,7 @@ Tile = namedtuple("Tile", "x difference lo inside")
 
 @triton.jit
 def load_tile(
-    row,
+    part,
     first_group,
     end,
     GROUPS: tl.constexpr,
@@ -278,9 +283,9 @@ def load_tile(
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = load_group(row.p_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES)
-        x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
-        inside = group * LANES + row.order < end
+        x = load_group(part.p_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES)
+        x = soft_cap(x, reading.softcap, part.p_block.dtype.element_ty)
+        inside = group * LANES + part.order < end
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
@@ -288,15 +293,15 @@ def load_tile(
         if want.kl:
             if tiling.q_in_blocks:
                 y = load_group(
-                    row.q_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES
+                    part.q_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES
                 )
             else:
-                y = load_elements(row.q_row, group, row.pad, row.remaining, EDGE, LANES)
-            y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
-            y, y_lo = scale_reference(y, row.ratio, reading.ratio)
+                y = load_elements(part.q_row, group, part.pad, part.remaining, EDGE, LANES)
+            y = soft_cap(y, reading.ref_softcap, part.q_row.dtype.element_ty)
+            y, y_lo = scale_reference(y, part.ratio, reading.ratio)
             difference, lo = subtract(y, x, want.compensated)
             if want.compensated:
-                difference, more = two_sum(difference, -row.shift)
+                difference, more = two_sum(difference, -part.shift)
                 lo = lo + more
             if reading.ratio:
                 lo = lo + y_lo

@@ -3,9 +3,10 @@ states.
 
 Notation, for one row with policy logits x, reference logits y and temperature T:
     s = 1/T,   d = (y - x)·s - c   for a centre c near E_p[(y - x)·s],   h(d) = expm1(d) - d,
-    e = 2^(x·s·log2(e) - origin)
-    S = Σe   A = Σe·(x·s·log2(e) - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
-`origin` is a whole number near the largest log2-scaled logit, so that rescaling S, W, U and R is
+    e = 2^(x·s·LOG2E - origin)
+    S = Σe   A = Σe·(x·s·LOG2E - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
+e alone is an entry's weight; in e^d and expm1 it is Euler's number, whose log2 is LOG2E.
+`origin` is a whole number near the largest x·s·LOG2E, so that rescaling S, W, U and R is
 exact.
 Then, with t = (U + W)/S,
     KL(P‖Q) = U/S - (t - log1p(t))        lse_q - lse_p = c + log1p(t)
@@ -27,7 +28,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SMALL_D = tl.constexpr(0.25)
 # Largest sum that counts as finite.
 LARGEST_SUM = tl.constexpr(3.0e38)
-# float32 values of a partial state in memory.
+# Numbers of a State in memory, float32.
 STATE = tl.constexpr(7)
 # Initial origin: finite, so that no difference of origins is (-inf) - (-inf); a whole number like
 # every origin.
@@ -44,8 +45,8 @@ SMALL_TANH = tl.constexpr(0.5)
 # Largest |d| that the sums can represent. From 87 nats below the peak on e^x underflows to 0, and
 # e^x·e^d is lost even where it is not negligible; far below 0, d·h + d² (= d·expm1(d)) cancels.
 LARGEST_D = tl.constexpr(60.0)
-# The same for float32 rows with U > FAR_SHARE·S, whose KL a few far entries may make: the gradient
-# to Q is then about KL/|d|, and log1p(t) has an error of 1e-7.
+# In its place for float32 rows with U > FAR_SHARE·S: if a few far entries make such a KL, the
+# gradient to Q is about KL/|d|, and log1p(t) has an error of 1e-7.
 LARGEST_FAR_D = tl.constexpr(16.0)
 FAR_SHARE = tl.constexpr(0.1)
 
@@ -215,7 +216,8 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
 State = namedtuple("State", "origin S A W U R centre")
 
 
-# The divergences; those after Rényi's are f-divergences, which a second read computes.
+# The divergences, in an order that comparisons rely on: those after Rényi's take a second read.
+# Jeffreys' is the sum of two fields, kl and ref_kl (fastkl/ops/engine.py).
 OF_KL = tl.constexpr(0)
 RENYI = tl.constexpr(1)
 JS = tl.constexpr(2)
@@ -223,16 +225,17 @@ SKEW_KL = tl.constexpr(3)
 TOTAL_VARIATION = tl.constexpr(4)
 
 
-# Compile-time: the divergence, whether Q's share of the mixture is so small that log(m/p) needs a
-# series, and whether the GPU has the instruction lg2.
+# Compile-time. name: one of the five numbers above. small_rest: whether rest, Q's share of the
+# mixture m, is so small that log(m/p) needs a series. lg2: whether the GPU has that instruction.
 Kind = namedtuple("Kind", "name small_rest lg2")
 
 
 # Compile-time: the statistics requested.
 #
-# kind: of Rényi's divergence of order 1 - γ R holds Σe·h(γd); of an f-divergence, whose origin and
-# centre are known, W and U are its sums (divergence_math.add_terms). compensated: keep the rounding
-# errors of differences, for float32 logits and for ratios of temperatures. lse: the log-sum-exps.
+# kind: a Kind. For Rényi's divergence of order 1 - γ, R holds Σe·h(γd). For an f-divergence, whose
+# origin and centre are known, U holds the divergence and W its moment (divergence_math.add_terms).
+# compensated: keep the rounding errors of differences, for float32 logits and for ratios of
+# temperatures. lse: the log-sum-exps.
 Want = namedtuple("Want", "entropy kl ref_kl kind compensated lse")
 
 

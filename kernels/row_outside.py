@@ -25,8 +25,18 @@ def next_id(ids_ptr, place, K, first, V):
 
 
 @triton.jit
+def compensated_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.constexpr):
+    """Return log2(e)/T as hi and lo; NaN if `scale`, the rounded 1/T, is."""
+    if PER_ROW:
+        temperature = tl.load(temperature_ptr + row)
+    exact = tl.full([], LOG2E, tl.float64) / tl.cast(temperature, tl.float64)
+    hi = tl.where(scale == scale, exact, scale.to(tl.float64)).to(tl.float32)
+    return hi, (exact - hi.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def outside_sum(
-    row,
+    part,
     length,
     ids_ptr,
     K,
@@ -35,10 +45,11 @@ def outside_sum(
     reading: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Return the state (origin, Σ 2^(x·s·log2(e) - origin)) of the first `length` entries of a
-    Segment that starts at entry `first`, without those in the sorted list of K ids.
+    """Return the state (origin, Σ 2^(x·s·LOG2E - origin)) of the first `length` entries of a
+    Segment that starts at entry `first`, without those in the sorted list of K ids; its `second` is
+    the rounding error of scale_log2.
     """
-    V = first + row.remaining
+    V = first + part.remaining
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
@@ -48,18 +59,19 @@ def outside_sum(
     # In float64: a gradient is the small difference of the student's and the teacher's rest.
     total = tl.zeros([tiling.threads], tl.float64)
     listed = next_id(ids_ptr, place, K, first, V)
-    entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + row.order
+    entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + part.order
     for start in range(0, length, TILE):
-        tile = load_tile(row, start // tiling.lanes, length, 1, tiling, want, reading, True)
+        tile = load_tile(part, start // tiling.lanes, length, 1, tiling, want, reading, True)
         x = tile.x[0]
         while listed < tl.minimum(start + TILE, length):
             x = tl.where(entry == listed - start, LOWEST, x)
             place += 1
             listed = next_id(ids_ptr, place, K, first, V)
         # A whole number: rescaling by the difference of two origins is exact.
-        peak = tl.floor(tl.max(tl.max(x, 1), 0) * row.scale_log2)
+        peak = tl.floor(tl.max(tl.max(x, 1), 0) * part.scale_log2)
         raised = tl.maximum(origin, peak)
-        e = tl.exp2(tl.fma(x, row.scale_log2, -raised))
+        # Both parts of the scale: a KL of 1e-8 has no digits to spare for an exponent off by 1e-6.
+        e = tl.exp2(tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)))
         # An infinite or a NaN logit makes the sum NaN.
         e = tl.where(x > LOWEST, e, tl.where(x == x, 0.0, x))
         total = total * tl.exp2(origin - raised).to(tl.float64) + lane_sum(e).to(tl.float64)
@@ -102,7 +114,7 @@ def row_outside(  # noqa: PLR0913
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     saved_ptr,  # [N, 10] float32
     outside_ptr,  # [N] float64
-    temperature: tl.float32,
+    temperature: tl.float64,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
     stride_p_inner: tl.int64,
@@ -147,16 +159,19 @@ def row_outside(  # noqa: PLR0913
     reading: tl.constexpr = Reading(False, SOFTCAP, 0.0, False)
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    scale_log2, lo = compensated_scale(
+        scale, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW
+    )
     first = split * segment
     length = tl.minimum(segment, V - first)
     pad = row_pad(p_row, REALIGN)
     start = p_row + first - pad
-    place = Segment(
+    part = Segment(
         start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
-        scale * LOG2E, scale, scale, scale,
+        scale_log2, scale, scale, lo,
     )  # fmt: skip
     ids_ptr += row * K
-    origin, total = outside_sum(place, length, ids_ptr, K, first, tiling, reading, IDS)
+    origin, total = outside_sum(part, length, ids_ptr, K, first, tiling, reading, IDS)
     if SPLITS > 1:
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, origin.to(tl.float64))

@@ -45,29 +45,29 @@ GENERAL = tl.constexpr(1)
 ANCHOR = tl.constexpr(2)
 
 
-# A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of e
-# (share), and lane_A with the tile added.
-Weights = namedtuple("Weights", "e d share lane_A")
+# A tile about the present origin and centre: e and D_FACTOR·d as tuples, S, each thread's sum of e
+# in the tile, and lane_A with the tile added.
+Weights = namedtuple("Weights", "e d S lane_A")
 
 
 # The sums of a segment so far.
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
 # exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-# A, 2·W, 2·U and 4·R (with want.renyi 2·R).
+# A, 2·W, 2·U and 4·R (2·R for Rényi's divergence).
 Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
 @triton.jit
-def empty_sums(row, tiling: tl.constexpr, want: tl.constexpr):
+def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
     """The sums of an empty segment; the first tile with weight takes the anchor path."""
     origin = tl.full([], LOWEST, tl.float32)
     centre = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([tiling.threads], tl.float32)
     limit = zeros
     if want.kind.name > RENYI:
-        origin = row.second.origin
-        centre = row.second.centre
+        origin = part.second.origin
+        centre = part.second.centre
         limit = zeros + float("inf")
     lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
@@ -124,7 +124,7 @@ def h_general(d):
 def weigh(
     sums,
     tile,
-    row,
+    part,
     GROUPS: tl.constexpr,
     want: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -137,15 +137,15 @@ def weigh(
     ds = ()
     lane_A = sums.lane_A
     for g in tl.static_range(GROUPS):
-        exponent = tl.fma(tile.x[g], row.scale_log2, -sums.origin)
+        exponent = tl.fma(tile.x[g], part.scale_log2, -sums.origin)
         e = tl.exp2(exponent)
         d = e
         if want.kl:
             d = centred(
-                tile.difference[g], tile.lo[g], row.doubled_scale, sums.centre, want.compensated
+                tile.difference[g], tile.lo[g], part.doubled_scale, sums.centre, want.compensated
             )
             if want.kind.name > RENYI:
-                d = d - row.second.centre_lo
+                d = d - part.second.centre_lo
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
             if want.kl:
@@ -160,14 +160,14 @@ def weigh(
             lane_S = e
         else:
             lane_S = lane_S + e
-    share = lane_sum(lane_S) if want.kind.name <= RENYI else sums.S
-    return Weights(es, ds, share, lane_A)
+    S = lane_sum(lane_S) if want.kind.name <= RENYI else sums.S
+    return Weights(es, ds, S, lane_A)
 
 
 @triton.jit
 def path_of(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr):
     """Select the path of a tile."""
-    path = tl.where(sums.S + weights.share > sums.limit, ANCHOR, NEAR)
+    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR)
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, GROUPS):
@@ -204,7 +204,7 @@ def spread(z, LANES: tl.constexpr):
 
 
 @triton.jit
-def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
     """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
     over all entries so far, this tile included.
     """
@@ -213,10 +213,10 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
     for g in tl.static_range(1, GROUPS):
         peak = tl.maximum(peak, tl.max(tile.x[g], 1))
     state = rescale(
-        state, tl.maximum(sums.origin, tl.floor(tl.max(peak, 0) * row.scale_log2)), want
+        state, tl.maximum(sums.origin, tl.floor(tl.max(peak, 0) * part.scale_log2)), want
     )
     for g in tl.static_range(GROUPS):
-        e = tl.exp2(tl.fma(tile.x[g], row.scale_log2, -state.origin))
+        e = tl.exp2(tl.fma(tile.x[g], part.scale_log2, -state.origin))
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
         if g == 0:
@@ -225,22 +225,22 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
         else:
             lane_S = lane_S + e
             lane_D = tl.fma(e, tile.difference[g], lane_D)
-    shares = lane_sum(lane_S)
-    total = tl.sum(shares, 0)
+    tile_S = lane_sum(lane_S)
+    total = tl.sum(tile_S, 0)
     before = tl.sum(state.S, 0)
     centre = state.centre
     if want.kl:
         # Divide with one rounding: on a peaked row the whole gradient is the remainder d - E_p[d]
         # at the peak.
-        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_FACTOR)
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * part.doubled_scale * (1.0 / D_FACTOR)
         delta = tl.fma(mean - centre, total, tl.sum(state.W, 0)) / (before + total)
         centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
         # Recentre by the difference of the rounded centres, not by delta.
         delta = tl.where(state.S > 0.0, centre - state.centre, 0.0)
-        state = recentre(state, delta, row.gamma, want)
+        state = recentre(state, delta, part.gamma, want)
     # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
     # tile, which therefore never anchors twice.
-    limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / shares.shape[0], state.S + shares)
+    limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / tile_S.shape[0], state.S + tile_S)
     LANES: tl.constexpr = sums.lane_W.shape[1]
     # Near tiles do not update `largest`: there |d| < 1.
     largest = tl.maximum(sums.largest, tl.fma(tl.abs(centre), D_FACTOR, D_FACTOR))
@@ -254,7 +254,7 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
 
 
 @triton.jit
-def absorb(sums, weights, row, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
+def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
 
     d and h below carry their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
@@ -268,7 +268,7 @@ def absorb(sums, weights, row, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEA
         d = weights.d[g]
         if want.kind.name > RENYI:
             lane_U, lane_W = add_terms(
-                (lane_U, lane_W), e, d, row.second.formula, want.kind, ALL_NEAR
+                (lane_U, lane_W), e, d, part.second.formula, want.kind, ALL_NEAR
             )
         elif want.kl:
             lane_W = tl.fma(e, d, lane_W)
@@ -286,12 +286,12 @@ def absorb(sums, weights, row, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEA
                 if want.ref_kl:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
             if want.kind.name == RENYI:
-                h_power, _ = h_general(d * row.gamma)
+                h_power, _ = h_general(d * part.gamma)
                 lane_R = tl.fma(e, h_power, lane_R)
     return Running(
         sums.origin,
         sums.centre,
-        sums.S + weights.share,
+        sums.S + weights.S,
         sums.limit,
         largest,
         weights.lane_A,
@@ -302,7 +302,7 @@ def absorb(sums, weights, row, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEA
 
 
 @triton.jit
-def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
     """Return the scalar State of the first `length` entries; U is +inf if some |d| may reach
     LARGEST_D or LARGEST_FAR_D.
     """
@@ -311,39 +311,40 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
     # Without a KL there is no near path to keep short: clamp always instead of summing twice.
     CLAMP: tl.constexpr = not want.kl
     ANCHORS: tl.constexpr = want.kind.name <= RENYI
-    sums = empty_sums(row, tiling, want)
+    sums = empty_sums(part, tiling, want)
     group = 0
     full_end = length // tiling.lanes // TILE * TILE
     while group < full_end:
-        tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
-        weights = weigh(sums, tile, row, GROUPS, want, CLAMP, False)
+        tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
+        weights = weigh(sums, tile, part, GROUPS, want, CLAMP, False)
         path = path_of(sums, weights, GROUPS, want)
         if ANCHORS and path > GENERAL:  # anchor
             # A NaN never takes this path: comparisons with NaN are false. Load the tile again:
             # keeping it for this path costs registers on the others.
-            tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
-            sums = anchor(sums, tile, row, GROUPS, want, False)
+            tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
+            sums = anchor(sums, tile, part, GROUPS, want, False)
         else:
+            # One formula serves every d of total variation.
             if want.kind.name != TOTAL_VARIATION and path > NEAR:
-                sums = absorb(sums, weights, row, GROUPS, want, False)
+                sums = absorb(sums, weights, part, GROUPS, want, False)
             else:
-                sums = absorb(sums, weights, row, GROUPS, want, True)
+                sums = absorb(sums, weights, part, GROUPS, want, True)
             group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(sums.lane_A), 0)
         if A != A:
             # A column that both tensors mask by a large finite number makes A NaN: start over with
             # exponents clamped.
-            sums = empty_sums(row, tiling, want)
+            sums = empty_sums(part, tiling, want)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
     while group * tiling.lanes < length:
-        tile = load_tile(row, group, length, 1, tiling, want, reading, True)
-        weights = weigh(sums, tile, row, 1, want, True, True)
+        tile = load_tile(part, group, length, 1, tiling, want, reading, True)
+        weights = weigh(sums, tile, part, 1, want, True, True)
         if ANCHORS and path_of(sums, weights, 1, want) > GENERAL:  # anchor
-            sums = anchor(sums, tile, row, 1, want, True)
+            sums = anchor(sums, tile, part, 1, want, True)
         else:
-            sums = absorb(sums, weights, row, 1, want, False)
+            sums = absorb(sums, weights, part, 1, want, False)
             group += tiling.threads
     state = state_of(sums, want)
     S = tl.sum(state.S, 0)
@@ -353,7 +354,7 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
         if want.compensated:
             limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
         if want.kind.name == RENYI:
-            limit = limit / tl.maximum(tl.abs(row.gamma), 1.0)
+            limit = limit / tl.maximum(tl.abs(part.gamma), 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,

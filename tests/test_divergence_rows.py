@@ -34,10 +34,10 @@ def test_mask(implementation, dtype, tokens_of, garbage) -> None:
 def test_upstream_gradients(implementation, dtype, tokens_of) -> None:
     p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 3.0), SHIFTS, SHORT, dtype)
     rows, device = Rows(p, q, tokens_of(p)), implementation.device
-    written = outcome(rows, device, torch.full((5, 4), 1.75))
-    for strided in (torch.full((), 1.75).expand(5, 4), torch.full((5, 4, 2), 1.75)[..., 1]):
+    written = outcome(rows, device, torch.full((7, 4), 1.75))
+    for strided in (torch.full((), 1.75).expand(7, 4), torch.full((7, 4, 2), 1.75)[..., 1]):
         assert_same(outcome(rows, device, strided), written)
-    upstream = torch.tensor([1.5, 0.0, -2.0, 0.0]).expand(5, 4)
+    upstream = torch.tensor([1.5, 0.0, -2.0, 0.0]).expand(7, 4)
     expected = outcome(rows, device, upstream)[-2:]
     p[1], q[3, 5] = math.nan, math.nan
     grads = outcome(rows, device, upstream)[-2:]

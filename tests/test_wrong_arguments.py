@@ -39,6 +39,7 @@ TENSORS: dict[str, torch.Tensor] = {
     **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
     "topk_logprobs": torch.full((2, 3, 2), -1.0),
     "topk_ids": torch.arange(2).repeat(2, 3, 1),
+    "support": torch.arange(4).repeat(2, 3, 1),
     "mask": torch.ones(2, 3, dtype=torch.bool),
     "weights": torch.ones(2, 3),
     "cu_seqlens": torch.tensor([0, 2, 6]),
@@ -65,9 +66,10 @@ OWN: dict[str, Callable[[], object]] = {
     "PPOAdaptiveBeta.update.kl": lambda: 0.1,
     "SpikeDetector.update.kl": lambda: 0.1,
     "dpo_loss.beta": lambda: 0.1,
-    "linear_divergence.ref_hidden": lambda: TENSORS["hidden"],
     "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
 }
+# Optional arguments that are given.
+GIVEN = ("linear_divergence.ref_hidden", "linear_divergence.ref_weight", "token_stats.tokens")
 # An argument is looked at beside these: function.argument, as patterns, the first that fits.
 BESIDE = [
     ("grpo_loss.max_length", {"reduction": "dr_grpo"}),
@@ -89,15 +91,14 @@ BESIDE = [
     ("*_stats.ref_weight", {"ref_hidden": TENSORS["hidden"]}),
     ("*_stats.ref_temperature", {"ref_hidden": TENSORS["hidden"]}),
     ("*_stats.ref_bias", {"ref_hidden": TENSORS["hidden"], "bias": TENSORS["bias"]}),
-    ("linear_divergence.ref_logits", {"ref_hidden": None}),
     ("linear_topk*.bias", {}),
     ("*linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("*linear*.ref_bias", {"bias": TENSORS["bias"]}),
     ("Linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("Linear*.ref_bias", {"bias": TENSORS["bias"]}),
-    ("token_stats.logits", {"tokens": TENSORS["tokens"]}),
     ("*.weights", {"reduction": "sum"}),
     ("grpo_loss.normalizer", {"reduction": "bnpo"}),
+    ("linear_divergence.ref_logits", {"ref_hidden": None, "ref_weight": None}),
     ("linear_divergence.alpha", {"divergence": "renyi"}),
     ("linear_divergence.beta", {"divergence": "js"}),
     ("*.normalizer", {"reduction": "mean"}),
@@ -131,7 +132,7 @@ def right(
         key = f"{target}.{name}"
         if name == "state":
             values[name] = own.state_dict()
-        elif key in OWN or (
+        elif key in GIVEN or (
             parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         ):
             assert key in OWN or name in RIGHT, f"{key}: give RIGHT a value for it"
@@ -255,7 +256,7 @@ NUMBERS = "numpy float32, numpy int64"
 VALID = [
     (r"use_backend\.name", "None", "the default backend"),
     (
-        r"explain\.logits",
+        r"(explain|entropy_from_logits)\.logits",
         f"meta, float64, {ANY_SHAPE}",
         "logits alone may have any shape and device",
     ),
@@ -268,6 +269,8 @@ VALID = [
         "float64",
         "taken in any float type",
     ),
+    (r".*token_stats\.support", "longer, shorter", "any number of ids"),
+    (r"linear_token_stats\.tokens", "None", "without log-probabilities"),
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (

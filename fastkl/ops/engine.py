@@ -6,7 +6,6 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 
 import abc
 import functools
-import math
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from .problems import (
     outside_launchers,
     problems,
 )
-
-LOG2E = math.log2(math.e)
 
 
 class Engine(abc.ABC):
@@ -187,11 +184,9 @@ class Kernels(Engine):
         )
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
-        # The kernels' base-2 exponents have the float32 product of 1/T and log2(e).
-        as_float32 = torch.as_tensor(temperature, dtype=torch.float32)
-        in_base_2 = as_float32.reciprocal() * torch.tensor(LOG2E, dtype=torch.float32)
-        scale = in_base_2.double() / LOG2E
-        return scale if isinstance(temperature, torch.Tensor) else float(scale)
+        if not isinstance(temperature, torch.Tensor):
+            return 1.0 / temperature
+        return temperature.float().double().reciprocal()  # kernels read float32
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         fused_launchers().scale(gradient.view(-1), factor.reshape(1))

@@ -2,7 +2,6 @@
 gradients, a chunk of tokens at a time.
 """
 
-import functools
 import itertools
 from typing import Any, NamedTuple, cast
 
@@ -84,7 +83,7 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     else:
         heads.each_chunk(fill, keep)
     found, leading = heads.of_all({"0": listed, "1": rest, "2": saved}), inputs.hidden.shape[:-1]
-    return *[value.view(*leading, *value.shape[1:]) for value in found.values()], *keep
+    return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
 
 def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
@@ -176,13 +175,17 @@ def _backward(
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
-    ctx.overwritten = ctx.may_overwrite
+
+    def overwriting(inputs: LinearInputs, request: ListGradientInputs) -> Any:
+        ctx.overwritten = True
+        return _gradients(inputs, request, overwrite=True)
+
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(
             ids, rest, saved, logits, g_listed, g_rest, ",".join(names), ctx.by_rows
         ),
-        unobserved=functools.partial(_gradients, overwrite=True) if ctx.may_overwrite else None,
+        unobserved=overwriting if ctx.may_overwrite else None,
     )
     by_name = dict(zip(SIX, gradients, strict=True))
     return returned({name: by_name[name] for name in names}, ListInputs)

@@ -26,7 +26,7 @@ def near_series(divergence: Divergence) -> Any:
     if kind in ("renyi", "total_variation"):  # no polynomials
         again = (0.0,) * (count + moment_count) if kind == "total_variation" else ()
         return kernels.Series(kind, share, 0.0, again, (0.0,) * (2 * count))
-    curvature = share * rest if kind == "js" else rest * rest
+    curvature = share * rest if kind == "js" else rest * rest  # f''(0), else of skew_kl
 
     def fit(number: int, name: str) -> list[float]:
         nodes = torch.arange(number, dtype=torch.float64).add(0.5).mul(math.pi / number).cos()

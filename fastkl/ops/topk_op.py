@@ -84,6 +84,8 @@ def fill_cell_gradients(
     """
     g_listed, g_rest = upstream
     absent = ids >= args.p.shape[-1]
+    if args.mask is not None:
+        absent |= ~args.mask[:, None]
     # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
     ids = torch.where(absent, ids[:, :1], ids).masked_fill(absent[:, :1], 0)
     value = torch.zeros_like(ids, dtype=torch.float64)

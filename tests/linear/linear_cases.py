@@ -12,12 +12,15 @@ import family
 import torch
 import torch.nn.functional as F
 from linear_inputs import FIELDS, Case, leaves
+from test_topk import textbook
+from torch.utils._pytree import tree_map_only
 
 import fastkl
 from fastkl import testing
 from fastkl.ops.fields import REFERENCE_FIELDS
 
 PER_TOKEN = (*FIELDS, "gradient to weights")
+STATISTICS = ("stats", "support")
 
 
 def differentiate(
@@ -28,7 +31,7 @@ def differentiate(
 ) -> dict[str, torch.Tensor]:
     """Return values and gradients; zeros where nothing depends on an input."""
     results = {name: value.detach() for name, value in values.items()}
-    fields = case.fields if case.reduction == "stats" else ("kl",)
+    fields = case.fields if case.reduction in STATISTICS else ("kl",)
     asked = {k: value for k, value in values.items() if value.requires_grad and k in fields}
     learning = {name: value for name, value in inputs.items() if value.requires_grad}
     if asked and learning:
@@ -58,7 +61,8 @@ def arguments(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, object]:
         head = weight if settings is None else fastkl.Head(weight, bias, *settings)
         made |= {f"{prefix}hidden": inputs.get(f"{prefix}hidden"), f"{prefix}weight": head}
         made[f"{prefix}bias"] = bias if settings is None else None
-    return made
+    logits = {"ref_logits": inputs["ref_logits"]} if "ref_logits" in inputs else {}
+    return {**made, **logits, **on(inputs["hidden"].device, case.more)}
 
 
 def options(case: Case, device: str | torch.device = "cpu") -> dict[str, object]:
@@ -74,7 +78,10 @@ def call(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch
     if kind == "penalty":
         return {"kl": fastkl.LinearKLPenalty(0.3)(**given)}
     given |= {**options(case, device), "recompute": kind == "none" or None, **more}
-    if kind == "stats":
+    if kind == "topk":
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"kl": fastkl.linear_topk_kl_divergence(**given)}
+    if kind in STATISTICS:
         stats = fastkl.linear_token_stats(tokens=on(device, case.tokens), **given)
         return {name: value for name, value in stats._asdict().items() if value is not None}
     given |= {"weights": inputs.get("weights") if kind != "none" else None, "reduction": kind}
@@ -90,7 +97,7 @@ def run(case: Case, device: str, function: Callable = call, **more) -> tuple[dic
 
 
 def on(device: str | torch.device, value: object) -> object:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return tree_map_only(torch.Tensor, lambda each: each.to(device), value)
 
 
 def outcome(case: Case, device: str, function: Callable = call, **more) -> dict[str, torch.Tensor]:
@@ -117,19 +124,31 @@ def logits_of(
         raw = product(prefix, hidden, inputs.get(f"{prefix}weight", inputs["weight"]), bias)
         capped = raw * factor if cap is None else cap * torch.tanh(raw * factor / cap)
         logits.append(capped / torch.where(mask, divisors[bool(prefix)], 1.0)[..., None])
-    return logits
+    if "ref_logits" in inputs:
+        given = inputs["ref_logits"].masked_fill(~mask[..., None], 0.0)
+        logits[1] = given / torch.where(mask, divisors[1], 1.0)[..., None]
+    return logits[::-1] if case.more.get("reverse") else logits
 
 
 def truth(case: Case, *product: Callable) -> dict[str, torch.Tensor]:
     """Compute the very inputs in float64 on the CPU, by definition, gradients by autograd."""
     inputs = leaves(case, torch.float64)
-    exact = testing.truth(*logits_of(case, inputs, *product))
-    mask = torch.ones_like(exact.kl, dtype=torch.bool) if case.mask is None else case.mask
+    logits = logits_of(case, inputs, *product)
+    mask = torch.ones(logits[0].shape[:-1]).bool() if case.mask is None else case.mask
+    if case.reduction == "support":
+        entries = torch.arange(len(inputs["weight"]))
+        outside = (case.more["support"][..., None] != entries).all(-2)
+        # exp(-1e5) is 0, and no infinity.
+        mask, logits = mask & ~outside.all(-1), [x.masked_fill(outside, -1e5) for x in logits]
+    exact = testing.truth(*logits)
     values = {"kl": exact.kl}
     if case.divergence is not None:
         kind_and_share = case.divergence.kind, case.divergence.share
         values = {"kl": family.textbook(exact.log_p, exact.log_q, *kind_and_share)}
-    if case.reduction == "stats":
+    if case.reduction == "topk":
+        how = {name.removeprefix("topk_"): value for name, value in case.more.items()}
+        values = {"kl": textbook(logits[0], **how)[0]}
+    if case.reduction in STATISTICS:
         values = exact.stats(torch.where(mask, case.tokens, 0))
         alone = "ref_hidden" not in inputs
         values = {k: v for k, v in values.items() if not (alone and k in REFERENCE_FIELDS)}

@@ -16,6 +16,8 @@ from fastkl.ops import chunks, gemm, linear_sum_op, row_blocks
 INPUTS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
 FIELDS = fastkl.TokenStats._fields
 CALLS = ("stats", "none", "sum", "mean")
+# Calls of small_case that take more: a teacher's list, a sampler's support, a teacher's logits.
+MORE_CALLS = ("topk", "support", "given")
 
 
 def few(implementation, wanted: bool) -> None:
@@ -31,9 +33,10 @@ class Case:
     """One call and one backward. `tensors`: INPUTS that are given, on the CPU; the same object
     twice is passed as the same object twice.
 
-    `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, or "penalty" for
-    LinearKLPenalty. `heads`: (softcap, logit_scale) of a model that is passed as a Head. `fields`:
-    the results with an upstream gradient, which is random of size `scale`; without `random` it is
+    `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, "support" for that of
+    a support, "topk" for linear_topk_kl_divergence, "penalty" for LinearKLPenalty. `more`: further
+    arguments. `heads`: (softcap, logit_scale) of a model that is passed as a Head. `fields`: the
+    results with an upstream gradient, which is random of size `scale`; without `random` it is
     `scale`. `divergence`: computed by linear_divergence in place of the KL. `layouts`: how an input
     lies in memory, by name.
     """
@@ -54,6 +57,7 @@ class Case:
     random: bool = True
     seed: int = 0
     divergence: family.Member | None = None
+    more: dict[str, object] = dataclasses.field(default_factory=dict)
     layouts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def but(self, **changes) -> "Case":
@@ -143,7 +147,32 @@ def small_case(call: str, dtype: torch.dtype = torch.float32, **changes) -> Case
     leading, sizes = changes.pop("leading", (5,)), changes.pop("sizes", {})
     tokens = torch.arange(math.prod(leading)).reshape(leading) % 17
     case = Case(small(leading, **sizes), call, tokens=tokens, **{"chunk_size": 2, **changes})
-    return case.weighted().typed(dtype)
+    case = case.weighted()
+    return (with_more(case) if call in MORE_CALLS else case).typed(dtype)
+
+
+def with_more(case: Case, divergence: str = "skew_kl 0.1", **more) -> Case:
+    """Draw the further arguments of one of MORE_CALLS: lists of five ids, one absent, one repeated,
+    and all of the last token's absent from a support; for any other reduction logits of its own in
+    place of the second model.
+    """
+    generator, kind = torch.Generator().manual_seed(case.seed), case.reduction
+    leading, vocabulary = case.tensors["hidden"].shape[:-1], len(case.tensors["weight"])
+    ids = torch.randint(vocabulary, (*leading, 5), generator=generator)
+    ids[..., 3], ids[..., 4] = -1, ids[..., 0]
+    if kind == "support":
+        ids[..., 1] = case.tokens
+        ids.view(-1, 5)[1:][-1:] = vocabulary
+        return case.but(more={"support": ids, **more})
+    case = case.without("ref_hidden", "ref_weight", "ref_bias").but(heads=(case.heads[0], None))
+    if kind == "topk":
+        logprobs = torch.randn(*leading, 6, generator=generator).log_softmax(-1)[..., :5]
+        lists = {"topk_logprobs": logprobs, "topk_ids": ids}
+        more = {"direction": "js", "tail": "bucket", "beta": 0.2, **lists, **more}
+        return case.but(more=more, ref_temperature=None)
+    case.tensors["ref_logits"] = 2 * torch.randn(*leading, vocabulary, generator=generator)
+    made = {"divergence": family.MEMBERS[divergence], "more": {"reverse": True, **more}}
+    return case.but(reduction="none" if kind == "given" else kind, **made)
 
 
 # Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so.

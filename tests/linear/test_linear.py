@@ -10,7 +10,19 @@ import linear_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_inputs import CALLS, FIELDS, INPUTS, Case, few, leaves, models, small, small_case, tuned
+from linear_inputs import (
+    CALLS,
+    FIELDS,
+    INPUTS,
+    MORE_CALLS,
+    Case,
+    few,
+    leaves,
+    models,
+    small,
+    small_case,
+    tuned,
+)
 
 # Sizes of the noise between the models' logits: a KL of 1e-3, from there to 10 over the tokens of a
 # batch, and 10.
@@ -226,11 +238,11 @@ def test_identical_models(implementation, call, dtype, copy) -> None:
         case = case.but(heads=((3.0, 0.3),) * 2, softcap=None, **divisors)
     result = linear_cases.outcome(case, implementation.device)
     different = {name for name, value in result.items() if bool(value.any())}
-    assert different <= {"logprob", "ref_logprob", "entropy"}
+    assert different <= {"logprob", "ref_logprob", "entropy", "lse", "ref_lse"}
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, "both", "all masked"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *MORE_CALLS])
 def test_masked_tokens(implementation, call, garbage) -> None:
     """Any hidden states, ids and weights where the mask is False: exactly 0 there and gradient
     exactly 0; all else is as without these tokens, and zeros where no token counts.
@@ -240,7 +252,7 @@ def test_masked_tokens(implementation, call, garbage) -> None:
     case = small_case(call, mask=mask)
     case.tokens[[1, 4]] = torch.tensor([-100, 1 << 40])
     number = garbage if isinstance(garbage, float) else math.nan
-    for name in {"hidden", "ref_hidden", "weights"} & case.tensors.keys():
+    for name in {"hidden", "ref_hidden", "ref_logits", "weights"} & case.tensors.keys():
         case.tensors[name][1] = number
         case.tensors[name][4:, ...] = -math.inf if garbage == "both" else number
     linear_cases.check(implementation.device, case)
@@ -248,7 +260,7 @@ def test_masked_tokens(implementation, call, garbage) -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *MORE_CALLS])
 def test_no_tokens(implementation, call, leading, masked) -> None:
     mask = torch.ones(leading, dtype=torch.bool) if masked else None
     case = small_case(call, leading=leading, mask=mask, chunk_size=None)
@@ -256,7 +268,7 @@ def test_no_tokens(implementation, call, leading, masked) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *MORE_CALLS])
 def test_second_backward(implementation, call, dtype) -> None:
     """Over a retained graph: the same bits, also after the first gradients were written to, as an
     optimiser or clipping does; inputs, and the memory around them, keep every bit.
@@ -304,7 +316,7 @@ def test_no_probability_in_the_reference(implementation, call) -> None:
     linear_cases.assert_within(result, linear_cases.truth(case.but(tensors=without)), 1e-5)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *MORE_CALLS])
 def test_double_backward_is_refused(implementation, call) -> None:
     """create_graph=True and a derivative of the gradient: an error, not a wrong number, even where
     the rest of the loss has a derivative. Afterwards the graph gives the gradients as ever.
@@ -328,7 +340,9 @@ def test_requires_grad_of_each_field(implementation, names) -> None:
     few(implementation, names in (("bias",), ("ref_weight",)))
     on_q = any(name.startswith("ref_") for name in names)
     on_p = bool(names) and names[0][:4] != "ref_"
-    expected = dict(zip(FIELDS, (on_p, on_p, on_q, on_p or on_q, on_p or on_q), strict=True))
+    expected = dict(
+        zip(FIELDS, (on_p, on_p, on_q, on_p or on_q, on_p or on_q, on_p, on_q), strict=True)
+    )
     for call in CALLS:
         _, values = linear_cases.run(small_case(call, trainable=names), implementation.device)
         assert {name: value.requires_grad for name, value in values.items()} == {

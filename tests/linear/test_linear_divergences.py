@@ -2,13 +2,18 @@
 matrix products, and shares that a divergence does not take.
 """
 
+import functools
+import math
+
 import cases
+import family
 import linear_cases
 import pytest
+import torch
 from family import KINDS, Member
-from linear_inputs import few
-from test_linear import with_heads
-from test_linear_costs import CHUNK, MODES, assert_products, tensors
+from linear_inputs import LAYOUTS, few, with_more
+from test_linear import BF16, FP32, FP64, with_heads
+from test_linear_costs import CHUNK, MODES, N, V, assert_products, tensors
 
 import fastkl
 
@@ -47,7 +52,53 @@ def test_products(implementation, name, mode, reduction, recompute) -> None:
     assert_products(lambda: fastkl.linear_divergence(**made, **settings), made, *counts)
 
 
+# Logits in place of the second model, of which masked ones are NaN: either is the student.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("heads", ["everything", "per token", "policy per token"])
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_given_logits(implementation, name, heads, reverse) -> None:
+    few(implementation, (name, heads, reverse) == ("skew_kl 0.1", "everything", True))
+    number = [*family.MEMBERS].index(name)
+    types, layout = [(FP32, FP32), (BF16, FP32), (FP64, FP64)][number % 3], [*LAYOUTS][number % 5]
+    for reduction, recompute in (("none", True), ("none", False), ("sum", None), ("mean", None)):
+        case = with_more(with_heads(heads, reduction), name, reverse=reverse).typed(*types)
+        case.tensors["ref_logits"][~case.mask] = math.nan
+        case = case.but(layouts={"ref_logits": layout})
+        exact = linear_cases.truth(case)
+        result = linear_cases.outcome(case, implementation.device, recompute=recompute)
+        linear_cases.assert_within(result, exact, linear_cases.rounding(case, exact))
+
+
+@pytest.mark.skipif(cases.INTERPRETING, reason="products of a CPU")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("learned, back", [("hidden,weight", 2), ("hidden", 1), ("", 0)])
+def test_products_beside_given_logits(learned, back, reverse) -> None:
+    made = tensors("cpu", learned=learned)
+    student, given = {name: made[name] for name in ("hidden", "weight")}, made["ref_hidden"]
+    given = {"ref_logits": given @ made["ref_weight"].T, "reverse": reverse, "chunk_size": CHUNK}
+    for more, counts in (
+        ({"recompute": True}, (1, back + 1, back + 1)),
+        ({"recompute": False}, (1, back, back + 1)),
+        ({"reduction": "sum"}, (1 + back, 0, 0)),
+    ):
+        call = functools.partial(fastkl.linear_divergence, **student, **given, **more)
+        assert_products(call, student, *counts)
+
+
 WRONG = [
+    ("ref_hidden", {"ref_logits": torch.ones(N, V)}),
+    ("ref_weight", {"ref_logits": torch.ones(N, V), "ref_hidden": None}),
+    *(
+        ("ref_logits", {"ref_logits": wrong, "ref_hidden": None, "ref_weight": None})
+        for wrong in (
+            torch.ones(N, V - 1),
+            torch.ones(V),
+            torch.ones(N, V).long(),
+            torch.ones(N, V).double(),
+            torch.ones(N, V, requires_grad=True),
+        )
+    ),
+    ("reverse", {"reverse": 1}),
     ("divergence", {"divergence": "kl_divergence"}),
     ("alpha", {"alpha": 0.5}),
     ("beta", {"beta": 0.5}),
@@ -64,7 +115,7 @@ WRONG = [
 
 
 @pytest.mark.skipif(cases.INTERPRETING, reason="checked before a backend is chosen")
-@pytest.mark.parametrize("argument, wrong", WRONG, ids=str)
+@pytest.mark.parametrize("argument, wrong", WRONG)
 def test_wrong_shares(argument, wrong) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected .+, got .+; .+"):
-        fastkl.linear_divergence(**tensors("cpu"), **wrong)
+        fastkl.linear_divergence(**{**tensors("cpu"), **wrong})

@@ -3,6 +3,7 @@ KLPenalty on the logits that the heads would give, and the custom ops under them
 """
 
 import contextlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from linear_inputs import (
     FIELDS,
     INPUTS,
     LAYOUTS,
+    MORE_CALLS,
     Case,
     few,
     laid_out,
@@ -119,9 +121,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call, way", [*itertools.product(CALLS, WAYS), ("topk", "eager"), ("support", "eager")]
+)
 def test_autocast(implementation, call, half, way) -> None:
     """Under autocast float32 inputs give what the same inputs give that were converted by hand, and
     float32 gradients; float32 logits stay float32; a backward inside autocast has the forward's
@@ -220,8 +223,13 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call, mix",
+    [
+        *itertools.product(CALLS, MIXES),
+        *itertools.product(MORE_CALLS, ("everything", "no tokens", "one token", "fp16")),
+    ],
+)
 def test_opcheck(implementation, call, mix) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
     for the arguments that the functions and their backward give.

@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op, topk_op
+from fastkl.ops import (
+    dual_op,
+    linear_cells_op,
+    linear_op,
+    linear_sum_op,
+    row_op,
+    topk_op,
+)
 
 DISPATCHED = (
     row_op.row_statistics,
@@ -26,6 +33,8 @@ DISPATCHED = (
     linear_sum_op.scaled,
     topk_op.cells,
     topk_op.cell_gradients,
+    linear_cells_op.linear_cells,
+    linear_cells_op.linear_cell_gradients,
 )
 
 
@@ -41,6 +50,7 @@ def data(device: str, learning: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
     made["tokens"], made["mask"] = torch.tensor([1, 0, 6]), torch.tensor([True, False, True])
+    made["logprobs"] = torch.randn(3, 4, generator=generator).log_softmax(-1)[:, :3]
     made["temperatures"], made["index"] = torch.tensor([0.7, 1.0, 1.3]), made["tokens"].repeat(3, 1)
     made = {name: value.to(device) for name, value in made.items()}
     return {n: value.requires_grad_(learning and n in LEAVES) for n, value in made.items()}
@@ -58,9 +68,13 @@ FUNCTIONS: dict[str, Callable] = {
         )
     ),
     "renyi": lambda d: (fastkl.renyi_divergence(d["p"], d["q"], d["mask"], alpha=0.3),),
+    "topk": lambda d: (fastkl.topk_kl_divergence(d["p"], d["logprobs"], d["index"]),),
     "select": lambda d: (fastkl.selective_log_softmax(d["p"], d["index"]),),
     "linear_none": lambda d: (linear_kl(d),),
     "linear_mean": lambda d: (linear_kl(d, reduction="mean"),),
+    "linear_topk": lambda d: (
+        fastkl.linear_topk_kl_divergence(d["hidden"], d["weight"], d["logprobs"], d["index"]),
+    ),
     "linear_stats": lambda d: tuple(
         fastkl.linear_token_stats(d["hidden"], d["weight"], d["tokens"], d["ref_hidden"])
     ),
@@ -97,6 +111,8 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         ("stats", {"row_statistics", "row_gradients"}),
         ("renyi", {"row_statistics", "row_gradients"}),
         ("select", {"cells", "cell_gradients"}),
+        ("topk", {"cells", "cell_gradients"}),
+        ("linear_topk", {"linear_cells", "linear_cell_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),
         ("linear_stats", {"linear_statistics", "linear_gradients"}),

@@ -6,6 +6,7 @@ import family
 import pytest
 import torch
 from test_dispatch import FUNCTIONS, LEAF, assert_same, data, linear_kl, named
+from test_topk import textbook
 from torch.autograd import forward_ad
 from torch.func import jacfwd, jacrev, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,17 +32,22 @@ def exact(name: str, d: dict[str, torch.Tensor]) -> torch.Tensor:
     if name == "select":
         return d["p"].double().log_softmax(-1).gather(-1, d["index"])
     wide = {key: value.double() for key, value in d.items()}
+    if name in ("topk", "linear_topk"):
+        logits = wide["p"] if name == "topk" else wide["hidden"] @ wide["weight"].T
+        return textbook(logits, d["logprobs"], d["index"], "teacher||student", "bucket")[0]
     return testing.truth(*(wide[key] @ wide["weight"].T for key in ("hidden", "ref_hidden"))).kl
 
 
-without_mean = pytest.mark.parametrize("name", ["kl", "renyi", "select", "linear_none"])
+without_mean = pytest.mark.parametrize(
+    "name", ["kl", "renyi", "select", "linear_none", "topk", "linear_topk"]
+)
 
 
 @without_mean
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(implementation, transform, name) -> None:
     d = data(implementation.device, learning=False)
-    leaf = "weight" if name == "linear_none" else "p"
+    leaf = "weight" if name.startswith("linear") else "p"
     change, stacked = TRANSFORMS[transform]
     given = torch.stack([d[leaf], 2 * d[leaf]]) if stacked else d[leaf]
     results, expected = (
