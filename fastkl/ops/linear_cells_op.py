@@ -18,6 +18,7 @@ from .linear_op import (
     flops,
     in_their_types,
     kept_logits,
+    overwriting,
     returned,
 )
 from .listed_rows import SMALL_PART, Listed
@@ -175,17 +176,12 @@ def _backward(
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
-
-    def overwriting(inputs: LinearInputs, request: ListGradientInputs) -> Any:
-        ctx.overwritten = True
-        return _gradients(inputs, request, overwrite=True)
-
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(
             ids, rest, saved, logits, g_listed, g_rest, ",".join(names), ctx.by_rows
         ),
-        unobserved=overwriting if ctx.may_overwrite else None,
+        unobserved=overwriting(ctx, _gradients),
     )
     by_name = dict(zip(SIX, gradients, strict=True))
     return returned({name: by_name[name] for name in names}, ListInputs)

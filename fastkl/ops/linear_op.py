@@ -4,7 +4,7 @@ autograd rules; linear_sum_op.py defines the third.
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -228,6 +228,18 @@ def returned(gradients: dict[str, Tensor | None], request: type[tuple[Any, ...]]
     return tuple([gradients.get(name) for name in names])
 
 
+def overwriting(ctx: Any, gradients: Callable[..., Outputs]) -> Callable[..., Outputs] | None:
+    """Return a function of gradients as one that overwrites kept logits, which it notes in ctx;
+    None where it must not.
+    """
+
+    def run(*groups: Any) -> Outputs:
+        ctx.overwritten = True
+        return gradients(*groups, overwrite=True)
+
+    return run if ctx.may_overwrite else None
+
+
 def _moved_by(name: str, inputs: LinearInputs) -> tuple[str, ...]:
     """Return the fields that depend on a tensor."""
     if name == "weight" and inputs.ref_hidden is not None and inputs.ref_weight is None:
@@ -269,14 +281,10 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = ref_logits = None
-
-    def overwriting(inputs: LinearInputs, request: GradientInputs) -> Outputs:
-        ctx.overwritten = True
-        return _gradients(inputs, request, overwrite=True)
-
     found = [tokens, saved, logits, ref_logits, *g_fields, ",".join(names)]
-    unobserved = overwriting if ctx.may_overwrite else None
-    gradients = linear_gradients(inputs, GradientInputs._make(found), unobserved=unobserved)
+    gradients = linear_gradients(
+        inputs, GradientInputs._make(found), unobserved=overwriting(ctx, _gradients)
+    )
     by_name = dict(zip(SIX, gradients, strict=True))
     return returned({name: by_name[name] for name in names}, StatisticsInputs)
 
