@@ -181,8 +181,13 @@ class Support(NamedTuple):
         several = isinstance(ids, torch.Tensor) and not ids.is_nested and ids.dim() == len(shape)
         entries = ids.shape[-1] if several else 1
         _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
-        remedy = "pass None for models that nothing restricts"
-        _checks.expect(entries, "support", "at least one id per token", tuple(ids.shape), remedy)
+        _checks.expect(
+            entries,
+            "support",
+            "at least one id per token",
+            tuple(ids.shape),
+            "pass None for models that nothing restricts",
+        )
         ids = increasing(ids.long(), vocabulary)
         absent = ids == vocabulary
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
