@@ -17,7 +17,7 @@ ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench lint clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -37,15 +37,22 @@ coverage: $(INSTALLED) $(PEERS)
 mutants: $(INSTALLED)
 	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
-# Results go to build/; without a GPU nothing is timed. Fewer rows and a smaller vocabulary than the
-# committed results have: 6 minutes at the most.
+# Results go to build/; without a GPU nothing but Python is timed. Fewer rows and a smaller vocabulary
+# than the committed results have: 6 minutes at the most. What takes no times runs side by side.
 bench: $(INSTALLED) $(BENCH_PEERS)
 	mkdir -p build
-	$(VENV)/bin/python -m benchmarks.static_costs --arch sm_90 --dtype bf16 --baseline --json build/static_costs.json
-	$(VENV)/bin/python -m benchmarks.accuracy --rows 2 --vocabulary 8192 --json build/accuracy.json --plot build/accuracy.png
-	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
+	$(MAKE) --no-print-directory -j 2 bench-static bench-accuracy bench-linear
 	$(VENV)/bin/python -m benchmarks.overhead --json build/overhead.json
 	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --out build $(ARGS)
+
+bench-static:
+	$(VENV)/bin/python -m benchmarks.static_costs --arch sm_90 --dtype bf16 --baseline --json build/static_costs.json
+
+bench-accuracy:
+	$(VENV)/bin/python -m benchmarks.accuracy --rows 2 --vocabulary 8192 --json build/accuracy.json --plot build/accuracy.png
+
+bench-linear:
+	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 
 lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/ruff check .
