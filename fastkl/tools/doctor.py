@@ -43,6 +43,7 @@ VOCABULARY, LARGE_VOCABULARY = 5000, 128256
 # Standard deviations of the difference between the logits of each row: KL from 5e-4 to 4 nats.
 SIZES = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0)
 MIX = {"kl": 1.1, "logprob": 0.7, "entropy": -0.3, "ref_logprob": 0.5, "ref_kl": -0.9}
+MIX |= {"lse": 0.4, "ref_lse": -0.6}
 SIDES = ("gradient to the first", "gradient to the second")
 Fields = Mapping[str, torch.Tensor]
 Function = Callable[..., Fields]
