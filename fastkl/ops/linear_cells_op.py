@@ -116,8 +116,10 @@ def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: boo
     if request.by_rows and g_listed is not None:
         args, listed = heads.args, _listed(heads, ids)
         x = listed.logits() if args.scaling.softcap else None
-        # An absent entry's logit is the constant -inf.
+        # An absent entry's logit is the constant -inf; a masked row's may be NaN.
         absent = ids >= len(inputs.weight)
+        if args.mask is not None:
+            absent |= ~args.mask[:, None]
         upstream = listed_gradient(heads.engine, args, x, g_listed).masked_fill(absent, 0.0)
         found = listed.gradients(upstream, wrt)
         if "hidden" in found:

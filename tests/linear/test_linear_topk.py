@@ -17,6 +17,7 @@ from test_topk import DIRECTIONS, TAILS, top
 
 import fastkl
 from fastkl import testing
+from fastkl.ops import linear_cells_op, listed_rows
 
 # name: (whether logits are kept, types as in test_linear.TYPES).
 SETUPS = {
@@ -46,6 +47,24 @@ def test_against_fp64(implementation, direction, tail, heads) -> None:
         result = linear_cases.outcome(checked, implementation.device, recompute=recompute)
         linear_cases.assert_within(result, exact, linear_cases.rounding(checked, exact))
         assert not bool(result["gradient to hidden"][~case.mask].any())
+
+
+# Chunks of one token; ids that several tokens list add up in a fixed order.
+@pytest.mark.parametrize("call", ["topk", "support"])
+@pytest.mark.parametrize("heads", SETUPS)
+def test_rows_of_the_weight_in_place_of_all_logits(
+    implementation, heads, call, monkeypatch
+) -> None:
+    few(implementation, heads == "policy per token")
+    monkeypatch.setattr(linear_cells_op, "SMALL_PART", 0)
+    monkeypatch.setattr(listed_rows, "WORKSPACE", {"cpu": 1})
+    dtype, _, logits_dtype = TYPES[SETUPS[heads][1]]
+    case = with_heads(heads, call).but(logits_dtype=logits_dtype).typed(dtype)
+    case = with_more(case, tail="renormalize") if call == "topk" else case
+    case.tensors["hidden"][~case.mask] = float("nan")
+    exact, result = linear_cases.truth(case), linear_cases.outcome(case, implementation.device)
+    linear_cases.assert_within(result, exact, linear_cases.rounding(case, exact))
+    linear_cases.assert_same(linear_cases.outcome(case, implementation.device), result)
 
 
 def large(direction: str, k: int, dtype: torch.dtype) -> Case:
