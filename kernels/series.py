@@ -1,5 +1,6 @@
 """A divergence for the launchers: its kind, its numbers and its polynomials near P = Q."""
 
+import functools
 from typing import NamedTuple
 
 from .divergence_math import MOMENT_TERMS, TERMS
@@ -29,6 +30,7 @@ class Series(NamedTuple):
     forward: tuple[float, ...]
     backward: tuple[float, ...]
 
+    @functools.lru_cache(1024)
     def constants(self) -> tuple[tuple[str, object], ...]:
         """Return the compile-time values."""
         return (("KIND", KINDS[self.kind]), ("SMALL_REST", 1.0 - self.share < SMALL_REST))
