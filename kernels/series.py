@@ -30,7 +30,7 @@ class Series(NamedTuple):
     forward: tuple[float, ...]
     backward: tuple[float, ...]
 
-    @functools.lru_cache(1024)
+    @functools.lru_cache(1024)  # noqa: B019  # numbers alone, equal by value
     def constants(self) -> tuple[tuple[str, object], ...]:
         """Return the compile-time values."""
         return (("KIND", KINDS[self.kind]), ("SMALL_REST", 1.0 - self.share < SMALL_REST))
