@@ -141,8 +141,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
 
 
-# Start those processes first, the longest before the others. What the imports made is left out of
-# every collection of garbage, which tests of memory ask for.
+# Start those processes first, the longest before the others. Freeze the objects of the imports, so
+# that no collection of garbage, which tests of memory ask for, visits them.
 def pytest_runtestloop(session: pytest.Session) -> None:
     gc.freeze()
     modules = {getattr(item, "module", None) for item in session.items}

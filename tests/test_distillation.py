@@ -27,7 +27,7 @@ def models(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     return [each.to(device, dtype).requires_grad_() for each in made]
 
 
-# What both kinds take: the student's lm_head has a bias, the teacher's a soft cap.
+# Arguments of both kinds: the student's lm_head has a bias, the teacher's a soft cap.
 def inputs_of(hidden, weight, bias, ref_hidden, ref_weight) -> tuple[tuple, tuple]:
     capped = CAP * torch.tanh(F.linear(ref_hidden, ref_weight) / CAP)
     heads = fastkl.Head(weight, bias), fastkl.Head(ref_weight, softcap=CAP)
