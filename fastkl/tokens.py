@@ -13,7 +13,7 @@ from .ops import dual_op
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
-from .ops.topk_op import CellInputs, cells
+from .ops.selected_op import SelectedInputs, selected_logprobs
 
 
 class TokenStats(NamedTuple):
@@ -283,7 +283,7 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
             An id outside 0 … V-1 (-100 included) is an error on the reference backend and gives NaN
-            on a GPU and for several ids in torch.compile and vmap.
+            on a GPU.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -305,18 +305,9 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
             RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
         )[0]
         return logprob
-    vocabulary = logits.shape[-1]
-    if ENGINES[chosen].checks_values and dual_op.eager(logits, ids):
-        _checks.tokens_in_range(ids, vocabulary)
-    if not ids.shape[-1]:
-        return logits.gather(-1, ids).to(result_dtype(logits))
-    unique = increasing(ids, vocabulary)
-    listed, rest, _ = cells(CellInputs(logits, unique, None, None, 1.0, chosen))
-    logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
-    place = torch.searchsorted(unique, ids)
-    inside = (ids >= 0) & (ids < vocabulary)
-    values = logprobs.gather(-1, place).clamp(max=0.0).to(result_dtype(logits))
-    return torch.where(inside, values, float("nan"))
+    within = ids if ENGINES[chosen].checks_values else ids.clamp(0, logits.shape[-1] - 1)
+    logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
+    return logprobs if within is ids else torch.where(ids == within, logprobs, float("nan"))
 
 
 def increasing(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

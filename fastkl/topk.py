@@ -19,6 +19,8 @@ TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
 # Listed mass above which log-probs cannot be those of a distribution, whatever their rounding.
 LARGEST_MASS = 1.05
+# Largest log-sum-exp, in magnitude.
+LARGEST_LSE = 2.0**29
 
 
 class TopKStats(NamedTuple):
@@ -94,7 +96,7 @@ def topk_kl_divergence(  # noqa: PLR0913
         Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
         nothing is rescaled; a KL then sums x·log(x/y) - x + y, which is never negative, and
         "student||teacher" leaves the student's rest out. Above 1.05 it is an error on a CPU and NaN
-        on a GPU.
+        on a GPU. NaN too where a row's log-sum-exp is beyond ±2^29.
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -307,8 +309,11 @@ def _divergence(
     total = value.sum(-1)
     if how.tail != "ignore" and how.clip is None:
         total = total.clamp(min=0.0)
-    total, zero = total.masked_fill(too_much[..., 0], torch.nan), total.new_zeros(())
-    values = total, student_mass, mass[..., 0].exp()
+    # Beyond it float64 has few digits of a difference of log-sum-exps, and the kernels none.
+    top = torch.maximum(listed.detach().amax(-1), rest.detach())
+    unknown = too_much[..., 0] | (top.abs() > LARGEST_LSE)
+    total, student_mass = (x.masked_fill(unknown, torch.nan) for x in (total, student_mass))
+    values, zero = (total, student_mass, mass[..., 0].exp()), total.new_zeros(())
     return TopKStats(*[torch.where(counted, x, zero).to(dtype) for x in values]), counted
 
 

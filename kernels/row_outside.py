@@ -195,5 +195,6 @@ def row_outside(  # noqa: PLR0913
     tl.store(saved_ptr + 1, tl.where(empty, 0.0, tl.log2(total.to(tl.float32))))
     for i in tl.static_range(2, SAVED):
         tl.store(saved_ptr + i, 0.0)
-    outside = origin.to(tl.float64) * LN2 + tl.log(total)
+    # In float64, whatever type a bare constant has.
+    outside = origin.to(tl.float64) * tl.full([], LN2, tl.float64) + tl.log(total)
     tl.store(outside_ptr + row, tl.where(empty, float("-inf"), outside))

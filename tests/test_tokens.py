@@ -223,4 +223,21 @@ def test_gradcheck_in_fp64() -> None:
     index = torch.tensor([[0, 1, 0, 0], [4, 4, 4, 4], [3, 2, 1, 0]])
     assert torch.autograd.gradcheck(lambda value: selective_log_softmax(value, index), (logits,))
     alone = selective_log_softmax(logits, index[:, :1])[:, 0]
-    testing.assert_near(alone, selective_log_softmax(logits, index[:, 0]), 1e-14, 0.0, "one id")
+    assert torch.equal(alone, selective_log_softmax(logits, index[:, 0]))
+
+
+# Three equal peaks of which one is listed: the two others' share has digits at any size.
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e12, 1e17, 1e30, -1e30])
+def test_peaks_that_are_not_listed(implementation, size) -> None:
+    logits = torch.full((1, 9), min(0.0, 2 * size))
+    logits[0, 3:6] = size
+    index = torch.tensor([[3, 1]], device=implementation.device)
+    result = selective_log_softmax(logits.to(implementation.device), index)
+    testing.assert_near(result[:, :1], torch.full((1, 1), -math.log(3)), 2e-6, 0.0, "log-softmax")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the ops' rules do not depend on the kernels")
+def test_opcheck(implementation) -> None:
+    logits = testing.pair("normal3", 6, 29, 0.0)[0].view(2, 3, 29)
+    index = torch.randint(29, (2, 3, 4), generator=torch.Generator().manual_seed(2))
+    assert len(cases.check_ops(lambda: check_selected(implementation, logits, index))) == 2

@@ -343,3 +343,17 @@ def test_wrong_arguments(function, wrong, argument) -> None:
     }
     with pytest.raises((TypeError, ValueError), match=f"^{argument}.*: expected .+, got .+; .+"):
         function(**{**right, **wrong})
+
+
+# Of three equal peaks one is listed: the others' mass has digits, or the row is NaN.
+@pytest.mark.parametrize("size", [1e3, 1e6, 5e8, 1e10, 1e30, -5e8, -1e10, -1e30])
+def test_logits_of_any_size(implementation, size) -> None:
+    logits = torch.full((1, 9), min(0.0, 4 * size))
+    logits[0, 3:6] = size
+    device, ids = implementation.device, torch.tensor([[3]])
+    lists = torch.full((1, 1), -math.log(3)).to(device), ids.to(device)
+    stats = fastkl.topk_stats(logits.to(device), *lists)
+    if abs(size) >= 1e10:
+        assert bool(stats.kl.isnan()) and bool(stats.student_mass.isnan())
+    else:
+        testing.assert_near(stats.student_mass, torch.full((1,), 1 / 3), 1e-5, 0.0, "mass")
