@@ -9,8 +9,8 @@ here every term is as small as the result. Conventions for infinities: an entry 
 nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN makes its own
 row NaN and no other.
 
-On CPU tensors ops/cpu_rows.py computes nearly every row, and this file the fallback rows, for which
-its sums do not suffice: a few at a time, and again in float64 where float32 is not enough.
+On CPU tensors ops/cpu_rows.py computes nearly every row, and this file, in float64, the fallback
+rows, for which its sums do not suffice.
 """
 
 import math
@@ -19,21 +19,14 @@ from typing import NamedTuple
 import torch
 
 SAVED = 10
-# The column of `saved` that is 1 if float32 is not enough for the row, else 0.
-FAR = 6
 _SMALL_D = 0.25
-# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry exceeds that is
-# masked by a finite number in one model.
-FAR_KL = 8.0
-FAR_D = 1e4
 
 
 class RowStatistics(NamedTuple):
     """Statistics of rows, [N] each (None if not requested), and values [N, 10] for row_gradients.
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy,
-    whether float32 is not enough (FAR), and zeros in the other columns. log1p(t) corrects the
-    rounded difference of the two log-sum-exps.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy, and
+    zeros. log1p(t) corrects the rounded difference of the two log-sum-exps.
     """
 
     logprob: torch.Tensor | None
@@ -175,8 +168,7 @@ def row_statistics(
     d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale)
     q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
     # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow, or underflow with p.
-    size = d.abs()
-    small = size < _SMALL_D
+    small = d.abs() < _SMALL_D
     pd = torch.where(p == 0, 0.0, p * d)
     h = torch.where(small, p * expm1_minus(d), (q - p) - pd)
     q_minus_p = torch.where(small, pd + h, q - p)
@@ -190,19 +182,8 @@ def row_statistics(
         ref_kl = (
             backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
         ).clamp(min=0.0)
-    near = (kl < FAR_KL) & (ref_kl < FAR_KL) & (size.amax(-1, keepdim=True) < FAR_D)
     saved = torch.cat(
-        [
-            x_max,
-            x_log_sum,
-            y_max,
-            y_log_sum,
-            torch.log1p(t),
-            row_entropy,
-            (~near).to(dtype),
-            *[zero] * 3,
-        ],
-        -1,
+        [x_max, x_log_sum, y_max, y_log_sum, torch.log1p(t), row_entropy, *[zero] * 4], -1
     )
     ref_logprob = (
         _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None

@@ -55,14 +55,6 @@ def test_identical_rows_give_exactly_zero(shift) -> None:
     assert float(torch.stack(grads).abs().max()) <= (0.0 if shift == 0.0 else 1e-7)
 
 
-# 8 nats in one direction alone, and an entry without probability far away.
-def test_rows_that_float32_does_not_hold() -> None:
-    p, q = torch.zeros(4, V), torch.zeros(4, V)
-    p[0, 3] = q[1, 3] = 12.0
-    p[2, 3], q[2, 3] = -1e5, -3e5
-    assert reference.row_statistics(p, q).saved[:, reference.FAR].tolist() == [1, 1, 1, 0]
-
-
 @pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
 @pytest.mark.parametrize("kind", testing.KINDS)

@@ -22,8 +22,7 @@ import torch
 
 from .cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
 
-# Columns of `saved` in a row computed here. KIND is column reference.FAR: LEAN for these rows, 0 or
-# 1 for reference.py's.
+# Columns of `saved` in a row computed here. KIND is LEAN in these rows, 0 in reference.py's.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
 # Largest |d|: beyond it e·exp(d) may matter where e underflows, and d has too few digits.

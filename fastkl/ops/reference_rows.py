@@ -1,5 +1,5 @@
-"""Runs the reference on logits of any shape: cpu_rows.py, and reference.py for fallback rows, for
-which float32 does not suffice.
+"""Runs the reference on logits of any shape: cpu_rows.py, and reference.py in float64 for fallback
+rows, for which float32 does not suffice.
 """
 
 import functools
@@ -12,14 +12,11 @@ from . import cpu_gradients, cpu_passes, cpu_rows, row_blocks
 from .cpu_gradients import Sides, part_of
 from .fields import SAVED, RowArgs, result_dtype, rows_of, rows_of_each
 
-Rows = slice | torch.Tensor
-
 
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
 
-    cpu_rows computes nearly every row, reference.row_statistics the rest, in float64 where float32
-    is not enough.
+    cpu_rows computes nearly every row of a KL, _by_reference the rest.
     """
     p, mask = args.p, args.mask
     if mask is not None:
@@ -45,7 +42,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             fallback = (~valid).nonzero()[:, 0]
         for part in fallback.split(step):
             numbers = rows[part] if isinstance(rows, torch.Tensor) else part + rows.start
-            _by_reference(_select(scaled, part), outputs, saved, numbers)
+            _by_reference(_select(scaled, part, torch.float64), outputs, saved, numbers)
 
 
 def computes_together(args: RowArgs, grad_p: torch.Tensor) -> bool:
@@ -169,29 +166,21 @@ def _fallback_rows(
 def _by_reference(
     args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor, numbers: torch.Tensor
 ) -> None:
-    """Fill the rows `numbers` of outputs and saved by reference.py, in float64 where float32 is not
-    enough; a divergence other than the KL by f_divergences.py in float64.
+    """Fill the rows `numbers` of outputs and saved in float64: by reference.py, a divergence other
+    than the KL by f_divergences.py. Float32 `saved` gets 0: backward computes it again.
     """
     if args.divergence.kind != "kl":
-        found = f_divergences.divergence(*_log_probs(args), *args.divergence)
-        outputs["kl"][numbers], saved[numbers] = found.to(saved.dtype), 0
+        outputs["kl"][numbers] = f_divergences.divergence(*_log_probs(args), *args.divergence).to(
+            saved.dtype
+        )
+        saved[numbers] = 0
         return
-    result = _statistics(args, outputs)
-    far = result.saved[:, reference.FAR] != 0
-    if result.saved.dtype != torch.float64 and bool(far.any()):
-        result64 = _statistics(_select(args, far, torch.float64), outputs)
-        for value, value64 in zip(result[:-1], result64[:-1], strict=True):
-            if value is not None and value64 is not None:
-                value[far] = value64.to(value.dtype)
-    for name, value in outputs.items():
-        value[numbers] = getattr(result, name).to(value.dtype)
-    saved[numbers] = result.saved.to(saved.dtype)
-
-
-def _statistics(args: RowArgs, outputs: dict[str, torch.Tensor]) -> reference.RowStatistics:
-    return reference.row_statistics(
+    result = reference.row_statistics(
         *args[:3], args.temperature, entropy="entropy" in outputs, reverse="ref_kl" in outputs
     )
+    for name, value in outputs.items():
+        value[numbers] = getattr(result, name).to(value.dtype)
+    saved[numbers] = result.saved if saved.dtype == torch.float64 else 0.0
 
 
 def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
@@ -205,7 +194,7 @@ def _block(args: RowArgs) -> cpu_passes.Block:
     return cpu_passes.Block(args.p, args.q, args.tokens, _inverse(args.temperature))
 
 
-def _select(args: RowArgs, rows: Rows, dtype: torch.dtype | None = None) -> RowArgs:
+def _select(args: RowArgs, rows: torch.Tensor, dtype: torch.dtype | None = None) -> RowArgs:
     """Return the rows `rows` of matrices, their logits in `dtype`."""
     p, q = args.p[rows], None if args.q is None else args.q[rows]
     return args.at(rows, p.to(dtype), None if q is None else q.to(dtype))
@@ -254,71 +243,37 @@ def backward(
             g, grads = rows_of_each(upstream, rows), part_of(sides, rows)
             cpu_gradients.gradients(_block(block_args), saved[rows], g, grads, room)
             continue
-        for first in range(0, x.shape[0], step):
-            part = slice(first, min(first + step, x.shape[0]))
-            numbers = (
-                rows[part]
-                if isinstance(rows, torch.Tensor)
-                else slice(rows.start + part.start, rows.start + part.stop)
-            )
-            scaled = _scaled(_select(block_args, part))
-            g = rows_of_each(upstream, numbers)
-            results = _mixed_gradients(scaled, saved[numbers], g, sides, room)
-            for grad, value, slope in zip(sides, results, _slopes(scaled), strict=True):
-                if grad is not None and value is not None:
-                    grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
+        numbers = torch.arange(len(saved), device=p.device)[rows]
+        for is_lean in (True, False):
+            for part in (lean == is_lean).nonzero()[:, 0].split(step):
+                scaled, at = _scaled(_select(block_args, part)), numbers[part]
+                g, kept = rows_of_each(upstream, at), saved[at]
+                if is_lean:
+                    results = _empty_like(sides, scaled.p)
+                    cpu_gradients.gradients(_block(scaled), kept, g, results, room)
+                else:
+                    results = _reference_gradients(scaled, kept, g, sides)
+                for grad, value, slope in zip(sides, results, _slopes(scaled), strict=True):
+                    if grad is not None and value is not None:
+                        grad[at] = (value if slope is None else value * slope).to(grad.dtype)
 
 
-def _mixed_gradients(
-    args: RowArgs,
-    saved: torch.Tensor,
-    upstream: dict[str, torch.Tensor],
-    sides: Sides,
-    room: cpu_passes.Room,
-) -> Sides:
-    """Compute gradients of a block's rows, each as forward computed it, in float32 or float64; None
-    for a side that is None.
-    """
-    if args.divergence.kind != "kl":
-        return _divergence_gradients(args, upstream["kl"])
-    results = _empty_like(sides, args.p)
-    lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
-    for is_lean in (True, False):
-        numbers = (lean == is_lean).nonzero()[:, 0]
-        if not numbers.numel():
-            continue
-        rows, g = _select(args, numbers), rows_of_each(upstream, numbers)
-        if is_lean:
-            grads = _empty_like(sides, rows.p)
-            cpu_gradients.gradients(_block(rows), saved[numbers], g, grads, room)
-        else:
-            grads = _gradients(rows, saved[numbers], g, sides)
-        for result, value in zip(results, grads, strict=True):
-            if result is not None and value is not None:
-                result[numbers] = value.to(result.dtype)
-    return results
-
-
-def _gradients(
+def _reference_gradients(
     args: RowArgs, saved: torch.Tensor, upstream: dict[str, torch.Tensor], sides: Sides
 ) -> Sides:
-    """Compute gradients of rows by reference.py; in float64 where forward used it."""
-    x, y, tokens, _, temperature, *_ = args
-    if x.dtype == torch.float64 and saved.dtype != torch.float64:
-        # With a ratio every row is computed in float64.
-        saved = reference.row_statistics(x, y, tokens, temperature).saved
+    """Compute gradients of rows with respect to scaled logits in float64, as _by_reference."""
+    if args.divergence.kind != "kl":
+        weights = (upstream["kl"].double() / args.temperature)[:, None]
+        grad_p, grad_q = f_divergences.gradients(*_log_probs(args), *args.divergence)
+        return weights * grad_p, weights * grad_q
+    p, q, tokens, _, temperature, *_ = args
+    pair = p.double(), None if q is None else q.double()
+    if saved.dtype != torch.float64:
+        saved = reference.row_statistics(*pair, tokens, temperature).saved
     wrt_p, wrt_q = (side is not None for side in sides)
-    results = reference.row_gradients(
-        x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
+    return reference.row_gradients(
+        *pair, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
     )
-    far = saved[:, reference.FAR] != 0
-    if x.dtype != torch.float64 and bool(far.any()):
-        rows, g = _select(args, far, torch.float64), rows_of_each(upstream, far)
-        results64 = _gradients(rows, saved[far], g, sides)
-        for result, result64 in zip(results, results64, strict=True):
-            if result is not None and result64 is not None:
-                result[far] = result64.to(result.dtype)
-    return results
 
 
 def _log_probs(args: RowArgs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,13 +282,6 @@ def _log_probs(args: RowArgs) -> tuple[torch.Tensor, torch.Tensor]:
     assert q is not None
     scale = temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature
     return (p.double() / scale).log_softmax(-1), (q.double() / scale).log_softmax(-1)
-
-
-def _divergence_gradients(args: RowArgs, upstream: torch.Tensor) -> Sides:
-    """Compute the gradients of upstream·divergence with respect to scaled logits, in float64."""
-    weights = (upstream.double() / args.temperature)[:, None]
-    grad_p, grad_q = f_divergences.gradients(*_log_probs(args), *args.divergence)
-    return weights * grad_p, weights * grad_q
 
 
 def _empty_like(sides: Sides, x: torch.Tensor) -> Sides:
