@@ -340,7 +340,8 @@ def main(argv=None):
     arguments = parse(argv)
     data = {**provenance("static_costs", argv), "model": roofline.MODEL}
     parts = (arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES, arguments.kernel)
-    chosen = list(cases(plan, *parts))
+    if not (chosen := list(cases(plan, *parts))):
+        raise SystemExit(f"--kernel: expected a part of a kernel's name, got {arguments.kernel!r}")
     if arguments.hash:
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)

@@ -4,6 +4,7 @@ from one read of their logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -13,7 +14,7 @@ from .ops import dual_op
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
-from .ops.selected_op import SelectedInputs, selected_logprobs
+from .ops.topk_op import CellInputs, cells
 
 
 class TokenStats(NamedTuple):
@@ -149,8 +150,8 @@ def token_stats(
     if support is not None:
         kept = Support.of(support, mask, logits.shape, logits.device, chosen)
         within, divisor = kept.ids.masked_fill(kept.absent, 0), kept.divisor(temperature)
-        listed = [each.gather(-1, within).double() / divisor for each in both]
-        return kept.statistics(listed, tokens, result_dtype(logits))
+        models = [(each.gather(-1, within).double() / divisor, 0.0) for each in both]
+        return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
     inputs = RowInputs(logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen)
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
@@ -205,16 +206,23 @@ class Support(NamedTuple):
         return torch.where(self.counted, valid, 1.0)[..., None]
 
     def statistics(
-        self, listed: list[torch.Tensor], tokens: torch.Tensor | None, dtype: torch.dtype
+        self,
+        models: Sequence[tuple[torch.Tensor, torch.Tensor | float]],
+        tokens: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> TokenStats:
-        """Compute the statistics of one or two models from their logits at the ids over the
-        temperature, in float64; entries at absent ids may be anything.
+        """Compute the statistics of one or two models, each its logits at the ids over the
+        temperature, in float64, less a number of the row, and that number; entries at absent ids
+        may be anything.
         """
         rows = self.counted[..., None]
         listed = [
-            value.masked_fill(self.absent, -torch.inf).masked_fill(~rows, 0.0) for value in listed
+            value.masked_fill(self.absent, -torch.inf).masked_fill(~rows, 0.0)
+            for value, _ in models
         ]
-        lse = [value.logsumexp(-1) for value in listed]
+        lse = [
+            value.logsumexp(-1) + origin for value, (_, origin) in zip(listed, models, strict=True)
+        ]
         log_p, *log_q = logs = [value.log_softmax(-1) for value in listed]
         if tokens is not None and self.checks:
             _checks.tokens_in_range(tokens[self.counted], self.vocabulary)
@@ -283,7 +291,7 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
             An id outside 0 … V-1 (-100 included) is an error on the reference backend and gives NaN
-            on a GPU.
+            on a GPU, and of several ids in torch.compile and vmap.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -305,9 +313,16 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
             RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
         )[0]
         return logprob
-    within = ids if ENGINES[chosen].checks_values else ids.clamp(0, logits.shape[-1] - 1)
-    logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
-    return logprobs if within is ids else torch.where(ids == within, logprobs, float("nan"))
+    vocabulary, dtype = logits.shape[-1], result_dtype(logits)
+    if ENGINES[chosen].checks_values and dual_op.eager(logits, ids):
+        _checks.tokens_in_range(ids, vocabulary)
+    if not ids.shape[-1]:
+        return logits.gather(-1, ids).to(dtype)
+    unique = increasing(ids, vocabulary)
+    listed, rest, *_ = cells(CellInputs(logits, unique, None, None, 1.0, chosen, dtype))
+    logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
+    values = logprobs.gather(-1, torch.searchsorted(unique, ids.contiguous())).to(dtype)
+    return values.masked_fill((ids < 0) | (ids >= vocabulary), torch.nan)
 
 
 def increasing(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -19,8 +19,6 @@ TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
 # Listed mass above which log-probs cannot be those of a distribution, whatever their rounding.
 LARGEST_MASS = 1.05
-# Largest log-sum-exp, in magnitude.
-LARGEST_LSE = 2.0**29
 
 
 class TopKStats(NamedTuple):
@@ -96,7 +94,7 @@ def topk_kl_divergence(  # noqa: PLR0913
         Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
         nothing is rescaled; a KL then sums x·log(x/y) - x + y, which is never negative, and
         "student||teacher" leaves the student's rest out. Above 1.05 it is an error on a CPU and NaN
-        on a GPU. NaN too where a row's log-sum-exp is beyond ±2^29.
+        on a GPU.
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -260,7 +258,7 @@ def _topk(
     _checks.mask(mask, leading, logits.device)
     chosen, teacher = backend.select(logits), _merged(ids, logprobs, mask, vocabulary)
     inputs = CellInputs(logits, teacher.ids, teacher.counted, *per_token(how.temperature), chosen)
-    listed, rest, _ = cells(inputs)
+    listed, rest, *_ = cells(inputs)
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
 
 
@@ -271,8 +269,8 @@ def _divergence(
     chosen: str,
     dtype: torch.dtype,
 ) -> tuple[TopKStats, torch.Tensor]:
-    """Return the statistics of a student's cells (listed logits [..., K], log-sum-exp of the others
-    [...]), and which rows count.
+    """Return the statistics of a student's cells (listed logits [..., K] and log-sum-exp of the
+    others [...], relative to the row's peak), and which rows count.
     """
     ids, log_p, counted, vocabulary = teacher
     listed, rest = student
@@ -309,10 +307,9 @@ def _divergence(
     total = value.sum(-1)
     if how.tail != "ignore" and how.clip is None:
         total = total.clamp(min=0.0)
-    # Beyond it float64 has few digits of a difference of log-sum-exps, and the kernels none.
-    top = torch.maximum(listed.detach().amax(-1), rest.detach())
-    unknown = too_much[..., 0] | (top.abs() > LARGEST_LSE)
-    total, student_mass = (x.masked_fill(unknown, torch.nan) for x in (total, student_mass))
+    total, student_mass = (
+        x.masked_fill(too_much[..., 0], torch.nan) for x in (total, student_mass)
+    )
     values, zero = (total, student_mass, mass[..., 0].exp()), total.new_zeros(())
     return TopKStats(*[torch.where(counted, x, zero).to(dtype) for x in values]), counted
 

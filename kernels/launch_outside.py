@@ -34,9 +34,16 @@ def outside_plan(layout: Layout, ids: int, overridden: tuple[Any, ...]) -> tuple
     return segment, splits, variant
 
 
-def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: torch.Tensor) -> None:
-    """Fill `result` [N] float64 with the log-sum-exp of each row's entries that are not in `ids`
-    [N, K], increasing in each row, and `saved` [N, 10] as launch.forward does for the rest alone.
+def outside(
+    problem: Problem,
+    ids: torch.Tensor,
+    log_sum: torch.Tensor,
+    peak: torch.Tensor,
+    saved: torch.Tensor,
+) -> None:
+    """Fill peak and log_sum, [N] float64, with the largest of each row's entries that are not in
+    `ids` [N, K], increasing in each row, and the log-sum-exp of these entries relative to it, and
+    `saved` [N, 10] as launch.forward does for them alone.
     """
     p, _, _, mask, temperatures, _ = _tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
@@ -55,8 +62,9 @@ def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: to
                 ids_ptr=ids,
                 totals_ptr=state,
                 counter_ptr=counters,
+                log_sum_ptr=log_sum,
+                peak_ptr=peak,
                 saved_ptr=saved,
-                outside_ptr=result,
                 temperature=float(problem.temperature),
                 **layout.places,
                 V=layout.vocabulary,

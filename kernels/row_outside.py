@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .fallback import SIGN_BIT
 from .row_finish import SAVED
 from .row_load import (
     Reading,
@@ -15,7 +16,12 @@ from .row_load import (
     row_pad,
     row_scale,
 )
-from .row_math import LN2, LOG2E, LOWEST, OF_KL, Kind, Want
+from .row_math import LARGEST_LOG2_SUM, LN2, LOG2E, LOWEST, OF_KL, Kind, Want
+
+# Entries below it over log2(e)/T have no probability, so that no mask of finfo.min overflows.
+LOWEST_PRODUCT = tl.constexpr(-1.0e38)
+# The origin of an empty sum, below every other one.
+NO_ORIGIN = tl.constexpr(-2.0e38)
 
 
 @triton.jit
@@ -35,6 +41,17 @@ def compensated_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.cons
 
 
 @triton.jit
+def whole_exponent(peak, scale_log2, lo):
+    """Return a whole number near peak·s·LOG2E as the sum of two, of which the second is not 0 only
+    where the first is too large for float32 to hold; NO_ORIGIN for a peak of -inf.
+    """
+    first = tl.floor(peak * scale_log2)
+    second = tl.floor(tl.fma(peak, lo, tl.fma(peak, scale_log2, -first)))
+    none = peak == float("-inf")
+    return tl.where(none, NO_ORIGIN, first), tl.where(none, 0.0, second)
+
+
+@triton.jit
 def outside_sum(
     part,
     length,
@@ -45,9 +62,11 @@ def outside_sum(
     reading: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Return the state (origin, Σ 2^(x·s·LOG2E - origin)) of the first `length` entries of a
-    Segment that starts at entry `first`, without those in the sorted list of K ids; its `second` is
-    the rounding error of scale_log2.
+    """Return (peak, Σ 2^(x·s·LOG2E - origin)) of the first `length` entries of a Segment that
+    starts at entry `first`, without those in the sorted list of K ids: the largest, -inf without
+    any, and a sum whose origin is its whole_exponent.
+
+    part.second: the rounding error of scale_log2.
     """
     V = first + part.remaining
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
@@ -55,28 +74,33 @@ def outside_sum(
     offs_k = tl.arange(0, IDS)
     ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
     place = tl.sum((ids < first).to(tl.int32), 0)
-    origin = tl.full([], LOWEST, tl.float32)
+    lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
+    peak = tl.full([], float("-inf"), tl.float32)
+    origin, rest = whole_exponent(peak, part.scale_log2, part.second)
     # In float64: a gradient is the small difference of the student's and the teacher's rest.
     total = tl.zeros([tiling.threads], tl.float64)
     listed = next_id(ids_ptr, place, K, first, V)
     entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + part.order
     for start in range(0, length, TILE):
         tile = load_tile(part, start // tiling.lanes, length, 1, tiling, want, reading, True)
-        x = tile.x[0]
+        x = tl.where(tile.inside[0], tile.x[0], float("-inf"))
         while listed < tl.minimum(start + TILE, length):
-            x = tl.where(entry == listed - start, LOWEST, x)
+            x = tl.where(entry == listed - start, float("-inf"), x)
             place += 1
             listed = next_id(ids_ptr, place, K, first, V)
-        # A whole number: rescaling by the difference of two origins is exact.
-        peak = tl.floor(tl.max(tl.max(x, 1), 0) * part.scale_log2)
-        raised = tl.maximum(origin, peak)
+        largest = tl.max(tl.max(x, 1), 0)
+        peak = tl.where(largest > lowest, tl.maximum(peak, largest), peak)
+        raised, raised_rest = whole_exponent(peak, part.scale_log2, part.second)
         # Both parts of the scale: a KL of 1e-8 has no digits to spare for an exponent off by 1e-6.
-        e = tl.exp2(tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)))
+        exponent = tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)) - raised_rest
         # An infinite or a NaN logit makes the sum NaN.
-        e = tl.where(x > LOWEST, e, tl.where(x == x, 0.0, x))
-        total = total * tl.exp2(origin - raised).to(tl.float64) + lane_sum(e).to(tl.float64)
+        e = tl.where(x > lowest, tl.exp2(exponent), tl.where(x == x, 0.0, x))
+        # Whole numbers: rescaling by their difference is exact.
+        shrink = tl.exp2((origin - raised) + (rest - raised_rest))
+        total = total * shrink.to(tl.float64) + lane_sum(e).to(tl.float64)
         origin = raised
-    return origin, tl.sum(total, 0)
+        rest = raised_rest
+    return peak, tl.sum(total, 0)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -101,19 +125,21 @@ def outside_sum(
         "ids_ptr",
         "totals_ptr",
         "counter_ptr",
+        "log_sum_ptr",
+        "peak_ptr",
         "saved_ptr",
-        "outside_ptr",
     ],
 )
-def row_outside(  # noqa: PLR0913
+def row_outside(  # noqa: PLR0913, PLR0915
     p_ptr,
     mask_ptr,
     temperature_ptr,  # as in row_forward
     ids_ptr,  # [N, K] int64, each row increasing; V for an absent one
     totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
+    log_sum_ptr,  # [N] float64
+    peak_ptr,  # [N] float64
     saved_ptr,  # [N, 10] float32
-    outside_ptr,  # [N] float64
     temperature: tl.float64,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -136,14 +162,15 @@ def row_outside(  # noqa: PLR0913
 ):
     """Sum one segment of one row outside its list; the last program of a row to finish writes it.
 
-    Math:   log Σ exp(x/T) over the entries that are not listed.
+    Math:   the largest entry that is not listed, and log Σ exp((x - largest)/T) over these entries.
     Grid:   (N · splits,), a row's segments next to each other, as in row_forward.
     Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
-    Writes: 2 · N · splits float64, read again by the last program; 10 saved values and the result
+    Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
             per row.
-    Saves:  origin and log2 of the sum, as a row of row_forward whose vocabulary is the rest.
-    Special values: -inf where nothing is left; NaN where an entry is NaN or +inf. A masked row gets
-            zeros.
+    Saves:  origin and log2 of the sum, as a row of row_forward whose vocabulary is the rest; for an
+            origin too large for float32 the values of fallback.save_stats.
+    Special values: -inf twice where nothing is left; a log-sum-exp of NaN where an entry is NaN or
+            +inf. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -151,7 +178,8 @@ def row_outside(  # noqa: PLR0913
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
-                tl.store(outside_ptr + row, 0.0)
+                tl.store(log_sum_ptr + row, 0.0)
+                tl.store(peak_ptr + row, 0.0)
                 for i in tl.static_range(SAVED):
                     tl.store(saved_ptr + i, 0.0)
             return
@@ -171,10 +199,10 @@ def row_outside(  # noqa: PLR0913
         scale_log2, scale, scale, lo,
     )  # fmt: skip
     ids_ptr += row * K
-    origin, total = outside_sum(part, length, ids_ptr, K, first, tiling, reading, IDS)
+    peak, total = outside_sum(part, length, ids_ptr, K, first, tiling, reading, IDS)
     if SPLITS > 1:
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
-        tl.store(parts_ptr, origin.to(tl.float64))
+        tl.store(parts_ptr, peak.to(tl.float64))
         tl.store(parts_ptr + 1, total)
         # Order all threads' stores before the one thread's release.
         tl.debug_barrier()
@@ -184,17 +212,34 @@ def row_outside(  # noqa: PLR0913
         parts = totals_ptr + (row * splits + offs) * 2
         # Bypass L1, which may hold stale values.
         inside = offs < splits
-        origins = tl.load(parts, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
+        empty = float("-inf")
+        peaks = tl.load(parts, mask=inside, other=empty, cache_modifier=".cg").to(tl.float32)
         totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        origin = tl.max(origins, 0)
-        total = tl.sum(totals * tl.exp2(origins - origin).to(tl.float64), 0)
-    # An empty rest: a saved log-sum-exp so high that every probability is 0.
+        peak = tl.max(peaks, 0)
+        origin, rest = whole_exponent(peak, scale_log2, lo)
+        origins, rests = whole_exponent(peaks, scale_log2, lo)
+        total = tl.sum(totals * tl.exp2((origins - origin) + (rests - rest)).to(tl.float64), 0)
+    origin, rest = whole_exponent(peak, scale_log2, lo)
+    huge = tl.abs(origin) > LARGEST_LOG2_SUM
+    # peak·s·LOG2E - origin, in a huge row as it was rounded in the sum.
+    exact_scale = scale_log2.to(tl.float64) + lo.to(tl.float64)
+    above = tl.where(
+        huge,
+        (tl.fma(peak, lo, tl.fma(peak, scale_log2, -origin)) - rest).to(tl.float64),
+        peak.to(tl.float64) * exact_scale - origin.to(tl.float64) - rest.to(tl.float64),
+    )
+    # In float64, whatever type a bare constant has.
+    log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
     empty = total == 0.0
-    tl.store(saved_ptr, tl.where(empty, -LOWEST, origin))
-    # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
-    tl.store(saved_ptr + 1, tl.where(empty, 0.0, tl.log2(total.to(tl.float32))))
+    tl.store(log_sum_ptr + row, tl.where(empty, float("-inf"), log_sum))
+    tl.store(peak_ptr + row, tl.where(empty, float("-inf"), peak.to(tl.float64)))
+    marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    # Backward multiplies by the rounded scale: let it be right at the peak.
+    rounding = peak.to(tl.float64) * (exact_scale - (scale * LOG2E).to(tl.float64))
+    log2_S = tl.log2(total.to(tl.float32)) - rounding.to(tl.float32)
+    log2_S = tl.where(huge, marked.to(tl.float32, bitcast=True), log2_S)
+    # An empty rest: a saved log-sum-exp so high that every probability is 0.
+    tl.store(saved_ptr, tl.where(empty, -LOWEST, tl.where(huge, peak, origin + rest)))
+    tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_S))
     for i in tl.static_range(2, SAVED):
         tl.store(saved_ptr + i, 0.0)
-    # In float64, whatever type a bare constant has.
-    outside = origin.to(tl.float64) * tl.full([], LN2, tl.float64) + tl.log(total)
-    tl.store(outside_ptr + row, tl.where(empty, float("-inf"), outside))

@@ -345,15 +345,26 @@ def test_wrong_arguments(function, wrong, argument) -> None:
         function(**{**right, **wrong})
 
 
-# Of three equal peaks one is listed: the others' mass has digits, or the row is NaN.
-@pytest.mark.parametrize("size", [1e3, 1e6, 5e8, 1e10, 1e30, -5e8, -1e10, -1e30])
-def test_logits_of_any_size(implementation, size) -> None:
-    logits = torch.full((1, 9), min(0.0, 4 * size))
+# Of three equal peaks one is listed: the others' mass and its gradient have digits at any size, and
+# masks of any size have none.
+@pytest.mark.parametrize("size", [1e3, 5e8, 1e10, 1e17, 1e30, -5e8, -1e10, -1e30])
+@pytest.mark.parametrize("others", [4, torch.finfo(torch.float32).min])
+def test_logits_of_any_size(implementation, size, others) -> None:
+    logits = torch.full((1, 9), min(0.0, others * size if others == 4 else others))
     logits[0, 3:6] = size
-    device, ids = implementation.device, torch.tensor([[3]])
-    lists = torch.full((1, 1), -math.log(3)).to(device), ids.to(device)
-    stats = fastkl.topk_stats(logits.to(device), *lists)
-    if abs(size) >= 1e10:
-        assert bool(stats.kl.isnan()) and bool(stats.student_mass.isnan())
-    else:
-        testing.assert_near(stats.student_mass, torch.full((1,), 1 / 3), 1e-5, 0.0, "mass")
+    leaf, ids = testing.leaf(logits.to(implementation.device)), torch.tensor([[3]])
+    lists = torch.full((1, 1), -math.log(2)).to(leaf), ids.to(leaf.device)
+    stats = fastkl.topk_stats(leaf, *lists)
+    testing.assert_near(stats.student_mass, torch.full((1,), 1 / 3), 1e-6, 0.0, "mass")
+    (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)
+    expected = torch.tensor([[0, 0, 0, -1 / 6, 1 / 12, 1 / 12, 0, 0, 0]])
+    testing.assert_near(grad, expected, 1e-6, 0.0, "gradient")
+
+
+# The rest of a list of all peaks is masked by the lowest number.
+def test_rest_of_masks(implementation) -> None:
+    logits = torch.full((1, 9), torch.finfo(torch.float32).min)
+    logits[0, 3:5] = 1.0
+    lists = torch.full((1, 2), -math.log(2)), torch.tensor([[3, 4]])
+    stats = fastkl.topk_stats(*(each.to(implementation.device) for each in (logits, *lists)))
+    assert stats.student_mass.item() == 1.0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference_rows
-from .fields import Divergence, RowArgs, rows_of, rows_of_each
+from .fields import Divergence, Outside, RowArgs, rows_of, rows_of_each
 from .near_series import near_series
 from .problems import (
     fused_launchers,
@@ -82,22 +82,22 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def outside(
-        self, args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor
+        self, args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype
     ) -> None:
-        """Fill rest [N], float64, with log Σ exp(x/T) of the entries that are not in ids [N, K],
-        increasing in each row, and saved.
+        """Fill `others`, the entries that are not in ids [N, K], increasing in each row; 0 for a
+        masked row.
+
+        dtype: of the reference's exponentials; the kernels' are float32, and both sum in float64.
         """
 
     @abc.abstractmethod
     def outside_gradient(
-        self,
-        args: RowArgs,
-        rest: torch.Tensor,
-        saved: torch.Tensor,
-        upstream: torch.Tensor,
-        grad: torch.Tensor,
+        self, args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor
     ) -> None:
-        """Fill the gradient [N, V] of Σ upstream·rest, whose entries at the ids are unspecified."""
+        """Fill the gradient [N, V] of Σ upstream·log_sum; its entries at the ids are unspecified.
+
+        others: as `outside` filled them, possibly with another peak.
+        """
 
     @abc.abstractmethod
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
@@ -163,24 +163,19 @@ class Kernels(Engine):
         fused_launchers().fused(problem, weights, kl, saved, grad_p)
 
     def outside(
-        self, args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor
+        self, args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype
     ) -> None:
         for rows, problem in problems(args):
             part = slice(None) if rows is None else rows
-            outside_launchers().outside(problem, ids[part], rest[part], saved[part])
+            outside_launchers().outside(problem, ids[part], *others.at(part))
 
     def outside_gradient(
-        self,
-        args: RowArgs,
-        rest: torch.Tensor,
-        saved: torch.Tensor,
-        upstream: torch.Tensor,
-        grad: torch.Tensor,
+        self, args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor
     ) -> None:
         # -upstream times a log-probability's gradient without its one-hot term: no token is -1.
-        tokens = torch.full(rest.shape, -1, dtype=torch.int64, device=rest.device)
+        tokens = torch.full(upstream.shape, -1, dtype=torch.int64, device=upstream.device)
         self.backward(
-            args._replace(tokens=tokens), saved, {"logprob": -upstream.float()}, grad, None
+            args._replace(tokens=tokens), others.saved, {"logprob": -upstream.float()}, grad, None
         )
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:

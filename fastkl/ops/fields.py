@@ -94,6 +94,23 @@ class RowArgs(NamedTuple):
         )
 
 
+class Outside(NamedTuple):
+    """The entries of N rows outside a list of ids, and of the soft-capped logits x.
+
+    log_sum [N]: log Σ exp((x - peak)/T), -inf without entries. peak [N]: from Engine.outside the
+    largest of these entries, from topk_op the largest of the row, 0 if that is -inf. Both are
+    float64. saved [N, SAVED]: values for Engine.outside_gradient.
+    """
+
+    log_sum: torch.Tensor
+    peak: torch.Tensor
+    saved: torch.Tensor
+
+    def at(self, rows: slice) -> "Outside":
+        """Return the rows `rows`."""
+        return Outside(self.log_sum[rows], self.peak[rows], self.saved[rows])
+
+
 def row_args(
     p: torch.Tensor,
     q: torch.Tensor | None,

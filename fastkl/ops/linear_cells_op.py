@@ -3,13 +3,13 @@ gradients, a chunk of tokens at a time.
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from .dual_op import DualOp, Rules, save_tensors
-from .fields import SAVED, flat, result_dtype
+from .fields import Outside, flat, rows_of
 from .linear_op import (
     SIX,
     TENSORS,
@@ -31,7 +31,14 @@ from .row_op import (
     refuse_temperature_gradient,
     wanted,
 )
-from .topk_op import fill_cell_gradients, fill_cells, fill_listed, listed_gradient, matrix
+from .topk_op import (
+    empty_cells,
+    fill_cell_gradients,
+    fill_cells,
+    fill_listed,
+    listed_gradient,
+    matrix,
+)
 
 
 class ListInputs(NamedTuple):
@@ -54,64 +61,53 @@ class ListGradientInputs(NamedTuple):
     """
 
     ids: Tensor
-    rest: Tensor
+    log_sum: Tensor
+    peak: Tensor
     saved: Tensor
     logits: Tensor | None
     g_listed: Tensor | None
-    g_rest: Tensor | None
+    g_log_sum: Tensor | None
     wrt: str
     by_rows: bool
 
 
 def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
-    """Compute (listed, rest, saved) as topk_op.cells does for the lm_head's logits, and with `keep`
+    """Compute (listed, *Outside) as topk_op.cells does for the lm_head's logits, and with `keep`
     those logits, as linear_statistics returns them.
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
     ids = heads.taken(matrix(request.ids))
-    listed = torch.empty_like(ids, dtype=torch.float64)
-    rest = listed.new_empty(len(ids))
-    saved = listed.new_empty(len(ids), SAVED, dtype=result_dtype(inputs.hidden))
+    listed, *rest = results = empty_cells(inputs.hidden, ids)
+    others = Outside._make(rest)
 
     def fill(rows: slice, args: Any, *_: Any) -> None:
-        fill_cells(heads.engine, args, ids[rows], listed[rows], rest[rows], saved[rows])
+        fill_cells(heads.engine, args, ids[rows], listed[rows], others.at(rows))
 
     if request.by_rows(len(inputs.weight)):
-        rest.zero_()
-        saved.zero_()
-        x = _listed(heads, ids).logits()
-        fill_listed(heads.engine, heads.args, len(inputs.weight), ids, x, listed)
+        for value in others:
+            value.zero_()
+        others.peak.fill_(-math.inf)
+        absent, x = ids >= len(inputs.weight), _listed(heads, ids).logits()
+        fill_listed(heads.engine, heads.args, absent, x, listed, others)
     else:
         heads.each_chunk(fill, keep)
-    found, leading = heads.of_all({"0": listed, "1": rest, "2": saved}), inputs.hidden.shape[:-1]
+    found, leading = heads.of_all(dict(zip("0123", results, strict=True))), inputs.hidden.shape[:-1]
     return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
-
-
-def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
-    listed = torch.empty_like(request.ids, dtype=torch.float64)
-    return (
-        listed,
-        listed.new_empty(listed.shape[:-1]),
-        listed.new_empty((*listed.shape[:-1], SAVED), dtype=result_dtype(inputs.hidden)),
-        *_kept(inputs, request),
-    )
 
 
 def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: bool = False) -> Any:
     """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
     heads, wrt = inputs.heads(None), wanted(request.wrt)
     heads.reuse([request.logits], overwrite)
-    ids, rest, saved = (
-        heads.taken(value)
-        for value in (matrix(request.ids), flat(request.rest), matrix(request.saved))
-    )
+    ids = heads.taken(matrix(request.ids))
+    per_row = flat(request.log_sum), flat(request.peak), matrix(request.saved)
+    others = Outside._make([heads.taken(value) for value in per_row])
     g_listed = None if request.g_listed is None else heads.taken(matrix(request.g_listed))
-    g_rest = None if request.g_rest is None else heads.taken(flat(request.g_rest))
+    g_log_sum = None if request.g_log_sum is None else heads.taken(flat(request.g_log_sum))
 
     def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
-        upstream = [None if value is None else value[rows] for value in (g_listed, g_rest)]
-        of_rows = ids[rows], rest[rows], saved[rows]
-        fill_cell_gradients(heads.engine, args, *of_rows, (upstream[0], upstream[1]), grad)
+        upstream = rows_of(g_listed, rows), rows_of(g_log_sum, rows)
+        fill_cell_gradients(heads.engine, args, ids[rows], others.at(rows), upstream, grad)
 
     if request.by_rows and g_listed is not None:
         args, listed = heads.args, _listed(heads, ids)
@@ -157,10 +153,10 @@ def _listed(heads: ChunkedHeads, ids: Tensor) -> Listed:
 def _save_for_backward(ctx: Any, groups: tuple[LinearInputs, ListInputs], output: Outputs) -> None:
     inputs, request = groups
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
-    _, rest, saved, logits = output
+    *found, logits = output
     ctx.by_rows = request.by_rows(inputs.weight.shape[0])
     logits = logits if request.keep and not ctx.by_rows else None  # the op's would be empty
-    save_tensors(ctx, *inputs[:TENSORS], request.ids, rest, saved, logits)
+    save_tensors(ctx, *inputs[:TENSORS], request.ids, *found[1:], logits)
     ctx.settings = inputs[TENSORS:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     ctx.mark_non_differentiable(*[value for value in output[2:] if value is not None])
@@ -168,20 +164,28 @@ def _save_for_backward(ctx: Any, groups: tuple[LinearInputs, ListInputs], output
 
 
 def _backward(
-    ctx: Any, g_listed: Tensor | None, g_rest: Tensor | None, *_: Tensor | None
+    ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> Upstream:
-    refuse_forward_mode((g_listed, g_rest))
+    refuse_forward_mode((g_listed, g_log_sum))
     names = [*itertools.compress(SIX, ctx.needs_input_grad)]
-    if not names or (g_listed is None and g_rest is None):
+    if not names or (g_listed is None and g_log_sum is None):
         return returned({}, ListInputs)
-    *tensors, ids, rest, saved, logits = ctx.saved_tensors
+    *tensors, ids, log_sum, peak, saved, logits = ctx.saved_tensors
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(
-            ids, rest, saved, logits, g_listed, g_rest, ",".join(names), ctx.by_rows
+            ids,
+            log_sum,
+            peak,
+            saved,
+            logits,
+            g_listed,
+            g_log_sum,
+            ",".join(names),
+            ctx.by_rows,
         ),
         unobserved=overwriting(ctx, _gradients),
     )
@@ -193,8 +197,11 @@ linear_cells = DualOp(
     "fastkl::linear_cells",
     (LinearInputs, ListInputs),
     _cells,
-    _fake_cells,
-    outputs=4,
+    lambda inputs, request: (
+        *empty_cells(inputs.hidden, request.ids),
+        *_kept(inputs, request),
+    ),
+    outputs=5,
     rules=Rules(_backward, setup_context=_save_for_backward, flops=_forward_flops),
 )
 linear_cell_gradients = DualOp(

@@ -10,7 +10,7 @@ import torch
 from .. import _checks, f_divergences, reference
 from . import cpu_gradients, cpu_passes, cpu_rows, row_blocks
 from .cpu_gradients import Sides, part_of
-from .fields import SAVED, RowArgs, result_dtype, rows_of, rows_of_each
+from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
 
 
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -108,48 +108,59 @@ def kl_and_gradient(
             value[~mask] = 0
 
 
-def outside(args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor) -> None:
-    """Fill rest [N], float64, as Engine.outside; nothing is saved."""
-    saved.zero_()
-    rest.zero_()
+def outside(args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype) -> None:
+    """Fill `others` as Engine.outside, with 0 for saved."""
+    for value in others:
+        value.zero_()
     for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
-        capped = reference.soft_cap(x, args.scaling.softcap).double()
-        exponents = _inverse64(rows_of(args.temperature, rows)) * capped
         # A column more takes the absent ids.
-        padded = torch.nn.functional.pad(exponents, (0, 1), value=-math.inf)
+        padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=dtype)
+        padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
+        padded[:, -1] = -math.inf
         padded.scatter_(-1, ids[rows], -math.inf)
-        rest[rows] = padded.logsumexp(-1)
+        peak = padded.amax(-1, keepdim=True)
+        exponents = _times_scale(
+            padded.sub_(peak.masked_fill(peak == -math.inf, 0.0)), rows_of(args.temperature, rows)
+        )
+        others.log_sum[rows] = exponents.exp_().sum(-1, dtype=torch.float64).log_()
+        others.peak[rows] = peak[:, 0].double()
 
 
 def outside_gradient(
-    args: RowArgs,
-    rest: torch.Tensor,
-    saved: torch.Tensor,
-    upstream: torch.Tensor,
-    grad: torch.Tensor,
+    args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor
 ) -> None:
-    """Fill the gradient [N, V] of Σ upstream·rest, as Engine.outside_gradient."""
-    active = upstream != 0
+    """Fill the gradient [N, V] of Σ upstream·log_sum, as Engine.outside_gradient."""
+    active = (upstream != 0) & (others.log_sum != -math.inf)
     if args.mask is not None:
         active &= args.mask
     if not bool(active.all()):
         grad[~active] = 0
-    for rows, x, _ in row_blocks.blocks(args.p, None, active & (rest > -math.inf), False):
-        scale = _inverse64(rows_of(args.temperature, rows))
-        capped = reference.soft_cap(x, args.scaling.softcap).double()
-        weights = (capped * scale - rest[rows][:, None]).exp()
+    for rows, x, _ in row_blocks.blocks(args.p, None, active, False):
+        temperature = rows_of(args.temperature, rows)
+        capped = reference.soft_cap(x, args.scaling.softcap).to(result_dtype(x))
+        peak, log_sum, factor = (
+            value[rows][:, None].to(capped.dtype)
+            for value in (others.peak, others.log_sum, upstream / args.temperature)
+        )
+        weights = _times_scale(capped - peak, temperature).sub_(log_sum).exp_().mul_(factor)
         if args.scaling.softcap:
             weights *= reference.soft_cap_slope(capped, args.scaling.softcap)
-        grad[rows] = (weights * upstream[rows][:, None] * scale).to(grad.dtype)
-    grad[rest == -math.inf] = 0
+        grad[rows] = weights.to(grad.dtype)
 
 
-def _inverse64(temperature: float | torch.Tensor) -> float | torch.Tensor:
-    """Return 1/T in float64: a number, or [k, 1] for a temperature per row."""
+def _times_scale(values: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Return values/T with 1/T in two parts: its rounding would move all exponents alike."""
     if isinstance(temperature, torch.Tensor):
         _checks.temperatures_positive(temperature)
-        return (1.0 / temperature.double())[:, None]
-    return 1.0 / temperature
+    elif temperature == 1.0:
+        return values
+    scale = 1.0 / torch.as_tensor(temperature, dtype=torch.float64, device=values.device)[..., None]
+    hi = scale.to(values.dtype)
+    if values.dtype == torch.float64:
+        return values * hi
+    # No -inf times a low part of 0.
+    finite = values.clamp(min=cpu_rows.LOWEST_Z)
+    return torch.addcmul(values * hi, finite, (scale - hi).to(values.dtype))
 
 
 def _fallback_rows(

@@ -1,5 +1,8 @@
-"""A row of logits as K listed entries and the log-sum-exp of all others, from one read."""
+"""A row of logits as K listed entries and the log-sum-exp of all others, both relative to the row's
+peak, from one read.
+"""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,13 +11,13 @@ from torch import Tensor
 from .. import reference
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES, Engine
-from .fields import SAVED, RowArgs, flat, result_dtype, row_args
+from .fields import SAVED, Outside, RowArgs, flat, result_dtype, row_args
 from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temperature_gradient
 
 
 class CellInputs(NamedTuple):
     """Arguments of cells: logits [..., V], int64 ids [..., K], each row's increasing, V for an
-    absent one, mask and temperature as in row_op.RowInputs.
+    absent one, mask and temperature as in row_op.RowInputs, dtype as in Engine.outside.
     """
 
     logits: Tensor
@@ -23,6 +26,7 @@ class CellInputs(NamedTuple):
     temperatures: Tensor | None
     temperature: float
     backend: str
+    dtype: torch.dtype = torch.float64
 
 
 class CellGradientInputs(NamedTuple):
@@ -34,31 +38,48 @@ class CellGradientInputs(NamedTuple):
     ids: Tensor
     mask: Tensor | None
     temperatures: Tensor | None
-    rest: Tensor
+    log_sum: Tensor
+    peak: Tensor
     saved: Tensor
     g_listed: Tensor | None
-    g_rest: Tensor | None
+    g_log_sum: Tensor | None
     temperature: float
     backend: str
 
 
 def fill_cells(
-    engine: Engine, args: RowArgs, ids: Tensor, listed: Tensor, rest: Tensor, saved: Tensor
+    engine: Engine,
+    args: RowArgs,
+    ids: Tensor,
+    listed: Tensor,
+    others: Outside,
+    dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Fill listed [N, K] with x/T at the ids and rest [N] with log Σ exp(x/T) of the others, both
-    float64, for x the soft-capped logits p; an absent id has -inf.
+    """Fill listed [N, K], float64, with (x - peak)/T at the ids, for x the soft-capped logits p and
+    peak the row's largest; -inf at an absent id. Fill `others` likewise.
     """
     x = _at(args.p, ids.masked_fill(ids >= args.p.shape[-1], 0))
-    fill_listed(engine, args, args.p.shape[-1], ids, x, listed)
-    engine.outside(args, ids, rest, saved)
+    engine.outside(args, ids, others, dtype)
+    fill_listed(engine, args, ids >= args.p.shape[-1], x, listed, others)
 
 
 def fill_listed(
-    engine: Engine, args: RowArgs, vocabulary: int, ids: Tensor, x: Tensor, listed: Tensor
+    engine: Engine, args: RowArgs, absent: Tensor, x: Tensor, listed: Tensor, others: Outside
 ) -> None:
-    """Fill listed as fill_cells from the logits x [N, K] at the ids."""
-    capped = reference.soft_cap(x, args.scaling.softcap).double()
-    listed.copy_((capped * _scale(engine, args)).masked_fill_(ids >= vocabulary, float("-inf")))
+    """Fill `listed` as fill_cells from the logits x [N, K] at the ids, and move `others` to the
+    row's peak.
+    """
+    capped = reference.soft_cap(x, args.scaling.softcap).double().masked_fill(absent, -math.inf)
+    peak = torch.maximum(capped.amax(-1), others.peak)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)[:, None]
+    scale = _scale(engine, args)
+    listed.copy_((capped - peak) * scale)
+    # Of a masked row they are 0.
+    moved = (others.log_sum[:, None] + (others.peak[:, None] - peak) * scale)[:, 0]
+    others.log_sum.copy_(
+        moved if args.mask is None else torch.where(args.mask, moved, others.log_sum)
+    )
+    others.peak.copy_(peak[:, 0])
 
 
 def listed_gradient(engine: Engine, args: RowArgs, x: Tensor | None, g_listed: Tensor) -> Tensor:
@@ -74,15 +95,15 @@ def fill_cell_gradients(
     engine: Engine,
     args: RowArgs,
     ids: Tensor,
-    rest: Tensor,
-    saved: Tensor,
+    others: Outside,
     upstream: tuple[Tensor | None, Tensor | None],
     grad: Tensor,
 ) -> None:
-    """Fill the gradient [N, V] of upstream gradients of (listed, rest), which may overwrite the
-    logits: the engine writes that of rest everywhere, and the listed entries are then overwritten.
+    """Fill the gradient [N, V] of upstream gradients of (listed, log_sum), which may overwrite the
+    logits: the engine writes that of log_sum everywhere, and the listed entries are then
+    overwritten. The peak counts as a constant: it cancels in log-probabilities.
     """
-    g_listed, g_rest = upstream
+    g_listed, g_log_sum = upstream
     absent = ids >= args.p.shape[-1]
     if args.mask is not None:
         absent |= ~args.mask[:, None]
@@ -92,10 +113,10 @@ def fill_cell_gradients(
     if g_listed is not None:
         value = listed_gradient(engine, args, _at(args.p, ids), g_listed)
     value = torch.where(absent, value[:, :1], value).masked_fill(absent[:, :1], 0.0)
-    if g_rest is None:
+    if g_log_sum is None:
         grad.zero_()
     else:
-        engine.outside_gradient(args, rest, saved, g_rest, grad)
+        engine.outside_gradient(args, others, g_log_sum, grad)
     grad.scatter_(-1, ids, value.to(grad.dtype))
 
 
@@ -123,42 +144,43 @@ def matrix(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1]).contiguous()
 
 
-def _cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (x/T at the ids [..., K], log Σ exp(x/T) of the others [...], saved [..., SAVED]).
-
-    The first two are float64; an absent id has -inf.
-    """
-    listed, rest, saved = results = _fake_cells(inputs)
-    if rest.numel():
-        outputs = matrix(listed), rest.view(-1), matrix(saved)
-        fill_cells(ENGINES[inputs.backend], _rows(inputs), matrix(inputs.ids), *outputs)
+def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
+    """Compute (listed [..., K], *Outside of [...]) as fill_cells."""
+    results = _fake_cells(inputs)
+    if results[1].numel():
+        listed, log_sum, peak, saved = results
+        others = Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
+        rows = _rows(inputs), matrix(inputs.ids), matrix(listed)
+        fill_cells(ENGINES[inputs.backend], *rows, others, inputs.dtype)
     return results
 
 
-def _fake_cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
-    logits, leading = inputs.logits, inputs.logits.shape[:-1]
-    return (
-        logits.new_empty(inputs.ids.shape, dtype=torch.float64),
-        logits.new_empty(leading, dtype=torch.float64),
-        logits.new_empty((*leading, SAVED), dtype=result_dtype(logits)),
-    )
+def _fake_cells(inputs: CellInputs) -> tuple[Tensor, ...]:
+    return empty_cells(inputs.logits, inputs.ids)
+
+
+def empty_cells(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Return uninitialised results of cells for logits or hidden states."""
+    listed = torch.empty_like(ids, dtype=torch.float64, memory_format=torch.contiguous_format)
+    log_sum = listed.new_empty(ids.shape[:-1])
+    saved = listed.new_empty((*ids.shape[:-1], SAVED), dtype=result_dtype(logits))
+    return listed, log_sum, torch.empty_like(log_sum), saved
 
 
 def _gradients(inputs: CellGradientInputs) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
-    grad, g_listed, g_rest = _fake_gradients(inputs), inputs.g_listed, inputs.g_rest
-    if not inputs.rest.numel():
+    grad, g_listed, g_log_sum = _fake_gradients(inputs), inputs.g_listed, inputs.g_log_sum
+    if not inputs.log_sum.numel():
         return grad.zero_()
     upstream = (
         None if g_listed is None else matrix(g_listed),
-        None if g_rest is None else flat(g_rest),
+        None if g_log_sum is None else flat(g_log_sum),
     )
     fill_cell_gradients(
         ENGINES[inputs.backend],
         _rows(inputs),
         matrix(inputs.ids),
-        flat(inputs.rest),
-        matrix(inputs.saved),
+        Outside(flat(inputs.log_sum), flat(inputs.peak), matrix(inputs.saved)),
         upstream,
         grad.view(-1, grad.shape[-1]),
     )
@@ -172,20 +194,20 @@ def _fake_gradients(inputs: CellGradientInputs) -> Tensor:
 def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None:
     (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[3])
-    save_tensors(ctx, *inputs[:4], output[1], output[2])
-    ctx.options = inputs[4:]
-    ctx.mark_non_differentiable(output[2])
+    save_tensors(ctx, *inputs[:4], *output[1:])
+    ctx.options = inputs[4:6]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, g_listed: Tensor | None, g_rest: Tensor | None, _: Tensor | None = None
+    ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * 5
-    if g_listed is None and g_rest is None:
+    none = (None,) * 6
+    if g_listed is None and g_log_sum is None:
         return None, *none
-    refuse_forward_mode((g_listed, g_rest))
-    inputs = CellGradientInputs._make([*ctx.saved_tensors, g_listed, g_rest, *ctx.options])
+    refuse_forward_mode((g_listed, g_log_sum))
+    inputs = CellGradientInputs._make([*ctx.saved_tensors, g_listed, g_log_sum, *ctx.options])
     return cell_gradients(inputs), *none
 
 
@@ -194,7 +216,7 @@ cells = DualOp(
     (CellInputs,),
     _cells,
     _fake_cells,
-    outputs=3,
+    outputs=4,
     rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
 cell_gradients = DualOp(

@@ -21,7 +21,6 @@ from fastkl.ops import (
     linear_op,
     linear_sum_op,
     row_op,
-    selected_op,
     topk_op,
 )
 
@@ -32,8 +31,6 @@ DISPATCHED = (
     linear_op.linear_gradients,
     linear_sum_op.linear_weighted_kl,
     linear_sum_op.scaled,
-    selected_op.selected_logprobs,
-    selected_op.selected_gradients,
     topk_op.cells,
     topk_op.cell_gradients,
     linear_cells_op.linear_cells,
@@ -113,7 +110,7 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         ("kl", {"row_statistics", "row_gradients"}),
         ("stats", {"row_statistics", "row_gradients"}),
         ("renyi", {"row_statistics", "row_gradients"}),
-        ("select", {"selected_logprobs", "selected_gradients"}),
+        ("select", {"cells", "cell_gradients"}),
         ("topk", {"cells", "cell_gradients"}),
         ("linear_topk", {"linear_cells", "linear_cell_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
