@@ -14,7 +14,6 @@ import torch
 from . import _checks
 
 Unit = Literal["token", "sequence"]
-UNITS = get_args(Unit)
 BOUNDS = (1e-6, 1e3)
 # Of a penalty's `last`: the mean KL per unit, and how many units it is the mean of.
 KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
@@ -74,7 +73,7 @@ class Controller:
                 penalty that was not called. beta and the state then stay as they were.
         """
         if unit is not None:
-            _checks.choice("unit", unit, UNITS)
+            _checks.choice("unit", unit, get_args(Unit))
         _checks.expect(
             unit in (None, self.unit) or self.unit is None,
             "kl",
@@ -163,7 +162,7 @@ class TargetedController(Controller):
     def __init__(
         self, initial: float, target: float, unit: Unit, bounds: tuple[float, float]
     ) -> None:
-        _checks.choice("unit", unit, UNITS)
+        _checks.choice("unit", unit, get_args(Unit))
         _checks.expect(
             isinstance(bounds, (tuple, list)) and len(bounds) == 2,
             "bounds",

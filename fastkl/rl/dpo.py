@@ -141,8 +141,5 @@ def dpo_loss(  # noqa: PLR0913
     else:
         right, wrong = logsigmoid(margin), logsigmoid(-margin)
         losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    if reduction != "none":
-        losses = losses.sum() / _reduce.divisor(
-            reduction, normalizer, None, losses.shape, losses.dtype
-        )
+    losses = _reduce.reduced(losses, None, None, reduction, normalizer)
     return DPOLoss(losses, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

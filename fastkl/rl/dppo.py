@@ -3,7 +3,7 @@
 import torch
 
 from .._types import BinaryKind
-from ..estimators import BINARY_KINDS, binary_divergence
+from ..estimators import binary_divergence
 from . import _checks
 from .sequences import loss_sequences, loss_tensors
 
@@ -70,9 +70,12 @@ def divergence_mask(
     0.10.0.dev, compute_policy_loss_dppo_tv and compute_policy_loss_dppo_kl of
     trainer/ppo/core_algos.py.
     """
-    _checks.choice("kind", kind, BINARY_KINDS)
     low, high = _checks.number_pair(
-        "limit", limit, "a number of at least 0", lambda x: x >= 0, "pass 0.15, for instance"
+        "limit",
+        limit,
+        "a number of at least 0, or a pair of such",
+        lambda x: x >= 0,
+        "pass 0.15, for instance",
     )
     sequences = loss_sequences(logprob, cu_seqlens, False)
     logprob, old_logprob, advantages, _ = loss_tensors(

@@ -13,9 +13,6 @@ from .surrogates import CLIP, SurrogateName, checked_surrogate, mean_log_ratio
 PPOReduction = Literal["none", PenaltyReduction]
 GRPOReduction = Literal["none", "grpo", "bnpo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
-PPO_REDUCTIONS = get_args(PPOReduction)
-GRPO_REDUCTIONS = get_args(GRPOReduction)
-LEVELS = get_args(Level)
 
 
 def ppo_loss(  # noqa: PLR0913
@@ -92,7 +89,7 @@ def ppo_loss(  # noqa: PLR0913
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning (2020), for the dual
     clip; Yu et al., DAPO (2025), for a higher upper bound.
     """
-    _checks.choice("reduction", reduction, PPO_REDUCTIONS)
+    _checks.choice("reduction", reduction, get_args(PPOReduction))
     surrogate = checked_surrogate("clip", clip, dual_clip)
     sequences = loss_sequences(logprob, cu_seqlens, reduction == "sequence_mean")
     _checks.normalizer(normalizer, reduction, logprob.device)
@@ -210,8 +207,8 @@ def grpo_loss(  # noqa: PLR0913
     level "sequence" is that of TRL 1.16, GRPOTrainer._compute_loss (per_token_kl * coef_1), and of
     Liger Kernel 0.8.2, chunked_loss/grpo_loss.py (kl_div * exp(log_importance_weights)).
     """
-    _checks.choice("level", level, LEVELS)
-    _checks.choice("reduction", reduction, GRPO_REDUCTIONS)
+    _checks.choice("level", level, get_args(Level))
+    _checks.choice("reduction", reduction, get_args(GRPOReduction))
     if reduction == "dr_grpo":
         _checks.whole_number(
             "max_length",
@@ -284,7 +281,8 @@ def _check_kl(
         TypeError,
     )
     _checks.clamp("kl_clamp", kl_clamp)
-    given = [value for value in (ref_logprob, kl) if value is not None]
+    sources = {"ref_logprob": ref_logprob, "kl": kl}
+    given = {name: value for name, value in sources.items() if value is not None}
     _checks.expect(len(given) < 2, "kl", "either kl or ref_logprob", "both", "kl is the exact one")
     _checks.expect(
         given or not (isinstance(beta, torch.Tensor) or beta > 0),
@@ -293,8 +291,7 @@ def _check_kl(
         "neither",
         "pass kl=kl_divergence(policy_logits, ref_logits)",
     )
-    for value in given:
-        name = "ref_logprob" if kl is None else "kl"
+    for name, value in given.items():
         _checks.float_tensor(name, value, "per token, shaped as logprob")
         _checks.like(name, value, "logprob", logprob)
     if kl is None:

@@ -126,13 +126,15 @@ def total(
     loss, tokens = per_token if kept else per_token.sum(), sequences.sums(mask.long())
     if reduction == "grpo":
         loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum()
-    if max_length is not None:
-        readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and tokens.numel() and int(tokens.max()) > max_length:
-            raise ValueError(
-                f"max_length: expected at least the tokens of each sequence, {int(tokens.max())}, "
-                f"got {max_length}; pass the limit that the sampling had"
-            )
+    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if max_length is not None and readable and tokens.numel():
+        _checks.expect(
+            tokens.max() <= max_length,
+            "max_length",
+            f"at least the tokens of each sequence, {int(tokens.max())}",
+            max_length,
+            "pass the limit that the sampling had",
+        )
     if reduction not in ("none", "sum"):
         counts = ((tokens > 0) if reduction == "sequence_mean" else mask).sum().clamp(min=1)
         count = max(sequences.number, 1) if reduction in ("grpo", "dr_grpo") else counts

@@ -4,6 +4,7 @@ verl itself is used where it can be imported, elsewhere a stand-in for its core_
 from its interface: without verl, arguments and results are tested.
 """
 
+import inspect
 import math
 import sys
 from types import ModuleType, SimpleNamespace
@@ -285,7 +286,7 @@ ZEROS = torch.zeros(2)
     [
         (
             integration.forward_kl_topk,
-            dict.fromkeys(integration.FORWARD_KL_TOPK, ZEROS)
+            dict.fromkeys(inspect.signature(integration.forward_kl_topk).parameters, ZEROS)
             | dict(config=distillation(-10.0, True)),
             "log_prob_min_clamp: expected None, .* got -10.0; set",
         ),
