@@ -98,7 +98,6 @@ def prepare(
         models[1][1] = models[0][1]
     _head_checks.head(names[0], *models[0])
     (hidden, *_), (ref_hidden, *_) = models
-    logits_dtype = hidden.dtype
     if given.ref_logits is not None:
         _head_checks.given_logits(
             given.ref_logits,
@@ -121,13 +120,15 @@ def prepare(
         _head_checks.second_head(
             models[0], models[1], names, own_bias=inherits or isinstance(ref_weight, Head)
         )
-        logits_dtype = hidden.dtype if ref_hidden.dtype == hidden.dtype else torch.float32
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
     _head_checks.options(given.logits_dtype, given.chunk_size, given.recompute)
+    logits_dtype = (
+        hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
+    )
     _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
-    second = ref_hidden if given.ref_logits is None else given.ref_logits
-    engine = backend.select(*([hidden] if second is None else [hidden, second]), read_rows=False)
+    seconds = [each for each in (ref_hidden, given.ref_logits) if each is not None]
+    engine = backend.select(hidden, *seconds, read_rows=False)
     if swapped:
         scales = scales[::-1]
         if given.ref_logits is None:

@@ -53,8 +53,11 @@ class _Distillation(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
-        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in _ARGUMENTS
+            if getattr(self, name, None) is not None
+        )
 
     def _combine(
         self,

@@ -7,7 +7,7 @@ enumerates the gradients of the losses.
 """
 
 import math
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -79,7 +79,7 @@ def estimate_kl(
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
     _checks.choice("estimator", estimator, get_args(Estimator))
-    _check(logprob, clamp, ref_logprob=ref_logprob)
+    _check(logprob, ref_logprob, clamp)
     return _estimate(finite(logprob) - finite(ref_logprob), estimator, clamp)
 
 
@@ -139,7 +139,7 @@ def sampled_kl_loss(
     identity Σ π·∇log π = 0 applied to each form.
     """
     _checks.choice("direction", direction, get_args(Direction))
-    _check(logprob, clamp, ref_logprob=ref_logprob, old_logprob=old_logprob)
+    _check(logprob, ref_logprob, clamp, old_logprob)
     now = finite(logprob)
     d = now - finite(ref_logprob.detach())
     value_of, form_of = ("k3", "k2") if direction == "policy||reference" else ("reverse", "k3")
@@ -194,7 +194,7 @@ def binary_divergence(
     binary approximation it is, with the policy that sampled as P.
     """
     _checks.choice("kind", kind, get_args(BinaryKind))
-    _check(logprob, None, ref_logprob=ref_logprob)
+    _check(logprob, ref_logprob)
     a, b = (value.double().clamp(max=0) for value in (logprob, ref_logprob))
     a = a.clamp(min=_FLOOR)  # p is 0 from -746 on, and the difference of two -inf would be NaN
     p, q, d = a.exp(), b.exp(), b - a
@@ -259,13 +259,20 @@ def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
     return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 
 
-def _check(logprob: torch.Tensor, clamp: float | None, **others: Any) -> None:
+def _check(
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    clamp: float | None = None,
+    old_logprob: torch.Tensor | None = None,
+) -> None:
     """Check for float tensors of one shape and device, all float64 or none, an old_logprob without
     gradient, and a clamp of None or within (0, 50].
     """
-    for name, value in {"logprob": logprob, **others}.items():
-        if value is None and name == "old_logprob":
-            continue
+    for name, value in {
+        "logprob": logprob,
+        "ref_logprob": ref_logprob,
+        **({} if old_logprob is None else {"old_logprob": old_logprob}),
+    }.items():
         _checks.expect(
             isinstance(value, torch.Tensor) and value.dtype in _checks.FLOAT_TYPES,
             name,

@@ -75,9 +75,11 @@ class _Penalty(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
-        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
-        shown = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        return ", ".join([f"beta={self.beta:g}", *shown])
+        return f"beta={self.beta:g}, " + ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in _ARGUMENTS
+            if getattr(self, name, None) is not None
+        )
 
     def _divisor(
         self, divisors: Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype

@@ -196,8 +196,7 @@ def number_pair(
     """Return two numbers, from one for both or from a pair, for which `inside` holds, or for the
     second one `inside_second`.
     """
-    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    first, second = value if is_pair else (value, value)
+    first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,) * 2
     return (
         number(name, first, what, inside, remedy),
         number(name, second, what, inside_second or inside, remedy),

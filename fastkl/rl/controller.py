@@ -144,13 +144,12 @@ class Controller:
         return {"beta": partial(_checks.within, *bounds)}
 
     def __repr__(self) -> str:
-        settings = {
-            name: value
+        settings = ", ".join(
+            f"{name}={value!r}"
             for name, value in vars(self).items()
             if name[0] != "_" and value is not None
-        }
-        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        return f"{type(self).__name__}(beta={self._beta!r}, {shown})"
+        )
+        return f"{type(self).__name__}(beta={self._beta!r}, {settings})"
 
     def _advance(self, kl: float, n: float) -> None:
         """Set _beta from a checked KL; a fixed one stays."""
@@ -213,9 +212,8 @@ def _over_processes(
 
     Their values are checked afterwards: a process that raised alone would leave the others waiting.
     """
-    distributed = torch.distributed.is_available()
     _checks.expect(
-        distributed and isinstance(group, torch.distributed.ProcessGroup),
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup),
         "process_group",
         "a ProcessGroup of torch.distributed or None",
         group,

@@ -115,8 +115,13 @@ def dpo_loss(  # noqa: PLR0913
         label_smoothing,
         "pass it with loss='sigmoid'",
     )
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    for name, value in zip(names, (chosen, rejected, ref_chosen, ref_rejected), strict=True):
+    responses = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "ref_chosen": ref_chosen,
+        "ref_rejected": ref_rejected,
+    }
+    for name, value in responses.items():
         _checks.float_tensor(name, value, "log-probabilities of responses [B]")
         _checks.expect(
             value.dim() == 1,
@@ -127,9 +132,9 @@ def dpo_loss(  # noqa: PLR0913
         )
         _checks.like(name, value, "chosen", chosen)
     _checks.normalizer(normalizer, reduction, chosen.device)
-    chosen, rejected = (finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected))
-    ref_chosen, ref_rejected = (
-        finite(value.detach(), _RESPONSE_FLOOR) for value in (ref_chosen, ref_rejected)
+    chosen, rejected, ref_chosen, ref_rejected = (
+        finite(value, _RESPONSE_FLOOR)
+        for value in (chosen, rejected, ref_chosen.detach(), ref_rejected.detach())
     )
     chosen_reward = beta * (chosen - ref_chosen)
     rejected_reward = beta * (rejected - ref_rejected)

@@ -5,7 +5,7 @@ import torch
 from .._types import BinaryKind
 from ..estimators import binary_divergence
 from . import _checks
-from .sequences import loss_sequences, loss_tensors
+from .sequences import loss_tensors
 
 
 def divergence_mask(
@@ -77,13 +77,12 @@ def divergence_mask(
         lambda x: x >= 0,
         "pass 0.15, for instance",
     )
-    sequences = loss_sequences(logprob, cu_seqlens, False)
-    logprob, old_logprob, advantages, _ = loss_tensors(
-        logprob.detach(), old_logprob, advantages, None, sequences, cu_seqlens
+    now, old, advantages, *_ = loss_tensors(
+        logprob, old_logprob, advantages, None, cu_seqlens, needed=False
     )
-    divergence = binary_divergence(old_logprob, logprob, kind=kind)
+    divergence = binary_divergence(old, now.detach(), kind=kind)
     return ~torch.where(
         advantages > 0,
-        (logprob > old_logprob) & (divergence > high),
-        (advantages <= 0) & (logprob < old_logprob) & (divergence > low),
+        (now > old) & (divergence > high),
+        (advantages <= 0) & (now < old) & (divergence > low),
     )
