@@ -276,7 +276,7 @@ def _check(
         _checks.expect(
             isinstance(value, torch.Tensor) and value.dtype in _checks.FLOAT_TYPES,
             name,
-            "a float32, bfloat16, float16 or float64 tensor of log-probabilities [...]",
+            "float32, bfloat16, float16 or float64 log-probabilities [...]",
             value,
             "pass those of the tokens, as token_stats returns them",
             TypeError,
