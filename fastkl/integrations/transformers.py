@@ -278,13 +278,14 @@ class KLCallback(TrainerCallback, ExportableState):
         lengths = torch.cat(
             [torch.full((kl.shape[:-1].numel(),), kl.shape[-1], device=kl.device) for kl in kls]
         )
+        entropy = (
+            None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
+        )
         figures = self.monitor.update(
             torch.cat([kl.reshape(-1) for kl in kls]),
             torch.cat([mask.reshape(-1) for mask in masks]),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-            entropy=None
-            if None in entropies
-            else torch.cat([each.reshape(-1) for each in entropies]),
+            entropy=entropy,
             beta=beta,
             step=step,
         )

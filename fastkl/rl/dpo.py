@@ -115,13 +115,12 @@ def dpo_loss(  # noqa: PLR0913
         label_smoothing,
         "pass it with loss='sigmoid'",
     )
-    responses = {
+    for name, value in {
         "chosen": chosen,
         "rejected": rejected,
         "ref_chosen": ref_chosen,
         "ref_rejected": ref_rejected,
-    }
-    for name, value in responses.items():
+    }.items():
         _checks.float_tensor(name, value, "log-probabilities of responses [B]")
         _checks.expect(
             value.dim() == 1,

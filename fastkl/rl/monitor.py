@@ -170,8 +170,7 @@ class KLMonitor:
         metrics.update(
             (name, named[name]) for name in ("entropy", "reward", "beta", *more) if name in named
         )
-        spikes = metrics.get("kl/spike", 0.0)
-        self._remember({**run, "steps": 1.0, "spikes": spikes}, histogram)
+        self._remember({**run, "steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}, histogram)
         self._step = step + 1
         if self.jsonl is not None:
             try:
