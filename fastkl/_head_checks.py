@@ -18,8 +18,6 @@ from ._checks import (
     same_device,
     same_device_and_precision,
     shared_vocabulary,
-    shown,
-    type_name,
 )
 
 
@@ -45,12 +43,13 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
             f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
             f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()")
         )
-    if value.shape == (0,) and not name.endswith("hidden"):
-        raise ValueError(
-            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in "
-            f"parts; gather it around forward and backward: with "
-            f"deepspeed.zero.GatheredParameters([{name}])"
-        )
+    expect(
+        value.shape != (0,) or name.endswith("hidden"),
+        name,
+        what,
+        "shape (0,), as of a parameter that ZeRO-3 keeps in parts",
+        f"gather it around forward and backward: with deepspeed.zero.GatheredParameters([{name}])",
+    )
 
 
 class Names(NamedTuple):
@@ -69,11 +68,13 @@ def head(
     """
     name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(
-            f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
-            f"{tuple(hidden.shape)}; pass the model's last hidden states"
-        )
+    expect(
+        hidden.dim() > 0 and hidden.shape[-1] > 0,
+        name,
+        "hidden states [..., H] with H of at least 1",
+        f"shape {tuple(hidden.shape)}",
+        "pass the model's last hidden states",
+    )
     _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
     expect(
         weight.dim() != 2 or weight.shape[0] > 0,
@@ -93,11 +94,13 @@ def head(
         )
     if bias is not None:
         _plain_float_tensor(names.bias, bias, "the lm_head's bias [V]")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{names.bias}: expected one entry per row of {names.weight}, "
-                f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias"
-            )
+        expect(
+            bias.shape == weight.shape[:1],
+            names.bias,
+            f"one entry per row of {names.weight}, {tuple(weight.shape[:1])}",
+            tuple(bias.shape),
+            "pass lm_head.bias",
+        )
     for other, value in zip((names.weight, names.bias), (weight, bias), strict=True):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
@@ -108,37 +111,27 @@ def head(
             same_device(other, value, name, hidden)
 
 
-def no_reference(weight: object, bias: object, temperature: object) -> None:
-    """Check that the second model's arguments are None, as its hidden states are."""
-    for name, value in (
-        ("ref_weight", weight),
-        ("ref_bias", bias),
-        ("ref_temperature", temperature),
-    ):
-        expect(
-            value is None, name, "None without ref_hidden", described(value), "pass ref_hidden too"
-        )
+def absent(given: dict[str, object], beside: str, remedy: str) -> None:
+    """Check for None in arguments that have no meaning `beside` another one."""
+    for name, value in given.items():
+        expect(value is None, name, f"None {beside}", described(value), remedy)
 
 
 def given_logits(
-    logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, others: Sequence[Any]
+    logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, others: dict[str, object]
 ) -> None:
     """Check ref_logits [..., V], and that what they replace is None."""
-    for name, value in zip(("ref_hidden", "ref_weight", "ref_bias"), others, strict=True):
-        expect(
-            value is None,
-            name,
-            "None beside ref_logits",
-            described(value),
-            "pass the reference's logits or its hidden states",
-        )
+    absent(others, "beside ref_logits", "pass the reference's logits or its hidden states")
     _plain_float_tensor("ref_logits", logits, "logits [..., V]")
     expected = (*hidden.shape[:-1], weight.shape[0])
-    if logits.shape != expected:
-        raise ValueError(
-            f"ref_logits: expected the shape {expected}, got {tuple(logits.shape)}; slice a padded "
-            f"vocabulary to the shared one: ref_logits[..., :V], or weight[:V] and bias[:V]"
-        )
+    expect(
+        logits.shape == expected,
+        "ref_logits",
+        f"the shape {expected}",
+        tuple(logits.shape),
+        "slice a padded vocabulary to the shared one: ref_logits[..., :V], or weight[:V] and "
+        "bias[:V]",
+    )
     expect(
         not logits.requires_grad,
         "ref_logits",
@@ -159,17 +152,21 @@ def second_head(
     """
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = first, second
     head(names[1], ref_hidden, ref_weight, ref_bias)
-    if ref_weight is weight and not own_bias and (bias is None) != (ref_bias is None):
-        raise ValueError(
-            f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
-            f"where both models share one lm_head, got "
-            f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}"
-        )
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
-            f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
-        )
+    expect(
+        ref_weight is not weight or own_bias or (bias is None) == (ref_bias is None),
+        "ref_bias",
+        f"{'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share "
+        f"one lm_head",
+        "None" if ref_bias is None else "a tensor",
+        f"pass ref_bias={names[0].bias}",
+    )
+    expect(
+        ref_hidden.shape[:-1] == hidden.shape[:-1],
+        "ref_hidden",
+        f"the leading shape of hidden, {tuple(hidden.shape[:-1])}",
+        tuple(ref_hidden.shape[:-1]),
+        "align the batch and time dimensions",
+    )
     if ref_weight.shape[0] != weight.shape[0]:
         own, second = (
             (each.weight,) if value is None else (each.weight, each.bias)
@@ -186,8 +183,12 @@ def second_head(
 def softcap(value: float | None, name: str = "softcap") -> None:
     """Check for None or a positive number that float32 represents, as it does its inverse."""
     if value is not None:
-        what = "None for no soft cap, or a positive finite number"
-        number(name, what, value, "pass the final_logit_softcapping of the model's config")
+        number(
+            name,
+            "None for no soft cap, or a positive finite number",
+            value,
+            "pass the final_logit_softcapping of the model's config",
+        )
 
 
 def number(name: str, what: str, value: float, remedy: str = "pass numbers nearer to 1") -> None:
@@ -197,51 +198,57 @@ def number(name: str, what: str, value: float, remedy: str = "pass numbers neare
     expect(LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE, name, what, value, remedy)
 
 
-def chunk_size(value: int | None) -> None:
-    """Check for None or a number of tokens."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(
-            f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}; pass "
-            f"None, which chooses one"
-        )
-    if value is not None and not (1 <= value < 2**63):
-        raise ValueError(
-            f"chunk_size: expected at least 1 token, and fewer than 2^63, got {shown(value)}; pass "
-            f"None, which chooses one"
-        )
-
-
-def recompute(value: bool | None) -> None:
-    """Check for None or a bool."""
+def options(
+    logits_dtype: torch.dtype | None,
+    chunk_size: int | None = None,
+    recompute: bool | None = None,
+) -> None:
+    """Check the options of a computation before there are inputs: each None, or a type of logits, a
+    number of tokens, a bool.
+    """
+    remedy = "pass None, which chooses one"
     expect(
-        value is None or isinstance(value, bool),
+        chunk_size is None or (isinstance(chunk_size, int) and not isinstance(chunk_size, bool)),
+        "chunk_size",
+        "a whole number of tokens or None",
+        chunk_size,
+        remedy,
+        TypeError,
+    )
+    expect(
+        chunk_size is None or 1 <= chunk_size < 2**63,
+        "chunk_size",
+        "at least 1 token, and fewer than 2^63",
+        chunk_size,
+        remedy,
+    )
+    expect(
+        recompute is None or isinstance(recompute, bool),
         "recompute",
         "True, False or None",
-        value,
+        recompute,
         "pass None, which keeps logits of up to 2 GiB",
         TypeError,
     )
-
-
-def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
-    """Check for the default or float32; for float64 inputs only for float64."""
-    float_type("logits_dtype", value)
-    allowed = {default} if default == torch.float64 else {default, torch.float32}
-    if value not in allowed:
-        raise ValueError(
-            f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
-            f"inputs, got {value}; convert the inputs with .to() for logits of another type"
-        )
-
-
-def float_type(name: str, value: torch.dtype | None) -> None:
-    """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
-    known = isinstance(value, torch.dtype)
+    known = isinstance(logits_dtype, torch.dtype)
     expect(
-        value is None or (known and value in FLOAT_TYPES),
-        name,
+        logits_dtype is None or (known and logits_dtype in FLOAT_TYPES),
+        "logits_dtype",
         "None, float32, bfloat16, float16 or float64",
-        value,
+        logits_dtype,
         "pass torch.float32, for instance",
         ValueError if known else TypeError,
+    )
+
+
+def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
+    """Check for None, the default or float32; for float64 inputs only for float64."""
+    widest = default in (torch.float32, torch.float64)
+    allowed = (default,) if widest else (default, torch.float32)
+    expect(
+        value is None or value in allowed,
+        "logits_dtype",
+        f"None or {' or '.join(map(str, allowed))} for these inputs",
+        value,
+        "convert the inputs with .to() for logits of another type",
     )

@@ -98,25 +98,37 @@ def prepare(
         models[1][1] = models[0][1]
     _head_checks.head(names[0], *models[0])
     (hidden, *_), (ref_hidden, *_) = models
-    logits_dtype = hidden.dtype
     if given.ref_logits is not None:
-        _head_checks.given_logits(given.ref_logits, hidden, heads[0].weight, given[3:6])
+        _head_checks.given_logits(
+            given.ref_logits,
+            hidden,
+            heads[0].weight,
+            {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": given.ref_bias},
+        )
         heads = heads[0], Head(heads[0].weight)
     elif given.ref_hidden is None and not reference_required:
-        _head_checks.no_reference(ref_weight, given.ref_bias, given.ref_temperature)
+        _head_checks.absent(
+            {
+                "ref_weight": ref_weight,
+                "ref_bias": given.ref_bias,
+                "ref_temperature": given.ref_temperature,
+            },
+            "without ref_hidden",
+            "pass ref_hidden too",
+        )
     else:
         _head_checks.second_head(
             models[0], models[1], names, own_bias=inherits or isinstance(ref_weight, Head)
         )
-        logits_dtype = hidden.dtype if ref_hidden.dtype == hidden.dtype else torch.float32
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
-    _head_checks.chunk_size(given.chunk_size)
-    _head_checks.recompute(given.recompute)
-    if given.logits_dtype is not None:
-        _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
-    second = ref_hidden if given.ref_logits is None else given.ref_logits
-    engine = backend.select(*([hidden] if second is None else [hidden, second]), read_rows=False)
+    _head_checks.options(given.logits_dtype, given.chunk_size, given.recompute)
+    logits_dtype = (
+        hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
+    )
+    _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
+    seconds = [each for each in (ref_hidden, given.ref_logits) if each is not None]
+    engine = backend.select(hidden, *seconds, read_rows=False)
     if swapped:
         scales = scales[::-1]
         if given.ref_logits is None:
@@ -126,10 +138,9 @@ def prepare(
     dtype = result_dtype(hidden)
     temperatures, temperature = per_token(first.divisor(dtype))
     ratios, ratio = per_token(other.ratio_to(first, dtype))
-    if ratio != 1:
-        _head_checks.number(
-            "ref_temperature", "the quotient of both models' temperature / logit_scale", ratio
-        )
+    _head_checks.number(
+        "ref_temperature", "the quotient of both models' temperature / logit_scale", ratio
+    )
     return LinearInputs(
         policy[0],
         policy[1],
@@ -181,14 +192,11 @@ def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | 
     """Return a model's Head; for a plain weight make one of the arguments beside it."""
     if not isinstance(weight, Head):
         return Head(weight, bias, softcap)
-    for other, value in ((f"{prefix}bias", bias), ("softcap", softcap)):
-        _checks.expect(
-            value is None,
-            other,
-            f"None beside a Head as {prefix}weight",
-            _checks.described(value),
-            "give each model a Head with its own",
-        )
+    _head_checks.absent(
+        {f"{prefix}bias": bias, "softcap": softcap},
+        f"beside a Head as {prefix}weight",
+        "give each model a Head with its own",
+    )
     _head_checks.softcap(weight.softcap, f"{prefix}weight.softcap")
     _head_checks.number(
         f"{prefix}weight.logit_scale",

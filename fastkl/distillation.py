@@ -17,7 +17,6 @@ from .linear_divergences import reduced
 from .ops import dual_op
 from .tokens import TokenStats, token_stats
 
-DIRECTIONS = get_args(DistillationDirection)
 # The label of a token that does not count, as of torch.nn.functional.cross_entropy.
 IGNORED = -100
 # Arguments that print(model) shows where they are not None.
@@ -42,20 +41,23 @@ class _Distillation(torch.nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("divergence", divergence, DIVERGENCES)
-        _checks.choice("direction", direction, DIRECTIONS)
+        _checks.choice("direction", direction, get_args(DistillationDirection))
         _checks.share("alpha", alpha)
         _checks.fixed_temperature("temperature", temperature, elsewhere)
         _checks.fixed_temperature("temperature (squared)", temperature**2, elsewhere)
         self.divergence, self.direction, self.alpha = divergence, direction, alpha
         self.temperature, self.divergence_alpha, self.beta = temperature, divergence_alpha, beta
         self._of = of_name(divergence, divergence_alpha, beta, "divergence_alpha")
-        self._reverse = direction == DIRECTIONS[1]
+        self._reverse = direction == "student||teacher"
         self.last: dict[str, torch.Tensor] = {}
 
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
-        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in _ARGUMENTS
+            if getattr(self, name, None) is not None
+        )
 
     def _combine(
         self,
@@ -220,9 +222,7 @@ class LinearDistillationLoss(_Distillation):
         super().__init__(
             divergence, alpha, temperature, direction, divergence_alpha, beta, "linear_divergence"
         )
-        _head_checks.chunk_size(chunk_size)
-        _head_checks.recompute(recompute)
-        _head_checks.float_type("logits_dtype", logits_dtype)
+        _head_checks.options(logits_dtype, chunk_size, recompute)
         self.logits_dtype, self.chunk_size, self.recompute = logits_dtype, chunk_size, recompute
 
     def forward(

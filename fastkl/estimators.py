@@ -14,9 +14,6 @@ import torch
 from . import _checks
 from ._types import BinaryKind, Direction, Estimator
 
-ESTIMATORS = get_args(Estimator)
-DIRECTIONS = get_args(Direction)
-BINARY_KINDS = get_args(BinaryKind)
 # Lower clamp of log-probabilities (-inf, finfo.min masks), which keeps every difference finite.
 _FLOOR = -1e4
 # Bound of |d| beyond which k3 continues along its tangent without a clamp.
@@ -81,8 +78,8 @@ def estimate_kl(
 
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
-    _checks.choice("estimator", estimator, ESTIMATORS)
-    _check(logprob, clamp, ref_logprob=ref_logprob)
+    _checks.choice("estimator", estimator, get_args(Estimator))
+    _check(logprob, ref_logprob, clamp)
     return _estimate(finite(logprob) - finite(ref_logprob), estimator, clamp)
 
 
@@ -141,11 +138,11 @@ def sampled_kl_loss(
     Source: Schulman (2020) as estimate_kl, for the values; the gradients are the score-function
     identity Σ π·∇log π = 0 applied to each form.
     """
-    _checks.choice("direction", direction, DIRECTIONS)
-    _check(logprob, clamp, ref_logprob=ref_logprob, old_logprob=old_logprob)
+    _checks.choice("direction", direction, get_args(Direction))
+    _check(logprob, ref_logprob, clamp, old_logprob)
     now = finite(logprob)
     d = now - finite(ref_logprob.detach())
-    value_of, form_of = ("k3", "k2") if direction == DIRECTIONS[0] else ("reverse", "k3")
+    value_of, form_of = ("k3", "k2") if direction == "policy||reference" else ("reverse", "k3")
     form = _estimate(d, form_of, clamp)
     loss = _estimate(d.detach(), value_of, clamp) + (form - form.detach())
     if old_logprob is None:
@@ -196,8 +193,8 @@ def binary_divergence(
     Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026), whose
     binary approximation it is, with the policy that sampled as P.
     """
-    _checks.choice("kind", kind, BINARY_KINDS)
-    _check(logprob, None, ref_logprob=ref_logprob)
+    _checks.choice("kind", kind, get_args(BinaryKind))
+    _check(logprob, ref_logprob)
     a, b = (value.double().clamp(max=0) for value in (logprob, ref_logprob))
     a = a.clamp(min=_FLOOR)  # p is 0 from -746 on, and the difference of two -inf would be NaN
     p, q, d = a.exp(), b.exp(), b - a
@@ -229,7 +226,7 @@ def _bregman(p: torch.Tensor, d: torch.Tensor, gap: torch.Tensor) -> torch.Tenso
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
-    """Compute one of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d).
+    """Compute an Estimator of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d).
 
     Beyond |d| = clamp it is the tangent there.
     """
@@ -262,29 +259,36 @@ def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
     return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 
 
-def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
+def _check(
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    clamp: float | None = None,
+    old_logprob: torch.Tensor | None = None,
+) -> None:
     """Check for float tensors of one shape and device, all float64 or none, an old_logprob without
     gradient, and a clamp of None or within (0, 50].
     """
-    for name, value in {"logprob": logprob, **others}.items():
-        if value is None and name == "old_logprob":
-            continue
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"{name}: expected a float tensor of log-probabilities [...], got "
-                f"{type(value).__name__}; token_stats returns them"
-            )
-        if value.dtype not in _checks.FLOAT_TYPES:
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got "
-                f"{value.dtype}; pass the log-probabilities of the tokens, not the tokens"
-            )
+    for name, value in {
+        "logprob": logprob,
+        "ref_logprob": ref_logprob,
+        **({} if old_logprob is None else {"old_logprob": old_logprob}),
+    }.items():
+        _checks.expect(
+            isinstance(value, torch.Tensor) and value.dtype in _checks.FLOAT_TYPES,
+            name,
+            "float32, bfloat16, float16 or float64 log-probabilities [...]",
+            value,
+            "pass those of the tokens, as token_stats returns them",
+            TypeError,
+        )
         _checks.not_sharded(name, value, "log-probabilities [...]", _checks.local_or_full(name))
-        if value.shape != logprob.shape:
-            raise ValueError(
-                f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per "
-                f"token, got {tuple(value.shape)}; align the batch and time dimensions"
-            )
+        _checks.expect(
+            value.shape == logprob.shape,
+            name,
+            f"the shape of logprob, {tuple(logprob.shape)}, one entry per token",
+            tuple(value.shape),
+            "align the batch and time dimensions",
+        )
         _checks.same_device_and_precision(name, value, "logprob", logprob)
         _checks.expect(
             name != "old_logprob" or not value.requires_grad,

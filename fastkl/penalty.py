@@ -1,7 +1,7 @@
 """The KL penalty of RLHF as a module, from logits or from hidden states."""
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -15,28 +15,8 @@ from .ops import dual_op
 from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
-DIRECTIONS = get_args(Direction)
-
-
-class _Counts(NamedTuple):
-    """Numbers of unmasked tokens and sequences, and divisors of means over them, at least 1."""
-
-    tokens: torch.Tensor | int
-    sequences: torch.Tensor | int
-    token_divisor: torch.Tensor | int
-    sequence_divisor: torch.Tensor | int
-
-    @staticmethod
-    def of(values: torch.Tensor, mask: torch.Tensor | None) -> "_Counts":
-        """Count unmasked tokens and sequences, in the type of per-token values."""
-        tokens, sequences = (
-            count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences)
-        )
-        return _Counts(
-            tokens, sequences, _reduce.at_least_one(tokens), _reduce.at_least_one(sequences)
-        )
-
-
+# Numbers of "tokens" and of "sequences", or divisors from them.
+Counts = dict[str, torch.Tensor | int]
 # Arguments that print(model) shows where they are not None.
 _ARGUMENTS = (
     *("direction", "temperature", "reduction"),
@@ -57,7 +37,7 @@ class _Penalty(torch.nn.Module):
         ref_temperature: float | None = None,
     ) -> None:
         super().__init__()
-        _checks.choice("direction", direction, DIRECTIONS)
+        _checks.choice("direction", direction, get_args(Direction))
         _checks.choice("reduction", reduction, _reduce.PENALTY_REDUCTIONS)
         for name, value in {
             "temperature": temperature,
@@ -84,54 +64,61 @@ class _Penalty(torch.nn.Module):
                 f"beta: expected a number or a controller with an attribute `beta`, got "
                 f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
             )
-        negative = "a negative beta would reward divergence"
         _checks.expect(
             0 <= value <= sys.float_info.max,
             "beta",
             "a finite number of at least 0",
             value,
-            negative if value < 0 else "look at what computed it",
+            "a negative beta would reward divergence" if value < 0 else "look at what computed it",
         )
         return float(value)
 
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
-        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
-        shown = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        return ", ".join([f"beta={self.beta:g}", *shown])
+        return f"beta={self.beta:g}, " + ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in _ARGUMENTS
+            if getattr(self, name, None) is not None
+        )
 
     def _divisor(
-        self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
+        self, divisors: Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | float:
-        """Return the divisor of the sum over tokens, from counts if it is the default."""
+        """Return the divisor of the sum over tokens, by default one of those of `_counted`."""
         if normalizer is None and self.reduction != "sum":
-            return (
-                counts.sequence_divisor
-                if self.reduction == "sequence_mean"
-                else counts.token_divisor
-            )
+            return divisors["sequences" if self.reduction == "sequence_mean" else "tokens"]
         return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
 
-    def _remember(self, kl: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
+    def _remember(
+        self, kl: torch.Tensor, counts: Counts, divisors: Counts, beta: float, loss: torch.Tensor
+    ) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
-        if dual_op.transforming():
-            return  # these tensors are invalid outside the transform
-        # As a decorator no_grad breaks the graph of a compiled step that makes the module.
-        with torch.no_grad():
-            kl, total = kl.detach(), kl.sum()
-            tokens, sequences = (
-                count if isinstance(count, torch.Tensor) else kl.new_full((), count)
-                for count in counts[:2]
-            )
-            self.last = {
-                "kl": total / counts.token_divisor,
-                "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
-                "kl_per_sequence": total / counts.sequence_divisor,
-                "tokens": tokens,
-                "sequences": sequences,
-                "beta": kl.new_ones(()) * beta,  # new_full would recompile for each beta
-                "loss": loss.detach().clone(),  # `loss += …` must not change it
-            }
+        if not dual_op.transforming():  # else these tensors are invalid outside the transform
+            # As a decorator no_grad breaks the graph of a compiled step that makes the module.
+            with torch.no_grad():
+                kl, total = kl.detach(), kl.sum()
+                self.last = {
+                    "kl": total / divisors["tokens"],
+                    "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
+                    "kl_per_sequence": total / divisors["sequences"],
+                    **{
+                        name: count if isinstance(count, torch.Tensor) else kl.new_full((), count)
+                        for name, count in counts.items()
+                    },
+                    "beta": kl.new_ones(()) * beta,  # new_full would recompile for each beta
+                    "loss": loss.detach().clone(),  # `loss += …` must not change it
+                }
+
+
+def _counted(like: torch.Tensor, mask: torch.Tensor | None) -> tuple[Counts, Counts]:
+    """Count unmasked tokens and sequences, in the type of `like`; return the counts, and the
+    divisors of means over them, at least 1.
+    """
+    counts = {
+        "tokens": _reduce.tokens(mask, like.shape, like.dtype),
+        "sequences": _reduce.sequences(mask, like.shape, like.dtype),
+    }
+    return counts, {name: _reduce.at_least_one(count) for name, count in counts.items()}
 
 
 class KLPenalty(_Penalty):
@@ -198,7 +185,7 @@ class KLPenalty(_Penalty):
         _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
         first, second = (
             (policy_logits, ref_logits)
-            if self.direction == DIRECTIONS[0]
+            if self.direction == "policy||reference"
             else (ref_logits, policy_logits)
         )
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
@@ -208,8 +195,8 @@ class KLPenalty(_Penalty):
         inputs = SummedInputs(first, second, mask, self.temperature, None, 1, chosen)
         gradient = empty_gradient(inputs, normalizer)
         like = torch.empty(first.shape[:-1], dtype=result_dtype(first), device=first.device)
-        counts = _Counts.of(like, mask)
-        divisor = self._divisor(counts, normalizer, like.dtype)
+        counts, divisors = _counted(like, mask)
+        divisor = self._divisor(divisors, normalizer, like.dtype)
         # A tensor: a changed number would recompile. With beta 0 an infinite KL gives 0.
         scale = like.new_ones(()) * beta
         if gradient is None:
@@ -218,7 +205,7 @@ class KLPenalty(_Penalty):
             loss = _reduce.quotient(weighted, divisor, normalizer)
         else:
             loss, kl = summed_kl(gradient, inputs._replace(beta=scale, divisor=divisor))
-        self._remember(kl, counts, beta, loss)
+        self._remember(kl, counts, divisors, beta, loss)
         return loss
 
     if TYPE_CHECKING:
@@ -275,9 +262,7 @@ class LinearKLPenalty(_Penalty):
             beta, direction, temperature, reduction, "linear_kl_divergence", ref_temperature
         )
         _head_checks.softcap(softcap)
-        _head_checks.chunk_size(chunk_size)
-        _head_checks.recompute(recompute)
-        _head_checks.float_type("logits_dtype", logits_dtype)
+        _head_checks.options(logits_dtype, chunk_size, recompute)
         self.ref_temperature = ref_temperature
         self.softcap = softcap
         self.logits_dtype = logits_dtype
@@ -314,14 +299,14 @@ class LinearKLPenalty(_Penalty):
                 self.recompute,
             ),
             reference_required=True,
-            swapped=self.direction == DIRECTIONS[1],
+            swapped=self.direction == "reference||policy",
         )
         _checks.normalizer(normalizer, self.reduction, hidden.device)
         like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
-        beta, counts = self.beta, _Counts.of(like, mask)
-        scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
+        beta, (counts, divisors) = self.beta, _counted(like, mask)
+        scale = like.new_ones(()) * beta / self._divisor(divisors, normalizer, like.dtype)
         loss, kl = weighted_kl(inputs, scale.expand(like.shape))
-        self._remember(kl, counts, beta, loss)
+        self._remember(kl, counts, divisors, beta, loss)
         return loss
 
     if TYPE_CHECKING:

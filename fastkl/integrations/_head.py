@@ -66,9 +66,11 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
         TypeError,
     )
     configs = getattr(model, "peft_config", None)
-    adapters = configs.values() if isinstance(configs, dict) else ()
     expect(
-        not any(config.is_prompt_learning for config in adapters),
+        not (
+            isinstance(configs, dict)
+            and any(config.is_prompt_learning for config in configs.values())
+        ),
         "model",
         "hidden states of the tokens alone",
         f"{name} with prompt learning",
@@ -130,22 +132,20 @@ def cut(value: Any, rows: int) -> Any:
 def _own_logits(model: Any, layer: Any) -> tuple[Any, torch.Tensor, set[torch.dtype]]:
     """Run a few tokens: (last hidden states or None, logits, types at work), all of one forward."""
     states, types = [None], {layer.weight.dtype}
-    hooks = [
+    training = {module: module.training for module in model.modules()}
+    ids = torch.arange(min(4, len(model.get_input_embeddings().weight)), device=layer.weight.device)
+    with (
         model.base_model.register_forward_hook(
             lambda module, args, output: states.append(getattr(output, "last_hidden_state", None))
         ),
         layer.register_forward_hook(lambda module, args, output: types.add(output.dtype)),
-    ]
-    training = {module: module.training for module in model.modules()}
-    ids = torch.arange(min(4, len(model.get_input_embeddings().weight)), device=layer.weight.device)
-    try:
-        logits = model.eval()(input_ids=ids[None], use_cache=False).logits.to(layer.weight.device)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, was in training.items():
-            module.training = was
-    return states[-1], logits, types | {logits.dtype}
+    ):
+        try:
+            logits = model.eval()(input_ids=ids[None], use_cache=False).logits
+        finally:
+            for module, was in training.items():
+                module.training = was
+    return states[-1], logits.to(layer.weight.device), types | {logits.dtype}
 
 
 def _named(config: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 
 from fastkl import Head, linear_divergence
 from fastkl._checks import expect
-from fastkl._head_checks import float_type
+from fastkl._head_checks import options
 
 try:
     import trl
@@ -33,7 +33,6 @@ class ExactDivergence:
     def _set_up(
         self: Any, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
     ) -> None:
-        self._logits_dtype = logits_dtype
         self.kl_callback = set_up(self, logits_dtype, instead, refused)
         expect(
             0 <= self.beta <= 1,
@@ -102,9 +101,9 @@ def per_item(
 def set_up(
     trainer: Any, logits_dtype: torch.dtype | None, instead: str, more: dict[str, bool]
 ) -> KLCallback | None:
-    """Return the trainer's KLCallback; raise for options that none of the trainers supports, for
-    those in `more` that are on, and for a wrong logits_dtype: the first loss comes after a
-    generation.
+    """Return the trainer's KLCallback and keep logits_dtype; raise for options that none of the
+    trainers supports, for those in `more` that are on, and for a wrong logits_dtype: the first loss
+    comes after a generation.
     """
     refused = {
         "fsdp": trainer.is_fsdp_enabled,
@@ -121,7 +120,8 @@ def set_up(
         named,
         f"change that, or use {instead}",
     )
-    float_type("logits_dtype", logits_dtype)
+    options(logits_dtype)
+    trainer._logits_dtype = logits_dtype
     found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
     expect(
         len(found) < 2,

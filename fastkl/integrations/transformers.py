@@ -153,11 +153,8 @@ class KLCallback(TrainerCallback, ExportableState):
             f"a {type(trainer).__name__}",
             "pass callbacks=[callback] when it is made",
         )
-        others = trainer.callback_handler.callbacks
-        trainer.callback_handler.callbacks = [
-            self,
-            *(callback for callback in others if callback is not self),
-        ]
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(each for each in handler.callbacks if each is not self)]
         return self
 
     # ---- the events of Trainer
@@ -251,10 +248,9 @@ class KLCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Add the figures since the last log to Trainer's new entry and to the later callbacks'."""
         # The summary at the end is training's, even after an evaluation.
-        of_evaluation = (
-            model is not None and not model.training and "train_runtime" not in (logs or {})
-        )
-        if logs is None or of_evaluation:
+        if logs is None or (
+            model is not None and not model.training and "train_runtime" not in logs
+        ):
             return
         figures = {
             name: value if name in MERGES else value / steps
@@ -282,14 +278,13 @@ class KLCallback(TrainerCallback, ExportableState):
         lengths = torch.cat(
             [torch.full((kl.shape[:-1].numel(),), kl.shape[-1], device=kl.device) for kl in kls]
         )
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         entropy = (
             None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
         )
         figures = self.monitor.update(
             torch.cat([kl.reshape(-1) for kl in kls]),
             torch.cat([mask.reshape(-1) for mask in masks]),
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
             entropy=entropy,
             beta=beta,
             step=step,

@@ -77,7 +77,6 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._logits_dtype = logits_dtype
         self.kl_callback: Any = _trl.set_up(
             self,
             logits_dtype,
@@ -189,12 +188,13 @@ class ExactGRPOTrainer(GRPOTrainer):
                 items * accumulated / self.args.steps_per_generation if training else items
             )
         reduced: dict[str, Callable[[], torch.Tensor]] = {
-            "grpo": lambda: (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean(),
+            **dict.fromkeys(
+                ("grpo", "sapo"), lambda: (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+            ),
             "bnpo": lambda: kl.sum() / mask.sum().clamp(min=1),
             "dr_grpo": lambda: kl.sum() / (len(kl) * self.max_completion_length),
             "luspo": lambda: kl.sum(-1).mean(),
         }
-        reduced["sapo"] = reduced["grpo"]
         return reduced[kind]() / accumulated
 
     # ---- what is computed
@@ -261,8 +261,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         reference = self.accelerator.unwrap_model(model if own else self.ref_model)
         training, adapter = reference.training, contextlib.nullcontext()
         if own:
-            name = "ref" if "ref" in reference.peft_config else None
-            adapter = use_adapter(reference, adapter_name=name)
+            adapter = use_adapter(reference, "ref" if "ref" in reference.peft_config else None)
         try:
             with adapter:
                 yield reference.eval()

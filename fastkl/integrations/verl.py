@@ -36,23 +36,6 @@ if TYPE_CHECKING:
 
 TESTED = "0.9"
 CORE, FSDP_LOSSES = "verl.trainer.ppo.core_algos", "verl.trainer.distillation.fsdp.losses"
-POLICY_LOSS = (
-    "old_log_prob",
-    "log_prob",
-    "advantages",
-    "response_mask",
-    "loss_agg_mode",
-    "config",
-    "rollout_is_weights",
-)
-KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
-FORWARD_KL_TOPK = (
-    "student_logits",
-    "teacher_topk_log_probs",
-    "teacher_topk_ids",
-    "config",
-    "data_format",
-)
 # verl's names, those with a "+" too, which ask for the gradient that is always given here.
 ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
     "kl": "k1",
@@ -200,8 +183,8 @@ def register(
     Raises ImportError without verl, or with one whose policy losses take other arguments;
     ValueError for a base that verl does not have and a name that it has already.
     """
-    core = _module(CORE)
-    _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
+    core, loss = _module(CORE), policy_loss(base, beta=beta)
+    _same_arguments(core.get_policy_loss_fn(base), loss)
     expect(
         name not in core.POLICY_LOSS_REGISTRY,
         "name",
@@ -209,7 +192,7 @@ def register(
         repr(name),
         "choose another",
     )
-    registered: Callable[..., Any] = core.register_policy_loss(name)(policy_loss(base, beta=beta))
+    registered: Callable[..., Any] = core.register_policy_loss(name)(loss)
     return registered
 
 
@@ -227,7 +210,7 @@ def install_kl_penalty() -> None:
     verls = core.kl_penalty
     if verls is kl_penalty:
         return
-    _same_arguments(verls, KL_PENALTY)
+    _same_arguments(verls, kl_penalty)
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and getattr(module, "kl_penalty", None) is verls:
             setattr(module, "kl_penalty", kl_penalty)  # noqa: B010
@@ -299,7 +282,7 @@ def install_forward_kl_topk() -> None:
     """
     losses: Any = _module(FSDP_LOSSES)
     if losses.compute_forward_kl_topk is not forward_kl_topk:
-        _same_arguments(losses.compute_forward_kl_topk, FORWARD_KL_TOPK)
+        _same_arguments(losses.compute_forward_kl_topk, forward_kl_topk)
         losses.compute_forward_kl_topk = forward_kl_topk
 
 
@@ -317,15 +300,15 @@ def _module(name: str) -> ModuleType:
         ) from missing
 
 
-def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
-    """Check the names of a function's arguments."""
-    got = tuple(inspect.signature(function).parameters)
+def _same_arguments(verls: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Check that a function of verl's has the arguments that the one in its place has."""
+    got, expected = (tuple(inspect.signature(each).parameters) for each in (verls, ours))
     expect(
         got == expected,
         "verl",
-        f"{function.__name__}({', '.join(expected)}) as in version {TESTED}, which "
+        f"{verls.__name__}({', '.join(expected)}) as in version {TESTED}, which "
         f"fastkl.integrations.verl was tested with",
-        f"{function.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
+        f"{verls.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
         f"remedy: pip install 'verl=={TESTED}.*'",
         ImportError,
     )

@@ -66,8 +66,13 @@ def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check for the shape and the device of another tensor, both float64 or neither."""
-    expected = f"the shape of {other_name}, {tuple(other.shape)}"
-    expect(value.shape == other.shape, name, expected, tuple(value.shape), "align the two")
+    expect(
+        value.shape == other.shape,
+        name,
+        f"the shape of {other_name}, {tuple(other.shape)}",
+        tuple(value.shape),
+        "align the two",
+    )
     same_device_and_precision(name, value, other_name, other)
 
 
@@ -180,30 +185,22 @@ def beta(
     return value.detach()
 
 
-def pair(value: Any) -> tuple[Any, Any]:
-    """Return a pair as it is, and anything else as both entries of one."""
-    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
-
-
-def clip(value: float | tuple[float, float]) -> tuple[float, float]:
-    """Return (how far the ratio may fall below 1, how far it may rise above 1)."""
-    low, high = pair(value)
-    what = "a number within 0 … 1, or a pair (low within 0 … 1, high ≥ 0)"
-    remedy = "pass clip=0.2 or clip=(0.2, 0.28), for instance"
-    return (
-        number("clip", low, what, lambda x: 0 <= x <= 1, remedy),
-        number("clip", high, what, lambda x: x >= 0, remedy),
-    )
-
-
 def number_pair(
-    name: str, value: Any, what: str, inside: Callable[[float], bool], remedy: str
+    name: str,
+    value: Any,
+    what: str,
+    inside: Callable[[float], bool],
+    remedy: str,
+    inside_second: Callable[[float], bool] | None = None,
 ) -> tuple[float, float]:
-    """Return two numbers for which `inside` holds, from one for both or from a pair."""
-    low, high = (
-        number(name, each, f"{what}, or a pair of such", inside, remedy) for each in pair(value)
+    """Return two numbers, from one for both or from a pair, for which `inside` holds, or for the
+    second one `inside_second`.
+    """
+    first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,) * 2
+    return (
+        number(name, first, what, inside, remedy),
+        number(name, second, what, inside_second or inside, remedy),
     )
-    return low, high
 
 
 def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:

@@ -14,7 +14,6 @@ import torch
 from . import _checks
 
 Unit = Literal["token", "sequence"]
-UNITS = get_args(Unit)
 BOUNDS = (1e-6, 1e3)
 # Of a penalty's `last`: the mean KL per unit, and how many units it is the mean of.
 KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
@@ -74,7 +73,7 @@ class Controller:
                 penalty that was not called. beta and the state then stay as they were.
         """
         if unit is not None:
-            _checks.choice("unit", unit, UNITS)
+            _checks.choice("unit", unit, get_args(Unit))
         _checks.expect(
             unit in (None, self.unit) or self.unit is None,
             "kl",
@@ -145,13 +144,12 @@ class Controller:
         return {"beta": partial(_checks.within, *bounds)}
 
     def __repr__(self) -> str:
-        settings = {
-            name: value
+        settings = ", ".join(
+            f"{name}={value!r}"
             for name, value in vars(self).items()
             if name[0] != "_" and value is not None
-        }
-        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        return f"{type(self).__name__}(beta={self._beta!r}, {shown})"
+        )
+        return f"{type(self).__name__}(beta={self._beta!r}, {settings})"
 
     def _advance(self, kl: float, n: float) -> None:
         """Set _beta from a checked KL; a fixed one stays."""
@@ -163,7 +161,7 @@ class TargetedController(Controller):
     def __init__(
         self, initial: float, target: float, unit: Unit, bounds: tuple[float, float]
     ) -> None:
-        _checks.choice("unit", unit, UNITS)
+        _checks.choice("unit", unit, get_args(Unit))
         _checks.expect(
             isinstance(bounds, (tuple, list)) and len(bounds) == 2,
             "bounds",
@@ -214,9 +212,8 @@ def _over_processes(
 
     Their values are checked afterwards: a process that raised alone would leave the others waiting.
     """
-    distributed = torch.distributed.is_available()
     _checks.expect(
-        distributed and isinstance(group, torch.distributed.ProcessGroup),
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup),
         "process_group",
         "a ProcessGroup of torch.distributed or None",
         group,

@@ -115,8 +115,12 @@ def dpo_loss(  # noqa: PLR0913
         label_smoothing,
         "pass it with loss='sigmoid'",
     )
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    for name, value in zip(names, (chosen, rejected, ref_chosen, ref_rejected), strict=True):
+    for name, value in {
+        "chosen": chosen,
+        "rejected": rejected,
+        "ref_chosen": ref_chosen,
+        "ref_rejected": ref_rejected,
+    }.items():
         _checks.float_tensor(name, value, "log-probabilities of responses [B]")
         _checks.expect(
             value.dim() == 1,
@@ -127,9 +131,9 @@ def dpo_loss(  # noqa: PLR0913
         )
         _checks.like(name, value, "chosen", chosen)
     _checks.normalizer(normalizer, reduction, chosen.device)
-    chosen, rejected = (finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected))
-    ref_chosen, ref_rejected = (
-        finite(value.detach(), _RESPONSE_FLOOR) for value in (ref_chosen, ref_rejected)
+    chosen, rejected, ref_chosen, ref_rejected = (
+        finite(value, _RESPONSE_FLOOR)
+        for value in (chosen, rejected, ref_chosen.detach(), ref_rejected.detach())
     )
     chosen_reward = beta * (chosen - ref_chosen)
     rejected_reward = beta * (rejected - ref_rejected)
@@ -141,8 +145,5 @@ def dpo_loss(  # noqa: PLR0913
     else:
         right, wrong = logsigmoid(margin), logsigmoid(-margin)
         losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    if reduction != "none":
-        losses = losses.sum() / _reduce.divisor(
-            reduction, normalizer, None, losses.shape, losses.dtype
-        )
+    losses = _reduce.reduced(losses, None, None, reduction, normalizer)
     return DPOLoss(losses, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

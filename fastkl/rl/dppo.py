@@ -3,9 +3,9 @@
 import torch
 
 from .._types import BinaryKind
-from ..estimators import BINARY_KINDS, binary_divergence
+from ..estimators import binary_divergence
 from . import _checks
-from .sequences import loss_sequences, loss_tensors
+from .sequences import loss_tensors
 
 
 def divergence_mask(
@@ -70,17 +70,19 @@ def divergence_mask(
     0.10.0.dev, compute_policy_loss_dppo_tv and compute_policy_loss_dppo_kl of
     trainer/ppo/core_algos.py.
     """
-    _checks.choice("kind", kind, BINARY_KINDS)
     low, high = _checks.number_pair(
-        "limit", limit, "a number of at least 0", lambda x: x >= 0, "pass 0.15, for instance"
+        "limit",
+        limit,
+        "a number of at least 0, or a pair of such",
+        lambda x: x >= 0,
+        "pass 0.15, for instance",
     )
-    sequences = loss_sequences(logprob, cu_seqlens, False)
-    logprob, old_logprob, advantages, _ = loss_tensors(
-        logprob.detach(), old_logprob, advantages, None, sequences, cu_seqlens
+    now, old, advantages, *_ = loss_tensors(
+        logprob, old_logprob, advantages, None, cu_seqlens, needed=False
     )
-    divergence = binary_divergence(old_logprob, logprob, kind=kind)
+    divergence = binary_divergence(old, now.detach(), kind=kind)
     return ~torch.where(
         advantages > 0,
-        (logprob > old_logprob) & (divergence > high),
-        (advantages <= 0) & (logprob < old_logprob) & (divergence > low),
+        (now > old) & (divergence > high),
+        (advantages <= 0) & (now < old) & (divergence > low),
     )

@@ -58,7 +58,7 @@ def measure(
         **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
         "kl/tokens": tokens,
         "kl/not_finite": tokens - finite.sum(),
-        "kl/above_threshold": above,
+        **({} if threshold is None else {"kl/above_threshold": above}),
     }
     ones = finite.double()
     bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
@@ -133,9 +133,8 @@ def sorted_figures(
                 TypeError,
             )
             _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
-            on_cpu = value.device.type == "cpu"
             _checks.expect(
-                on_cpu or value.device == kl.device,
+                value.device.type == "cpu" or value.device == kl.device,
                 name,
                 f"a tensor on the device of kl, {kl.device}, or on the CPU",
                 value.device,

@@ -7,15 +7,12 @@ import torch
 from .._types import BetaController, PenaltyReduction
 from ..estimators import LARGEST_LOG_RATIO, estimate_kl, finite, sampled_kl_loss
 from . import _checks
-from .sequences import loss_sequences, loss_tensors, total
+from .sequences import loss_tensors, total
 from .surrogates import CLIP, SurrogateName, checked_surrogate, mean_log_ratio
 
 PPOReduction = Literal["none", PenaltyReduction]
 GRPOReduction = Literal["none", "grpo", "bnpo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
-PPO_REDUCTIONS = get_args(PPOReduction)
-GRPO_REDUCTIONS = get_args(GRPOReduction)
-LEVELS = get_args(Level)
 
 
 def ppo_loss(  # noqa: PLR0913
@@ -92,14 +89,18 @@ def ppo_loss(  # noqa: PLR0913
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning (2020), for the dual
     clip; Yu et al., DAPO (2025), for a higher upper bound.
     """
-    _checks.choice("reduction", reduction, PPO_REDUCTIONS)
+    _checks.choice("reduction", reduction, get_args(PPOReduction))
     surrogate = checked_surrogate("clip", clip, dual_clip)
-    sequences = loss_sequences(logprob, cu_seqlens, reduction == "sequence_mean")
-    _checks.normalizer(normalizer, reduction, logprob.device)
-    logprob, old_logprob, advantages, mask = loss_tensors(
-        logprob, old_logprob, advantages, mask, sequences, cu_seqlens
+    now, old, advantages, mask, sequences = loss_tensors(
+        logprob,
+        old_logprob,
+        advantages,
+        mask,
+        cu_seqlens,
+        needed=reduction == "sequence_mean",
     )
-    loss = surrogate.losses(logprob - old_logprob, logprob, advantages)
+    _checks.normalizer(normalizer, reduction, logprob.device)
+    loss = surrogate.losses(now - old, now, advantages)
     return total(loss, mask, sequences, reduction, normalizer)
 
 
@@ -210,8 +211,8 @@ def grpo_loss(  # noqa: PLR0913
     level "sequence" is that of TRL 1.16, GRPOTrainer._compute_loss (per_token_kl * coef_1), and of
     Liger Kernel 0.8.2, chunked_loss/grpo_loss.py (kl_div * exp(log_importance_weights)).
     """
-    _checks.choice("level", level, LEVELS)
-    _checks.choice("reduction", reduction, GRPO_REDUCTIONS)
+    _checks.choice("level", level, get_args(Level))
+    _checks.choice("reduction", reduction, get_args(GRPOReduction))
     if reduction == "dr_grpo":
         _checks.whole_number(
             "max_length",
@@ -227,8 +228,13 @@ def grpo_loss(  # noqa: PLR0913
         "only 'dr_grpo' divides by it",
     )
     policy = checked_surrogate(surrogate, clip, dual_clip, tau)
-    sequences = loss_sequences(
-        logprob, cu_seqlens, reduction in ("grpo", "dr_grpo") or level == "sequence"
+    now, old, advantages, mask, sequences = loss_tensors(
+        logprob,
+        old_logprob,
+        advantages,
+        mask,
+        cu_seqlens,
+        needed=reduction in ("grpo", "dr_grpo") or level == "sequence",
     )
     _checks.expect(
         reduction not in ("none", "sum") or normalizer is None,
@@ -240,27 +246,23 @@ def grpo_loss(  # noqa: PLR0913
     _checks.normalizer(normalizer, "mean", logprob.device)
     beta = _checks.beta(beta, "logprob", logprob)
     _check_kl(logprob, ref_logprob, kl, beta, correct_kl, kl_clamp)
-    logprob, old_logprob, advantages, mask = loss_tensors(
-        logprob, old_logprob, advantages, mask, sequences, cu_seqlens
-    )
-    log_ratio = logprob - old_logprob
+    log_ratio = now - old
     if level == "sequence":
-        mean = mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
         # The difference is 0, and gives each token the gradient of its own logprob.
-        log_ratio = mean + (logprob - logprob.detach())
-    loss = policy.losses(log_ratio, logprob, advantages)
+        log_ratio = mean_log_ratio(now.detach(), old, mask, sequences) + (now - now.detach())
+    loss = policy.losses(log_ratio, now, advantages)
     if isinstance(beta, torch.Tensor) or beta > 0:
         if kl is not None:
-            kl = torch.where(mask, kl.to(logprob.dtype), 0.0)
+            kl = torch.where(mask, kl.to(now.dtype), 0.0)
         else:
             assert ref_logprob is not None
             reference = torch.where(mask, finite(ref_logprob.detach()), 0.0)
             if correct_kl and level == "token":
-                kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp)
+                kl = sampled_kl_loss(now, reference, old_logprob=old, clamp=kl_clamp)
             else:
-                kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
+                kl = estimate_kl(now, reference, estimator="k3", clamp=kl_clamp)
             if correct_kl and level == "sequence":
-                mean = mean_log_ratio(logprob, old_logprob, mask, sequences)
+                mean = mean_log_ratio(now, old, mask, sequences)
                 kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
         loss = loss + beta * kl
     return total(loss, mask, sequences, reduction, normalizer, max_length)
@@ -284,7 +286,11 @@ def _check_kl(
         TypeError,
     )
     _checks.clamp("kl_clamp", kl_clamp)
-    given = [value for value in (ref_logprob, kl) if value is not None]
+    given = {
+        name: value
+        for name, value in (("ref_logprob", ref_logprob), ("kl", kl))
+        if value is not None
+    }
     _checks.expect(len(given) < 2, "kl", "either kl or ref_logprob", "both", "kl is the exact one")
     _checks.expect(
         given or not (isinstance(beta, torch.Tensor) or beta > 0),
@@ -293,22 +299,20 @@ def _check_kl(
         "neither",
         "pass kl=kl_divergence(policy_logits, ref_logits)",
     )
-    for value in given:
-        name = "ref_logprob" if kl is None else "kl"
+    for name, value in given.items():
         _checks.float_tensor(name, value, "per token, shaped as logprob")
         _checks.like(name, value, "logprob", logprob)
-    if kl is None:
-        return
     for name, setting, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
         _checks.expect(
-            setting == default,
+            kl is None or setting == default,
             name,
             f"{default} with an exact kl",
             setting,
             "it is for the estimate from ref_logprob, an exact kl needs no such thing",
         )
+    learning = torch.is_grad_enabled() and logprob.requires_grad
     _checks.expect(
-        kl.requires_grad or not (torch.is_grad_enabled() and logprob.requires_grad),
+        kl is None or kl.requires_grad or not learning,
         "kl",
         "a KL with gradient, as kl_divergence gives it from the policy's logits",
         "one without",

@@ -3,7 +3,6 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -144,9 +143,12 @@ class KLMonitor:
         _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]", 1)
         _checks.mask(mask, kl.shape, kl.device)
         sequences = sequences_of("kl", kl, cu_seqlens)
-        if cu_seqlens is not None and isinstance(reward, torch.Tensor):
-            if reward.shape == kl.shape == (sequences.number,):
-                reward = reward[None]  # one per sequence, not per token
+        if (
+            cu_seqlens is not None
+            and isinstance(reward, torch.Tensor)
+            and reward.shape == kl.shape == (sequences.number,)
+        ):
+            reward = reward[None]  # one per sequence, not per token
         numbers, tensors = sorted_figures(
             {"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl
         )
@@ -161,8 +163,6 @@ class KLMonitor:
         )
         named = {**numbers, **averages}
         metrics = {"step": float(step), **figures}
-        if self.threshold is None:
-            del metrics["kl/above_threshold"]
         if self.detector is not None:
             metrics["kl/spike"] = float(
                 metrics["kl/tokens"] > 0 and self.detector.update(metrics["kl/mean"])
@@ -170,8 +170,7 @@ class KLMonitor:
         metrics.update(
             (name, named[name]) for name in ("entropy", "reward", "beta", *more) if name in named
         )
-        run |= {"steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}
-        self._remember(run, histogram)
+        self._remember({**run, "steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}, histogram)
         self._step = step + 1
         if self.jsonl is not None:
             try:
@@ -251,11 +250,15 @@ class KLMonitor:
         changes nothing.
         """
         mine = self.state_dict()
-        tests: dict[str, Callable[[Any], bool]] = {
-            name: partial(_fits, mine[name]) for name in ("step", "run", "histogram")
-        }
-        tests["spike"] = lambda spike: (spike is None) == (self.detector is None)
-        _checks.state(state, mine, ("threshold",), tests)
+        _checks.state(
+            state,
+            mine,
+            ("threshold",),
+            {
+                **{name: partial(_fits, mine[name]) for name in ("step", "run", "histogram")},
+                "spike": lambda spike: (spike is None) == (self.detector is None),
+            },
+        )
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
         self._step, self._run = state["step"], dict(state["run"])

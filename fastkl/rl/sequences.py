@@ -60,10 +60,20 @@ def sequences_of(name: str, per_token: torch.Tensor, cu_seqlens: torch.Tensor | 
     return Sequences(len(bounds) - 1, owner.clamp(0, len(bounds) - 1), right)
 
 
-def loss_sequences(
-    logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed: bool
-) -> Sequences:
-    """Check logprob and return its sequences; needed: whether the loss asks for boundaries."""
+def loss_tensors(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    needed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
+    """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask,
+    sequences); needed: whether the loss asks for boundaries.
+
+    They are in the type to compute in, and 0 where the token does not count.
+    """
     _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
     _checks.expect(
         cu_seqlens is not None or logprob.dim() > 1 or not needed,
@@ -73,21 +83,7 @@ def loss_sequences(
         None,
         "pass them, or [1, T] tensors for a single sequence",
     )
-    return sequences_of("logprob", logprob, cu_seqlens)
-
-
-def loss_tensors(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor | None,
-    sequences: Sequences,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask).
-
-    They are in the type to compute in, and 0 where the token does not count.
-    """
+    sequences = sequences_of("logprob", logprob, cu_seqlens)
     if old_logprob is not None:
         _checks.float_tensor(
             "old_logprob", old_logprob, "log-probabilities shaped as logprob, or None"
@@ -110,7 +106,10 @@ def loss_tensors(
     now = finite(logprob)
     old = now.detach() if old_logprob is None else finite(old_logprob)
     # A product with the mask would keep a NaN, in the value or in the gradient.
-    return *(torch.where(mask, x, 0.0) for x in (now, old, advantages.to(now.dtype))), mask
+    now, old, advantages = (
+        torch.where(mask, each, 0.0) for each in (now, old, advantages.to(now.dtype))
+    )
+    return now, old, advantages, mask, sequences
 
 
 def total(
@@ -126,13 +125,15 @@ def total(
     loss, tokens = per_token if kept else per_token.sum(), sequences.sums(mask.long())
     if reduction == "grpo":
         loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum()
-    if max_length is not None:
-        readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and tokens.numel() and int(tokens.max()) > max_length:
-            raise ValueError(
-                f"max_length: expected at least the tokens of each sequence, {int(tokens.max())}, "
-                f"got {max_length}; pass the limit that the sampling had"
-            )
+    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if max_length is not None and readable and tokens.numel():
+        _checks.expect(
+            tokens.max() <= max_length,
+            "max_length",
+            f"at least the tokens of each sequence, {int(tokens.max())}",
+            max_length,
+            "pass the limit that the sampling had",
+        )
     if reduction not in ("none", "sum"):
         counts = ((tokens > 0) if reduction == "sequence_mean" else mask).sum().clamp(min=1)
         count = max(sequences.number, 1) if reduction in ("grpo", "dr_grpo") else counts

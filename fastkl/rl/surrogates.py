@@ -12,7 +12,6 @@ from . import _checks
 from .sequences import Sequences
 
 SurrogateName = Literal["clip", "cispo", "sapo"]
-SURROGATES = get_args(SurrogateName)
 CLIP = 0.2
 # SAPO's temperatures for A > 0 and A ≤ 0, as published and as TRL and verl have them.
 TAU = (1.0, 1.05)
@@ -63,8 +62,15 @@ def checked_surrogate(
     tau: float | tuple[float, float] | None = None,
 ) -> Surrogate:
     """Check a surrogate and the settings that it takes."""
-    _checks.choice("surrogate", name, SURROGATES)
-    bounds = _checks.clip(clip)
+    _checks.choice("surrogate", name, get_args(SurrogateName))
+    bounds = _checks.number_pair(
+        "clip",
+        clip,
+        "a number within 0 … 1, or a pair (low within 0 … 1, high ≥ 0)",
+        lambda x: 0 <= x <= 1,
+        "pass clip=0.2 or clip=(0.2, 0.28), for instance",
+        lambda x: x >= 0,
+    )
     if dual_clip is not None:
         dual_clip = _checks.number(
             "dual_clip",
@@ -79,7 +85,7 @@ def checked_surrogate(
         else _checks.number_pair(
             "tau",
             tau,
-            "a finite number above 0",
+            "a finite number above 0, or a pair of such",
             lambda x: 0 < x < math.inf,
             "pass (1.0, 1.05)",
         )
