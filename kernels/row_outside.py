@@ -72,8 +72,8 @@ def outside_sum(
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
-    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
-    place = tl.sum((ids < first).to(tl.int32), 0)
+    before = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V) < first
+    place = tl.sum(before.to(tl.int32), 0)
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
     origin, rest = whole_exponent(peak, part.scale_log2, part.second)
@@ -96,8 +96,8 @@ def outside_sum(
         # An infinite or a NaN logit makes the sum NaN.
         e = tl.where(x > lowest, tl.exp2(exponent), tl.where(x == x, 0.0, x))
         # Whole numbers: rescaling by their difference is exact.
-        shrink = tl.exp2((origin - raised) + (rest - raised_rest))
-        total = total * shrink.to(tl.float64) + lane_sum(e).to(tl.float64)
+        total *= tl.exp2((origin - raised) + (rest - raised_rest)).to(tl.float64)
+        total += lane_sum(e).to(tl.float64)
         origin = raised
         rest = raised_rest
     return peak, tl.sum(total, 0)
@@ -175,13 +175,13 @@ def row_outside(  # noqa: PLR0913, PLR0915
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     saved_ptr += row * SAVED
+    offs_saved = tl.arange(0, 16)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
                 tl.store(log_sum_ptr + row, 0.0)
                 tl.store(peak_ptr + row, 0.0)
-                for i in tl.static_range(SAVED):
-                    tl.store(saved_ptr + i, 0.0)
+                tl.store(saved_ptr + offs_saved, 0.0, mask=offs_saved < SAVED)
             return
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, 0.0, False)
@@ -191,15 +191,14 @@ def row_outside(  # noqa: PLR0913, PLR0915
         scale, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW
     )
     first = split * segment
-    length = tl.minimum(segment, V - first)
     pad = row_pad(p_row, REALIGN)
     start = p_row + first - pad
     part = Segment(
         start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
         scale_log2, scale, scale, lo,
     )  # fmt: skip
-    ids_ptr += row * K
-    peak, total = outside_sum(part, length, ids_ptr, K, first, tiling, reading, IDS)
+    length = tl.minimum(segment, V - first)
+    peak, total = outside_sum(part, length, ids_ptr + row * K, K, first, tiling, reading, IDS)
     if SPLITS > 1:
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, peak.to(tl.float64))
@@ -209,15 +208,13 @@ def row_outside(  # noqa: PLR0913, PLR0915
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
             return
         offs = tl.arange(0, SPLITS)
-        parts = totals_ptr + (row * splits + offs) * 2
+        parts, inside = totals_ptr + (row * splits + offs) * 2, offs < splits
         # Bypass L1, which may hold stale values.
-        inside = offs < splits
-        empty = float("-inf")
-        peaks = tl.load(parts, mask=inside, other=empty, cache_modifier=".cg").to(tl.float32)
+        peaks = tl.load(parts, mask=inside, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        peak = tl.max(peaks, 0)
+        peak = tl.max(peaks, 0).to(tl.float32)
         origin, rest = whole_exponent(peak, scale_log2, lo)
-        origins, rests = whole_exponent(peaks, scale_log2, lo)
+        origins, rests = whole_exponent(peaks.to(tl.float32), scale_log2, lo)
         total = tl.sum(totals * tl.exp2((origins - origin) + (rests - rest)).to(tl.float64), 0)
     origin, rest = whole_exponent(peak, scale_log2, lo)
     huge = tl.abs(origin) > LARGEST_LOG2_SUM
@@ -233,13 +230,12 @@ def row_outside(  # noqa: PLR0913, PLR0915
     empty = total == 0.0
     tl.store(log_sum_ptr + row, tl.where(empty, float("-inf"), log_sum))
     tl.store(peak_ptr + row, tl.where(empty, float("-inf"), peak.to(tl.float64)))
-    marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     # Backward multiplies by the rounded scale: let it be right at the peak.
     rounding = peak.to(tl.float64) * (exact_scale - (scale * LOG2E).to(tl.float64))
     log2_S = tl.log2(total.to(tl.float32)) - rounding.to(tl.float32)
-    log2_S = tl.where(huge, marked.to(tl.float32, bitcast=True), log2_S)
+    sign_marks = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     # An empty rest: a saved log-sum-exp so high that every probability is 0.
-    tl.store(saved_ptr, tl.where(empty, -LOWEST, tl.where(huge, peak, origin + rest)))
-    tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_S))
-    for i in tl.static_range(2, SAVED):
-        tl.store(saved_ptr + i, 0.0)
+    of_huge = tl.where(offs_saved == 0, peak, sign_marks.to(tl.float32, bitcast=True))
+    saved = tl.where(huge, of_huge, tl.where(offs_saved == 0, origin + rest, log2_S))
+    saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
+    tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)
