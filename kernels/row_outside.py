@@ -230,12 +230,13 @@ def row_outside(  # noqa: PLR0913, PLR0915
     empty = total == 0.0
     tl.store(log_sum_ptr + row, tl.where(empty, float("-inf"), log_sum))
     tl.store(peak_ptr + row, tl.where(empty, float("-inf"), peak.to(tl.float64)))
-    # Backward multiplies by the rounded scale: let it be right at the peak.
+    # Backward multiplies by the rounded scale: let it be right at the peak. Add 1, because a
+    # negative log2_S would mark a fallback row.
     rounding = peak.to(tl.float64) * (exact_scale - (scale * LOG2E).to(tl.float64))
-    log2_S = tl.log2(total.to(tl.float32)) - rounding.to(tl.float32)
+    log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
     sign_marks = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     # An empty rest: a saved log-sum-exp so high that every probability is 0.
     of_huge = tl.where(offs_saved == 0, peak, sign_marks.to(tl.float32, bitcast=True))
-    saved = tl.where(huge, of_huge, tl.where(offs_saved == 0, origin + rest, log2_S))
+    saved = tl.where(huge, of_huge, tl.where(offs_saved == 0, origin + rest - 1.0, log2_S))
     saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
     tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)

@@ -345,19 +345,25 @@ def test_wrong_arguments(function, wrong, argument) -> None:
         function(**{**right, **wrong})
 
 
-# Of three equal peaks one is listed: the others' mass and its gradient have digits at any size, and
-# masks of any size have none.
-@pytest.mark.parametrize("size", [1e3, 5e8, 1e10, 1e17, 1e30, -5e8, -1e10, -1e30])
-@pytest.mark.parametrize("others", [4, torch.finfo(torch.float32).min])
-def test_logits_of_any_size(implementation, size, others) -> None:
-    logits = torch.full((1, 9), min(0.0, others * size if others == 4 else others))
-    logits[0, 3:6] = size
+# Of equal peaks one is listed: the others' mass and its gradient have digits at any size, and masks
+# of any size have none. The first is a whole number times log 2, but for 1e-5.
+@pytest.mark.parametrize(
+    "size", [900.398193359375, 1e3, -1e3, 1e4, 5e8, 1e10, 1e17, 1e30, -5e8, -1e10, -1e30]
+)
+@pytest.mark.parametrize("low", ["four times", "masked"])
+@pytest.mark.parametrize("peaks", [2, 3])
+def test_logits_of_any_size(implementation, size, low, peaks) -> None:
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.full((1, 9), lowest if low == "masked" else min(0.0, 4 * size))
+    logits[0, 3 : 3 + peaks] = size
     leaf, ids = testing.leaf(logits.to(implementation.device)), torch.tensor([[3]])
-    lists = torch.full((1, 1), -math.log(2)).to(leaf), ids.to(leaf.device)
+    lists = torch.full((1, 1), -math.log(4)).to(leaf), ids.to(leaf.device)
     stats = fastkl.topk_stats(leaf, *lists)
-    testing.assert_near(stats.student_mass, torch.full((1,), 1 / 3), 1e-6, 0.0, "mass")
+    testing.assert_near(stats.student_mass, torch.full((1,), 1 / peaks), 1e-6, 0.0, "mass")
     (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)
-    expected = torch.tensor([[0, 0, 0, -1 / 6, 1 / 12, 1 / 12, 0, 0, 0]])
+    expected, gap = torch.zeros(1, 9), 1 / peaks - 1 / 4
+    expected[0, 3 : 3 + peaks] = -gap / (peaks - 1)
+    expected[0, 3] = gap
     testing.assert_near(grad, expected, 1e-6, 0.0, "gradient")
 
 
