@@ -8,7 +8,11 @@ E_q[v].
 Near P = Q, where |d| < 1, f and u and v are polynomials whose coefficients the launcher computes
 for the share, alpha or beta (ops/near_series.py): p·d²·G(d) for the divergence, p·d²·K(d) for the
 moment, d·U(d) for u and d·V(d) for v. Since Σ p·(e^d - 1) = 0, the moment may be summed as
-p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence. Total variation needs none of them.
+p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence.
+
+Total variation, ½·Σ|q - p|, has G(d)·p·d for q - p near P = Q, and the sums Q(d < 0) and P(d ≥ 0)
+beside the divergence V, all three of positive terms. With P(d < 0) = V + Q(d < 0) its gradients are
+-p·P(d < 0) and q·Q(d < 0) where d ≥ 0, p·P(d ≥ 0) and -q·Q(d ≥ 0) elsewhere, Q(d ≥ 0) likewise.
 """
 
 from collections import namedtuple
@@ -80,16 +84,10 @@ def log(x, LG2: tl.constexpr):
 
 
 @triton.jit
-def half_sign(d):
-    """Return half the sign of d: of total variation -u and v."""
-    return tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
-
-
-@triton.jit
 def entry_terms(p, q, d, formula, kind: tl.constexpr):
     """Return EntryTerms in the type of p; they lose digits where |d| is small."""
     if kind.name == TOTAL_VARIATION:
-        sign = half_sign(d)
+        sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
         return EntryTerms(sign * (q - p), -sign * p, sign * q)
     else:
         share = tl.cast(formula.share, p.dtype)
@@ -115,15 +113,18 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
 
 @triton.jit
 def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
-    """Add entries to the sums (divergence, moment), from p and D_FACTOR·d.
+    """Add entries to the sums (divergence, moment, third), from p and D_FACTOR·d; of total
+    variation four times the divergence, Q(d < 0) and P(d ≥ 0).
 
-    ALL_NEAR requires every |d| to be below 1, but of total variation, where one formula serves all.
+    ALL_NEAR requires every |d| to be below 1.
     """
-    value, moment = sums
+    value, moment, third = sums
     if kind.name == TOTAL_VARIATION:
-        sign = half_sign(d)
-        part = p * sign * expm1(d * (1.0 / D_FACTOR))
-        return value + part, moment + tl.fma(p, sign, part)
+        # Twice q - p.
+        ratio = d * polynomial(d, formula.series, TERMS) if ALL_NEAR else 2.0 * expm1(d * 0.5)
+        gap = p * ratio
+        below = tl.where(d < 0.0, tl.fma(gap, 0.5, p), 0.0)
+        return value + tl.abs(gap), moment + below, third + tl.where(d < 0.0, 0.0, p)
     else:
         p_square = p * (d * d)
         if not ALL_NEAR:
@@ -137,7 +138,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
             p_square = tl.where(near, p_square, 0.0)
         value = tl.fma(p_square, polynomial(d, formula.series, TERMS), value)
         curve = polynomial(d, formula.series[TERMS:], MOMENT_TERMS)
-        return value, tl.fma(p_square, curve, moment)
+        return value, tl.fma(p_square, curve, moment), third
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     """Return p·(u - E_p[u]) and q·(v - E_q[v]) of entries, times weight, from log2 p and
     D_FACTOR·d.
 
-    ALL_NEAR: as for add_terms; of Rényi's divergence, too, one formula serves all.
+    ALL_NEAR: as for add_terms; of Rényi's divergence and of total variation one formula serves all.
     """
     formula = terms.formula
     mean_u, mean_v = terms.saved.mean_p_d, terms.saved.mean_q_d
@@ -194,9 +195,10 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
         weight_p = weight_p * (-share / rest)
         weight_q = -weight_q
     elif kind.name == TOTAL_VARIATION:
-        sign = half_sign(d)
-        grad_x = p * (-sign - mean_u)
-        grad_y = q * (sign - mean_v)
+        # Products of probabilities, in which nothing cancels.
+        value = terms.saved.entropy
+        grad_x = p * tl.where(d < 0.0, mean_v, -mean_u - value)
+        grad_y = q * tl.where(d < 0.0, -mean_v - value, mean_u)
     else:
         grad_x = p * tl.fma(d, polynomial(d, formula.series, TERMS), -mean_u)
         grad_y = q * tl.fma(d, polynomial(d, formula.series[TERMS:], TERMS), -mean_v)

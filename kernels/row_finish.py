@@ -82,7 +82,7 @@ def store_state(state_ptr, state, want: tl.constexpr):
         tl.store(state_ptr + 3, state.W)
         tl.store(state_ptr + 4, state.U)
         tl.store(state_ptr + 6, state.centre)
-    if want.ref_kl or want.kind.name == RENYI:
+    if want.ref_kl or want.kind.name >= RENYI:
         tl.store(state_ptr + 5, state.R)
 
 
@@ -112,7 +112,7 @@ def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
         load_sums(state_ptr + 2, mask, 0.0, want.entropy),
         load_sums(state_ptr + 3, mask, 0.0, want.kl),
         load_sums(state_ptr + 4, mask, 0.0, want.kl),
-        load_sums(state_ptr + 5, mask, 0.0, want.ref_kl or want.kind.name == RENYI),
+        load_sums(state_ptr + 5, mask, 0.0, want.ref_kl or want.kind.name >= RENYI),
         load_sums(state_ptr + 6, mask, 0.0, want.kl),
     )
 

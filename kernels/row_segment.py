@@ -31,7 +31,6 @@ from .row_math import (
     REANCHOR_GROWTH,
     RENYI,
     SMALL_D,
-    TOTAL_VARIATION,
     State,
     centred,
     horner,
@@ -188,8 +187,8 @@ def state_of(sums, want: tl.constexpr):
         lane_sum(sums.lane_A) if want.entropy else zeros,
         lane_sum(sums.lane_W) * (1.0 / D_FACTOR) if want.kl else zeros,
         lane_sum(sums.lane_U) * 0.5 if want.kl else zeros,
-        lane_sum(sums.lane_R) * (0.5 if want.kind.name == RENYI else 0.25)
-        if want.ref_kl or want.kind.name == RENYI
+        lane_sum(sums.lane_R) * (0.25 if want.ref_kl else 0.5)
+        if want.ref_kl or want.kind.name >= RENYI
         else zeros,
         sums.centre * (1.0 / D_FACTOR),
     )
@@ -267,8 +266,8 @@ def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NE
         e = weights.e[g]
         d = weights.d[g]
         if want.kind.name > RENYI:
-            lane_U, lane_W = add_terms(
-                (lane_U, lane_W), e, d, part.second.formula, want.kind, ALL_NEAR
+            lane_U, lane_W, lane_R = add_terms(
+                (lane_U, lane_W, lane_R), e, d, part.second.formula, want.kind, ALL_NEAR
             )
         elif want.kl:
             lane_W = tl.fma(e, d, lane_W)
@@ -324,8 +323,7 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
             tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
             sums = anchor(sums, tile, part, GROUPS, want, False)
         else:
-            # One formula serves every d of total variation.
-            if want.kind.name != TOTAL_VARIATION and path > NEAR:
+            if path > NEAR:
                 sums = absorb(sums, weights, part, GROUPS, want, False)
             else:
                 sums = absorb(sums, weights, part, GROUPS, want, True)

@@ -47,9 +47,8 @@ def outcome(
 
 # Compare an outcome with float64 of the logits.
 #
-# Kernels subtract probabilities in float32, each off by 2^-23, in gradients of total variation, and
-# in those of 16 bits as in cases: an upstream gradient of up to 4 makes that 1e-6. A float32
-# gradient that plain torch gets wrong too may be twice as far off.
+# Kernels subtract probabilities in float32, each off by 2^-23, in gradients of 16 bits as in cases:
+# an upstream gradient of up to 4 makes that 1e-6. A float32 gradient may be as far off as torch's.
 def check_results(implementation, member: Member, results, p, q, temperature=1.0) -> None:
     value, *grads = (result.cpu() for result in results)
     assert value.dtype == torch.float32 and value.shape == p.shape[:-1]
@@ -65,12 +64,10 @@ def check_results(implementation, member: Member, results, p, q, temperature=1.0
             testing.assert_rounded_gradient(grad, right, what, **more)
             continue
         weight = (upstream / temperature).abs().clamp(min=1.0)
-        # Jeffreys' is the sum of two KLs.
-        floor = testing.GRADIENT_FLOOR * weight * (2 if member.kind == "jeffreys" else 1)
+        floor = testing.GRADIENT_FLOOR * weight
         allowed = testing.GRADIENT_LIMIT * torch.maximum(right.norm(dim=-1), floor)
         other_error = (other.double() - right).norm(dim=-1).nan_to_num(0.0, 0.0)
-        allowed = torch.maximum(allowed, 2 * other_error)
-        allowed += absolute * weight * (member.kind == "total_variation")
+        allowed = torch.maximum(allowed, other_error)
         error = (grad.double() - right).norm(dim=-1)
         testing.assert_near(error, torch.zeros_like(error), 0.0, allowed, what)
 

@@ -23,9 +23,8 @@ def near_series(divergence: Divergence) -> Any:
     if kind == "kl":
         return kernels.KL
     count, moment_count, rest = kernels.TERMS.value, kernels.MOMENT_TERMS.value, 1.0 - share
-    if kind in ("renyi", "total_variation"):  # no polynomials
-        again = (0.0,) * (count + moment_count) if kind == "total_variation" else ()
-        return kernels.Series(kind, share, 0.0, again, (0.0,) * (2 * count))
+    if kind == "renyi":  # no polynomials
+        return kernels.Series(kind, share, 0.0, (), (0.0,) * (2 * count))
     curvature = share * rest if kind == "js" else rest * rest  # f''(0), else of skew_kl
 
     def fit(number: int, name: str) -> list[float]:
@@ -38,11 +37,15 @@ def near_series(divergence: Divergence) -> Any:
             "moment": (q_v - curvature * nodes.expm1()) / x.square(),
             "u": u / x,
             "v": q_v * (-nodes).exp() / x,
+            "gap": FACTOR * nodes.expm1() / x,
         }[name]
         powers = torch.linalg.vander(x, N=number).flip(-1)
         solved: list[float] = torch.linalg.solve(powers, curve).tolist()
         return solved
 
+    if kind == "total_variation":
+        gap = (*fit(count, "gap"), *(0.0,) * moment_count)
+        return kernels.Series(kind, share, 0.0, gap, (0.0,) * (2 * count))
     return kernels.Series(
         kind,
         share,
