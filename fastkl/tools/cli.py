@@ -9,7 +9,6 @@ Imports the standard library alone until a command is known to be right, so that
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import os
 import signal
@@ -93,13 +92,16 @@ def _run_demo(given: argparse.Namespace) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
     if given.algorithm == "distill" and (given.beta is not None or given.save_models):
-        expected = "neither --beta nor --save-models, which are of ppo"
-        raise UseError("--algorithm distill", expected, "one of them", "leave it out")
+        raise UseError(
+            "--algorithm distill",
+            "neither --beta nor --save-models, which are of ppo",
+            "one of them",
+            "leave it out",
+        )
     given.device = _choose_device(given.device)
-    names = {field.name for field in dataclasses.fields(demo.Settings)} & vars(given).keys()
-    settings = demo.choose_settings(**{name: getattr(given, name) for name in names})
-    module = {"ppo": ".demo.report", "distill": ".demo.distill"}[given.algorithm]
-    return int(_load("demo", module).run_demo(settings, given.out))
+    others = ("command", "run", "out")
+    options = {name: value for name, value in vars(given).items() if name not in others}
+    return int(_load("demo", ".demo.report").run_demo(demo.choose_settings(**options), given.out))
 
 
 def _run_compare(given: argparse.Namespace) -> int:

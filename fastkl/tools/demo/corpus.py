@@ -70,8 +70,8 @@ def build_corpus(settings: Settings) -> Corpus:
     # A naive proxy for object-oriented code: how often does a sample say `self`?
     rewarded = torch.tensor([word.strip() == REWARDED_WORD for word in words])
     new_line = torch.tensor([word.startswith("\n") for word in words])
-    size = sum(map(len, texts))
-    return Corpus(tokenizer, vocabulary, len(texts), size, train, held_out, rewarded, new_line)
+    sizes = len(texts), sum(map(len, texts))
+    return Corpus(tokenizer, vocabulary, *sizes, train, held_out, rewarded, new_line)
 
 
 def load_texts(characters: int) -> list[str]:
