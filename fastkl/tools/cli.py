@@ -114,16 +114,23 @@ def _run_compare(given: argparse.Namespace) -> int:
 
 
 def _run_plot(given: argparse.Namespace) -> int:
-    source, out = given.source, given.out
+    source: Path = given.source
     if not (source.is_file() or source.is_fifo()):
-        wrote = "a file that KLMonitor(jsonl=...) wrote"
-        raise UseError("RUN.jsonl", wrote, repr(str(source)), "name one that exists")
-    if out is None:
-        known = source.suffix.lower() in (".jsonl", ".json")
-        out = source.with_suffix(".png") if known else Path(f"{source}.png")
+        raise UseError(
+            "RUN.jsonl",
+            "a file that KLMonitor(jsonl=...) wrote",
+            repr(str(source)),
+            "name one that exists",
+        )
+    named = source.suffix.lower() in (".jsonl", ".json")
+    out = given.out or (source.with_suffix(".png") if named else Path(f"{source}.png"))
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(source)):
-        expected, remedy = "the name of a PNG file, another than the run's", "end it in .png"
-        raise UseError("--out", expected, repr(str(out)), remedy)
+        raise UseError(
+            "--out",
+            "the name of a PNG file, another than the run's",
+            repr(str(out)),
+            "end it in .png",
+        )
     with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
     print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
@@ -142,8 +149,12 @@ def _run_doctor(given: argparse.Namespace) -> int:
 
 def _load(extra: str, name: str) -> ModuleType:
     """Import a module of the tools, which needs the packages of an extra."""
-    remedy = f"pip install --upgrade 'fastkl[{extra}]'"
-    with told("packages", f"those of the extra {extra!r}", "an import that fails", remedy):
+    with told(
+        "packages",
+        f"those of the extra {extra!r}",
+        "an import that fails",
+        f"pip install --upgrade 'fastkl[{extra}]'",
+    ):
         return importlib.import_module(name, __package__)
 
 
@@ -156,8 +167,12 @@ def _choose_device(text: str) -> str:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{index}" for index in range(gpus))]
     if text != "auto" and text not in known:
-        expected = f"one that this machine has ({', '.join(known)}) or auto"
-        raise UseError("--device", expected, repr(text), "choose one of these")
+        raise UseError(
+            "--device",
+            f"one that this machine has ({', '.join(known)}) or auto",
+            repr(text),
+            "choose one of these",
+        )
     return known[0] if text == "auto" else text
 
 
