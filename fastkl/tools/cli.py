@@ -21,7 +21,7 @@ from typing import NoReturn
 from .. import __version__
 from . import demo, options
 from .errors import UseError, told
-from .files import check_writable
+from .files import check_uses, check_writable, find_texts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,10 +105,8 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 
 def _run_compare(given: argparse.Namespace) -> int:
-    from .compare import inputs
-
-    given.text = inputs.files(given.text)
-    inputs.check_files(given.text, given.html, given.json)
+    given.text = find_texts(given.text)
+    check_uses(given.text, given.html, given.json)
     given.device = _choose_device(given.device)
     return int(_load("compare", ".compare.measure").run_compare(given))
 

@@ -46,12 +46,13 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
 
     16-bit operands are widened, so each product is exact.
     """
-    hidden, step = hidden.float(), max(1, WIDENED // head.weight.shape[1])
-    out = torch.empty(hidden.shape[0], vocabulary, device=hidden.device)
-    for low in range(0, vocabulary, step):
-        rows = slice(low, min(low + step, vocabulary))
-        bias = None if head.bias is None else head.bias[rows].float()
-        out[:, rows] = F.linear(hidden, head.weight[rows].float(), bias)
+    hidden, parts = (
+        hidden.float(),
+        head.weight[:vocabulary].split(max(1, WIDENED // hidden.shape[1])),
+    )
+    out = torch.cat([F.linear(hidden, part.float()) for part in parts], -1)
+    if head.bias is not None:
+        out += head.bias[:vocabulary]
     out *= head.logit_scale
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
@@ -94,8 +95,12 @@ class Model:
         if own is not output:
             # The base's layer shows what follows the product, which an adapter does not change.
             model.set_output_embeddings(own)
-        expected, remedy = "a model whose lm_head makes its logits", "choose another model"
-        with told(checkpoint.argument, expected, repr(checkpoint.name), remedy):
+        with told(
+            checkpoint.argument,
+            "a model whose lm_head makes its logits",
+            repr(checkpoint.name),
+            "choose another model",
+        ):
             self.backbone, self.head = head_of(model)
         if own is not output:
             start = f"base_model.model.{modules[output]}."
@@ -128,9 +133,12 @@ class Model:
         ids = ids[:CHECKED_TOKENS]
         whole, half = (self.hidden(part).float() for part in (ids, ids[: (len(ids) + 1) // 2]))
         if (half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max():
-            got = f"{self.checkpoint.name!r}, whose logits depend on tokens that follow"
-            remedy = "choose a model that reads from left to right"
-            raise UseError(self.checkpoint.argument, "a causal LM", got, remedy)
+            raise UseError(
+                self.checkpoint.argument,
+                "a causal LM",
+                f"{self.checkpoint.name!r}, whose logits depend on tokens that follow",
+                "choose a model that reads from left to right",
+            )
 
 
 # ---- checkpoints
@@ -151,9 +159,12 @@ class Checkpoint:
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
-        expected = "a folder that save_pretrained wrote, or a hub name"
-        remedy = "check the name; an adapter needs its base, and pip install peft"
-        with told(argument, expected, repr(name), remedy):
+        with told(
+            argument,
+            "a folder that save_pretrained wrote, or a hub name",
+            repr(name),
+            "check the name; an adapter needs its base, and pip install peft",
+        ):
             # A whole model may have an adapter beside it.
             whole = any(has_file(name, each) for each in WEIGHTS)
             if not whole and find_adapter_config_file(name) is not None:
@@ -174,8 +185,12 @@ class Checkpoint:
 
     def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
-        expected = "a fast tokenizer that can be loaded"
-        with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):
+        with told(
+            self.argument,
+            "a fast tokenizer that can be loaded",
+            repr(self.name),
+            "save a tokenizer.json there",
+        ):
             own = not self.adapter or has_file(self.name, "tokenizer_config.json")
             name, auto = self.name if own else self.source, transformers.AutoTokenizer
             return TextTokenizer(auto.from_pretrained(name, trust_remote_code=False))
@@ -194,10 +209,13 @@ class Checkpoint:
             if lacking:
                 raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
         if self.adapter:  # beside the layers, unmerged
-            expected = f"an adapter that fits its base model {self.source!r}"
-            remedy = "pass the base that it was trained on"
             with (
-                told(self.argument, expected, repr(self.name), remedy),
+                told(
+                    self.argument,
+                    f"an adapter that fits its base model {self.source!r}",
+                    repr(self.name),
+                    "pass the base that it was trained on",
+                ),
                 warnings.catch_warnings(),
             ):
                 import peft
