@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     runs = dict(demo=_run_demo, compare=_run_compare, plot=_run_plot, doctor=_run_doctor)
     for name, run in runs.items():
-        command = commands.add_parser(name, formatter_class=options.RAW, **options.TEXTS[name])
+        command = commands.add_parser(
+            name, formatter_class=argparse.RawDescriptionHelpFormatter, **options.TEXTS[name]
+        )
         for argument, (text, how) in options.ARGUMENTS[name].items():
             command.add_argument(argument, help=text, **how)
         command.set_defaults(run=run, command=name)
@@ -99,9 +101,10 @@ def _run_demo(given: argparse.Namespace) -> int:
             "leave it out",
         )
     given.device = _choose_device(given.device)
-    others = ("command", "run", "out")
-    options = {name: value for name, value in vars(given).items() if name not in others}
-    return int(_load("demo", ".demo.report").run_demo(demo.choose_settings(**options), given.out))
+    settings = demo.choose_settings(
+        **{name: x for name, x in vars(given).items() if name not in ("command", "run", "out")}
+    )
+    return int(_load("demo", ".demo.report").run_demo(settings, given.out))
 
 
 def _run_compare(given: argparse.Namespace) -> int:

@@ -25,9 +25,14 @@ def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list
     return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
-def progress(items: Iterable[Any], title: str, **options: Any) -> "tqdm[Any]":
+def progress(items: Iterable[Any], title: str) -> "tqdm[Any]":
     """Iterate over items with a bar on stderr."""
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0
-    options |= dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval)
-    return tqdm(items, desc=f"{title:<26}", **options)
+    return tqdm(
+        items,
+        desc=f"{title:<26}",
+        dynamic_ncols=True,
+        mininterval=interval,
+        maxinterval=interval,
+    )

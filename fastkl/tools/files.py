@@ -43,16 +43,16 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
 def check_uses(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
     """Refuse outputs that cannot be written, and a file with two uses."""
     seen: set[object] = set()
-    for option, path in [*(("--text", path) for path in texts), ("--html", html), ("--json", json)]:
-        if path is not None:
-            place = (option == "--text") if path == STDIN else os.path.realpath(path)
-            got, remedy = repr(str(path)), "choose another name"
-            if place in seen:
-                raise UseError(option, "a file that has no other use", got, remedy)
-            seen.add(place)
-            if option != "--text" and path != STDOUT:
-                with told(option, "a file in a folder that can be written to", got, remedy):
-                    check_writable(path)
+    uses = [*(("--text", path) for path in texts), ("--html", html), ("--json", json)]
+    for option, path in ((option, path) for option, path in uses if path):
+        place = (option == "--text") if path == STDIN else os.path.realpath(path)
+        got, remedy = repr(str(path)), "choose another name"
+        if place in seen:
+            raise UseError(option, "a file that has no other use", got, remedy)
+        seen.add(place)
+        if option != "--text" and path != STDOUT:
+            with told(option, "a file in a folder that can be written to", got, remedy):
+                check_writable(path)
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
@@ -105,8 +105,9 @@ def _mode(path: Path) -> int | None:
 @contextlib.contextmanager
 def _part(target: str) -> Iterator[IO[bytes]]:
     """Open a new file beside the target, private, removed at the end unless it was renamed."""
-    folder = os.path.dirname(target)
-    file = tempfile.NamedTemporaryFile(prefix=".", suffix=".part", dir=folder, delete=False)
+    file = tempfile.NamedTemporaryFile(
+        prefix=".", suffix=".part", dir=os.path.dirname(target), delete=False
+    )
     try:
         with file:
             yield file

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,18 +73,21 @@ class TextTokenizer:
         starts = [at for at in range(len(full)) if full[at : at + len(alone)] == alone]
         self.prefix: list[int] = full[: starts[0]] if alone and starts else []
 
-    def encode(self, text: str) -> tuple[list[int], list[str], list[int]]:
+    def encode(
+        self, text: str, before: Sequence[int] = ()
+    ) -> tuple[list[int], list[str], list[int]]:
         """Return (ids, the text of each, the offset where each begins).
 
         The texts put together are the whole, whatever the tokenizer drops; of tokens that share a
-        character the first has it.
+        character the first has it. before: ids in front, which have no text.
         """
         options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         encoded = self.own(text, **options)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
         texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
-        return ids, texts, [start for start, _ in offsets]
+        starts = [*(0 for _ in before), *(start for start, _ in offsets)]
+        return [*before, *ids], [*("" for _ in before), *texts], starts
 
     def label(self, token: int) -> str:
         """Return a token as it reads; a part of a character as the tokenizer spells it."""
@@ -151,14 +154,13 @@ def read_document(
     scored, False for tokens without a value. An error where the tokenizers differ on it, or a model
     lacks one of its tokens.
     """
-    first = next(iter(tokenizers.values()))
-    _, texts, starts = first.encode(text)
+    # A chat template writes the special tokens, or none.
     read = {
-        letter: [*([] if chat else tokenizer.prefix), *tokenizer.encode(text)[0]]
+        letter: tokenizer.encode(text, [] if chat else tokenizer.prefix)
         for letter, tokenizer in tokenizers.items()
     }
-    for letter, found in read.items():
-        alone = [at for at in found if at >= vocabulary.size or at in vocabulary.unshared]
+    for letter, (ids, _, _) in read.items():
+        alone = [at for at in ids if at >= vocabulary.size or at in vocabulary.unshared]
         if alone:
             label = tokenizers[letter].label(alone[0])
             raise UseError(
@@ -167,21 +169,19 @@ def read_document(
                 f"{label!r} in {name!r}, the token {alone[0]} of {letter} alone",
                 f"leave it out of the text, or read it with --tokenizer {'AB'[letter == 'A']}",
             )
-    for pair in itertools.zip_longest(*read.values()):
+    (ids, texts, starts), first = next(iter(read.values())), next(iter(tokenizers.values()))
+    for pair in itertools.zip_longest(*(ids for ids, _, _ in read.values())):
         if pair[0] != pair[-1]:
             in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
             raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
-    ids, added = next(iter(read.values())), [] if chat else first.prefix
     newlines = [at for at, character in enumerate(text) if character == "\n"]
-    lines = 1 + np.searchsorted(newlines, [0] * len(added) + starts)
-    # A chat template writes the special tokens, or none.
     context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
     return pd.DataFrame(
         {
             "document": name,
             "id": ids,
-            "line": lines,
-            "text": [""] * len(added) + texts,
+            "line": 1 + np.searchsorted(newlines, starts),
+            "text": texts,
             "scored": np.arange(len(ids)) >= max(1, context),
         }
     )

@@ -80,11 +80,19 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 
 
 class Model:
-    """A loaded causal language model, and its head, which gives the model's own logits."""
+    """A loaded causal language model, and its head, which gives the model's own logits.
+
+    about: for the report, its class, type and the form of its head.
+    """
 
     def __init__(self, checkpoint: "Checkpoint", model: Any) -> None:
-        self.checkpoint, self.class_name = checkpoint, type(model).__name__
-        self.dtype, self.device = model.dtype, model.device
+        self.checkpoint, self.device = checkpoint, model.device
+        about = {
+            "name": readable(checkpoint.name),
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "adapter": checkpoint.adapter,
+        }
         output = model.get_output_embeddings()
         modules = {module: name for name, module in model.named_modules()}
         if model.base_model is model and hasattr(model, "get_decoder"):
@@ -107,13 +115,7 @@ class Model:
             saved = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
             changed = widened(output, saved)
             self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
-
-    def about(self) -> dict[str, Any]:
-        return {
-            "name": readable(self.checkpoint.name),
-            "class": self.class_name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "adapter": self.checkpoint.adapter,
+        self.about = about | {
             "vocabulary": len(self.head.weight),
             "logit_scale": self.head.logit_scale,
             "logit_softcap": self.head.softcap,
@@ -180,8 +182,9 @@ class Checkpoint:
                 self.source, trust_remote_code=False
             )
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
-        self.rows: int | None = max(rows, default=size)
+        self.rows: int | None = max(
+            rows, default=getattr(self.config.get_text_config(), "vocab_size", None)
+        )
 
     def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
@@ -197,9 +200,8 @@ class Checkpoint:
 
     def load(self, dtype: str, device: str) -> Model:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
-        architecture = (self.config.architectures or [""])[0]
         # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
-        images = architecture.endswith("ForConditionalGeneration")
+        images = (self.config.architectures or [""])[0].endswith("ForConditionalGeneration")
         kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
         with told(self.argument, "a causal LM", repr(self.source), "choose a ...ForCausalLM"):
             model, info = getattr(transformers, kind).from_pretrained(

@@ -99,7 +99,7 @@ def measure(
             found.append(model.hidden(ids[start : last - 1])[first - 1 - start :].cpu())
         states.append(found)
         heads.append(model.head)
-        about.append(model.about())
+        about.append(model.about)
         del model
         gc.collect()
         torch.cuda.empty_cache()
@@ -188,8 +188,8 @@ def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
 def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
     """Compute means and exact quantiles over all tokens with values."""
     scored = tokens[tokens["kl_ab"].notna()]
-    means = ["same_top1", *MEANS[len(DIVERGENCES) :]]
-    summary: dict[str, Any] = {"tokens": len(scored), **scored[means].mean().to_dict()}
+    means = scored[["same_top1", *MEANS[len(DIVERGENCES) :]]].mean()
+    summary: dict[str, Any] = {"tokens": len(scored), **means.to_dict()}
     for name in DIVERGENCES:
         figures = KLMonitor(spike=False).update(torch.from_numpy(np.array(scored[name].abs())))
         summary[name] = {key: figures[f"kl/{key}"] for key in ("mean", "p50", "p95", "p99", "max")}
@@ -202,8 +202,12 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
     texts = tokens.groupby(keys, sort=False)["text"].agg("".join).str.strip().str[:80]
     groups = tokens[tokens["kl_ab"].notna()].reset_index().groupby(keys, sort=False)
     units = groups[[*DIVERGENCES, "same_top1"]].mean()
-    largest, first = groups["kl_ab"].max(), groups["index"].first()
-    units = units.assign(max_kl_ab=largest, tokens=groups.size(), index=first, text=texts)
+    units = units.assign(
+        max_kl_ab=groups["kl_ab"].max(),
+        tokens=groups.size(),
+        index=groups["index"].first(),
+        text=texts,
+    )
     units = units.sort_values("kl_ab", ascending=False, kind="stable").reset_index()
     found: list[dict[str, Any]] = units[: limit if by == "line" else None].to_dict("records")
     return found

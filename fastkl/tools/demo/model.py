@@ -34,9 +34,13 @@ class LanguageModel(nn.Module):
     def __init__(self, vocabulary: int, settings: Settings) -> None:
         super().__init__()
         width, size = settings.width, settings.width // settings.heads
-        wte = nn.Embedding(vocabulary, width)
-        h = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
-        self.transformer: Any = nn.ModuleDict(dict(wte=wte, h=h, ln_f=nn.LayerNorm(width)))
+        self.transformer: Any = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(vocabulary, width),
+                h=nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers)),
+                ln_f=nn.LayerNorm(width),
+            )
+        )
         self.lm_head = nn.Linear(width, vocabulary)
         # A complex number of each position for each pair of neighbouring entries.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
@@ -69,8 +73,13 @@ class Block(nn.Module):
         self.attn: Any = nn.ModuleDict(
             {f"{name}_proj": nn.Linear(width, width, bias=False) for name in ("q", "k", "v", "out")}
         )
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(fc_in=up, act=nn.GELU("tanh"), fc_out=down))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc_in=nn.Linear(width, 4 * width),
+                act=nn.GELU("tanh"),
+                fc_out=nn.Linear(4 * width, width),
+            )
+        )
         # Each block starts as the identity: the model starts as its embedding and head alone.
         for name in ("attn.out_proj.weight", "mlp.fc_out.weight", "mlp.fc_out.bias"):
             nn.init.zeros_(self.get_parameter(name))

@@ -55,8 +55,8 @@ def run_demo(settings: Settings, out: Path) -> int:
         "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
         "backend": str(fastkl.explain(torch.empty(1, corpus.vocabulary, device=settings.device))),
         "corpus": {
-            "files": corpus.files,
-            "characters": corpus.characters,
+            "files": len(corpus.texts),
+            "characters": sum(map(len, corpus.texts)),
             "vocabulary": corpus.vocabulary,
             "tokens": corpus.train.numel() + corpus.held_out.numel(),
         },
@@ -76,8 +76,16 @@ def run_demo(settings: Settings, out: Path) -> int:
     print(f"{text}\n\n{numbers['seconds']:.0f} s; wrote {names} into {out}")
     if settings.save_models:
         folder = out / "models"
-        pair = [folder / "reference", folder / "with-penalty", "--text", folder / "held-out.txt"]
-        how = shlex.join(["fastkl", "compare", *map(str, pair)])
+        how = shlex.join(
+            [
+                "fastkl",
+                "compare",
+                f"{folder}/reference",
+                f"{folder}/with-penalty",
+                "--text",
+                f"{folder}/held-out.txt",
+            ]
+        )
         print(f"wrote the models into {folder}; how two of them differ: {how}")
     return 0
 
@@ -136,11 +144,11 @@ def evaluate(
     perplexity: of the samples under the reference; entropy: of the policy, nats; distinct: distinct
     tokens / tokens of a sample.
     """
-    size = settings.prompt_length, settings.evaluation_samples
+    count, length = settings.evaluation_samples, settings.response_length
     choose = torch.Generator().manual_seed(settings.seed + 1)
     draw = torch.Generator(settings.device).manual_seed(settings.seed + 1)
-    prompts = windows(corpus.held_out, *size, choose, corpus.new_line).to(settings.device)
-    tokens, length = sample(policy, prompts, settings, draw), settings.response_length
+    prompts = windows(corpus.held_out, settings.prompt_length, count, choose, corpus.new_line)
+    tokens = sample(policy, prompts.to(settings.device), settings, draw)
     response = tokens[:, -length:]
     p, q = (model.lm_head(model.response_hidden(tokens, length)) for model in (policy, reference))
     stats = fastkl.token_stats(p, response, q, temperature=settings.temperature)
@@ -184,9 +192,11 @@ def report(numbers: Figures, settings: Settings) -> str:
         [name, *(format(figures[key], COLUMNS[key][2]) for key in COLUMNS)]
         for name, figures in final.items()
     ]
-    sentences = (conclusion(*final.values()), watch(numbers, settings))
     parts.append("\n".join(table([*heads, *rows], "<" + ">" * len(COLUMNS))))
-    parts += [textwrap.fill(sentence, TEXT_WIDTH) for sentence in sentences]
+    parts += [
+        textwrap.fill(sentence, TEXT_WIDTH)
+        for sentence in (conclusion(*final.values()), watch(numbers, settings))
+    ]
     for name, figures in final.items():
         lines = "{}«{}»".format(*figures["samples"][0]).strip("\n").split("\n")
         parts.append("\n  | ".join([f"{name}:", *lines]))

@@ -61,8 +61,9 @@ def fine_tune(
     monitor = KLMonitor(spike=SpikeDetector(ratio, recent=recent, floor=floor), jsonl=jsonl)
     history = []
     for step in (steps := progress(range(1, settings.steps + 1), title)):
-        size = settings.prompt_length, settings.samples
-        prompts = windows(corpus.train, *size, choose, corpus.new_line)
+        prompts = windows(
+            corpus.train, settings.prompt_length, settings.samples, choose, corpus.new_line
+        )
         tokens = sample(policy, prompts.to(device), settings, draw)
         response = tokens[:, -length:]
         rewards = corpus.rewarded.to(device)[response].float()
@@ -83,7 +84,8 @@ def fine_tune(
         )
         history.append(figures)
         beta.update(figures["kl/mean"], unit="token")
-        said = f"reward {figures['reward']:.3f}, KL {figures['kl/mean']:.3f} nats"
-        steps.set_postfix_str(said, refresh=False)
+        steps.set_postfix_str(
+            f"reward {figures['reward']:.3f}, KL {figures['kl/mean']:.3f} nats", refresh=False
+        )
     series = {name: [each[name] for each in history] for name in figures}
     return policy.eval().requires_grad_(False), series, monitor.summary()
