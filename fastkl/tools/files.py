@@ -43,8 +43,8 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
 def check_uses(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
     """Refuse outputs that cannot be written, and a file with two uses."""
     seen: set[object] = set()
-    uses = [*(("--text", path) for path in texts), ("--html", html), ("--json", json)]
-    for option, path in ((option, path) for option, path in uses if path):
+    outputs = [(option, path) for option, path in (("--html", html), ("--json", json)) if path]
+    for option, path in [*(("--text", path) for path in texts), *outputs]:
         place = (option == "--text") if path == STDIN else os.path.realpath(path)
         got, remedy = repr(str(path)), "choose another name"
         if place in seen:

@@ -86,8 +86,8 @@ class TextTokenizer:
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
         texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
-        starts = [*(0 for _ in before), *(start for start, _ in offsets)]
-        return [*before, *ids], [*("" for _ in before), *texts], starts
+        starts = [0] * len(before) + [start for start, _ in offsets]
+        return [*before, *ids], [""] * len(before) + texts, starts
 
     def label(self, token: int) -> str:
         """Return a token as it reads; a part of a character as the tokenizer spells it."""

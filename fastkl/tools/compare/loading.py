@@ -46,11 +46,10 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
 
     16-bit operands are widened, so each product is exact.
     """
-    hidden, parts = (
-        hidden.float(),
-        head.weight[:vocabulary].split(max(1, WIDENED // hidden.shape[1])),
+    hidden, step = hidden.float(), max(1, WIDENED // hidden.shape[1])
+    out = torch.cat(
+        [F.linear(hidden, rows.float()) for rows in head.weight[:vocabulary].split(step)], -1
     )
-    out = torch.cat([F.linear(hidden, part.float()) for part in parts], -1)
     if head.bias is not None:
         out += head.bias[:vocabulary]
     out *= head.logit_scale
