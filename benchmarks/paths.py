@@ -61,7 +61,7 @@ def held_out_logits(steps):
     reference, _ = train_reference(corpus, settings)
     for count in steps:
         settings = choose_settings(quick=True, vocabulary=Settings.vocabulary, steps=count)
-        policy = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy
+        policy, *_ = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps")
         choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
         with torch.no_grad():
             prompts = windows(

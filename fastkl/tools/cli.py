@@ -9,7 +9,6 @@ Imports the standard library alone until a command is known to be right, so that
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import os
 import signal
@@ -22,7 +21,7 @@ from typing import NoReturn
 from .. import __version__
 from . import demo, options
 from .errors import UseError, told
-from .files import check_writable
+from .files import check_uses, check_writable, find_texts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     runs = dict(demo=_run_demo, compare=_run_compare, plot=_run_plot, doctor=_run_doctor)
     for name, run in runs.items():
-        command = commands.add_parser(name, formatter_class=options.RAW, **options.TEXTS[name])
+        command = commands.add_parser(
+            name, formatter_class=argparse.RawDescriptionHelpFormatter, **options.TEXTS[name]
+        )
         for argument, (text, how) in options.ARGUMENTS[name].items():
             command.add_argument(argument, help=text, **how)
         command.set_defaults(run=run, command=name)
@@ -93,35 +94,44 @@ def _run_demo(given: argparse.Namespace) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
     if given.algorithm == "distill" and (given.beta is not None or given.save_models):
-        expected = "neither --beta nor --save-models, which are of ppo"
-        raise UseError("--algorithm distill", expected, "one of them", "leave it out")
+        raise UseError(
+            "--algorithm distill",
+            "neither --beta nor --save-models, which are of ppo",
+            "one of them",
+            "leave it out",
+        )
     given.device = _choose_device(given.device)
-    names = {field.name for field in dataclasses.fields(demo.Settings)} & vars(given).keys()
-    settings = demo.choose_settings(**{name: getattr(given, name) for name in names})
-    module = {"ppo": ".demo.report", "distill": ".demo.distill"}[given.algorithm]
-    return int(_load("demo", module).run_demo(settings, given.out))
+    settings = demo.choose_settings(
+        **{name: x for name, x in vars(given).items() if name not in ("command", "run", "out")}
+    )
+    return int(_load("demo", ".demo.report").run_demo(settings, given.out))
 
 
 def _run_compare(given: argparse.Namespace) -> int:
-    from .compare import inputs
-
-    given.text = inputs.files(given.text)
-    inputs.check_files(given.text, given.html, given.json)
+    given.text = find_texts(given.text)
+    check_uses(given.text, given.html, given.json)
     given.device = _choose_device(given.device)
     return int(_load("compare", ".compare.measure").run_compare(given))
 
 
 def _run_plot(given: argparse.Namespace) -> int:
-    source, out = given.source, given.out
+    source: Path = given.source
     if not (source.is_file() or source.is_fifo()):
-        wrote = "a file that KLMonitor(jsonl=...) wrote"
-        raise UseError("RUN.jsonl", wrote, repr(str(source)), "name one that exists")
-    if out is None:
-        known = source.suffix.lower() in (".jsonl", ".json")
-        out = source.with_suffix(".png") if known else Path(f"{source}.png")
+        raise UseError(
+            "RUN.jsonl",
+            "a file that KLMonitor(jsonl=...) wrote",
+            repr(str(source)),
+            "name one that exists",
+        )
+    named = source.suffix.lower() in (".jsonl", ".json")
+    out = given.out or (source.with_suffix(".png") if named else Path(f"{source}.png"))
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(source)):
-        expected, remedy = "the name of a PNG file, another than the run's", "end it in .png"
-        raise UseError("--out", expected, repr(str(out)), remedy)
+        raise UseError(
+            "--out",
+            "the name of a PNG file, another than the run's",
+            repr(str(out)),
+            "end it in .png",
+        )
     with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
     print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
@@ -140,8 +150,12 @@ def _run_doctor(given: argparse.Namespace) -> int:
 
 def _load(extra: str, name: str) -> ModuleType:
     """Import a module of the tools, which needs the packages of an extra."""
-    remedy = f"pip install --upgrade 'fastkl[{extra}]'"
-    with told("packages", f"those of the extra {extra!r}", "an import that fails", remedy):
+    with told(
+        "packages",
+        f"those of the extra {extra!r}",
+        "an import that fails",
+        f"pip install --upgrade 'fastkl[{extra}]'",
+    ):
         return importlib.import_module(name, __package__)
 
 
@@ -154,8 +168,12 @@ def _choose_device(text: str) -> str:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{index}" for index in range(gpus))]
     if text != "auto" and text not in known:
-        expected = f"one that this machine has ({', '.join(known)}) or auto"
-        raise UseError("--device", expected, repr(text), "choose one of these")
+        raise UseError(
+            "--device",
+            f"one that this machine has ({', '.join(known)}) or auto",
+            repr(text),
+            "choose one of these",
+        )
     return known[0] if text == "auto" else text
 
 

@@ -20,17 +20,19 @@ def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list
     """Align columns by < and >; the last one is cut at the width of a line, the others at MOST."""
     rows = [[*(cell[:MOST] for cell in row[:-1]), row[-1]] for row in rows]
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (f"{cell:{way}{size}}" for cell, way, size in zip(row, align, sizes, strict=True))
-        line = "  ".join(cells).rstrip()
-        lines.append(line if len(line) <= width else line[: width - 1] + "…")
-    return lines
+    form = "  ".join(f"{{:{way}{size}}}" for way, size in zip(align, sizes, strict=True))
+    lines = [form.format(*row).rstrip() for row in rows]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
 
 
-def progress(items: Iterable[Any], title: str, **options: Any) -> "tqdm[Any]":
+def progress(items: Iterable[Any], title: str) -> "tqdm[Any]":
     """Iterate over items with a bar on stderr."""
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0
-    options |= dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval)
-    return tqdm(items, desc=f"{title:<26}", **options)
+    return tqdm(
+        items,
+        desc=f"{title:<26}",
+        dynamic_ncols=True,
+        mininterval=interval,
+        maxinterval=interval,
+    )

@@ -64,25 +64,26 @@ class Outcome(NamedTuple):
 def check_machine(device: torch.device) -> Outcome:
     """Report versions, GPU, implementation and variables; figures: torch.utils.collect_env's."""
     installed = {each.name: each.version for each in importlib.metadata.distributions()}
+    versions = {name: installed.get(name, "none") for name in ("torch", "triton")}
     variables = [f"{n}={v}" for n, v in sorted(os.environ.items()) if re.match(VARIABLES, n)]
-    found, faults = fastkl.explain(torch.zeros(1, 8, device=device)), []
-    if device.type == "cuda":
-        gpu, free = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
-        faults += ["less than 2 GB of its memory are free"] * (free < 2e9)
-    else:
-        gpu = collect_env.get_gpu_info(collect_env.run)
-        faults += ["torch does not see the GPU"] * bool(gpu and not torch.cuda.device_count())
-    needs = "\n".join(importlib.metadata.requires("torch") or ())
-    for wanted in re.findall(r"\btriton==([\d.]+)", needs):
-        other = not installed.get("triton", "none").startswith(wanted)
-        faults += [f"this torch asks for triton {wanted}"] * other
-    costly = any(re.match(COSTLY, each) for each in variables)
-    faults += ["one of the variables costs time or precision"] * costly
-    versions = [f"{name} {installed.get(name, 'none')}" for name in ("torch", "triton")]
-    text = ", ".join([f"fastkl {fastkl.__version__}", *versions, f"GPU: {gpu}", *variables])
+    found, cuda = fastkl.explain(torch.zeros(1, 8, device=device)), device.type == "cuda"
+    gpu = torch.cuda.get_device_name(device) if cuda else collect_env.get_gpu_info(collect_env.run)
+    needs = re.findall(r"\btriton==([\d.]+)", "\n".join(importlib.metadata.requires("torch") or ()))
+    faults = {
+        "less than 2 GB of its memory are free": cuda and torch.cuda.mem_get_info(device)[0] < 2e9,
+        "torch does not see the GPU": not cuda and gpu and not torch.cuda.device_count(),
+        **{
+            f"this torch asks for triton {wanted}": not versions["triton"].startswith(wanted)
+            for wanted in needs
+        },
+        "one of the variables costs time or precision": any(re.match(COSTLY, v) for v in variables),
+    }
+    said = [fault for fault, there in faults.items() if there]
+    named = [f"{name} {version}" for name, version in versions.items()]
+    text = ", ".join([f"fastkl {fastkl.__version__}", *named, f"GPU: {gpu}", *variables])
     figures = {name: str(value) for name, value in collect_env.get_env_info()._asdict().items()}
-    status = "FAIL" if found.problems else "warning" if faults else "ok"
-    return Outcome(status, "; ".join([text, str(found), *faults]), figures)
+    status = "FAIL" if found.problems else "warning" if said else "ok"
+    return Outcome(status, "; ".join([text, str(found), *said]), figures)
 
 
 # ---- beside float64
@@ -117,8 +118,11 @@ def _compare(
     worst = max(
         testing.assert_gradient(results[n], exact[n], n, limit) for n in SIDES[: len(inputs)]
     )
-    figures = {"value_error": error, "gradient_error": worst, "mean_kl": exact["kl"].mean().item()}
-    return Outcome("ok", f"within {error:.0e}, gradients {worst:.0e}", figures)
+    return Outcome(
+        "ok",
+        f"within {error:.0e}, gradients {worst:.0e}",
+        {"value_error": error, "gradient_error": worst, "mean_kl": exact["kl"].mean().item()},
+    )
 
 
 def _strided(dtype: torch.dtype) -> Pair:
@@ -153,14 +157,13 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
     other[:, :56] = hidden[:, :56]
     scale, ref = _weights(hidden.float()), other @ weight.T
     linear = partial(fastkl.linear_kl_divergence, weights=scale, reduction="sum")
-    rows = partial(torch.reshape, shape=(-1, 64))
-    ours = lambda x, w: {"kl": linear(rows(x), rows(w), other, weight)}  # noqa: E731
+    ours = lambda x, w: {"kl": linear(x.view(6, 64), w.view(-1, 64), other, weight)}  # noqa: E731
     truth = lambda x, w: {  # noqa: E731
-        "kl": scale.double() @ testing.truth(rows(x) @ rows(w).T, ref).kl
+        "kl": scale.double() @ testing.truth(x.view(6, 64) @ w.view(-1, 64).T, ref).kl
     }
     # Flat, so that a gradient counts as a whole.
-    flat, upstream = (hidden.flatten(), weight.flatten()), {"kl": torch.ones((), device=device)}
-    return _compare(ours, truth, flat, upstream, LIMITS[dtype][1])
+    flat = hidden.flatten(), weight.flatten()
+    return _compare(ours, truth, flat, {"kl": torch.ones(())}, LIMITS[dtype][1])
 
 
 def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outcome:
@@ -182,7 +185,7 @@ def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outco
         return {"kl": loss}
 
     truth = lambda x: {"kl": testing.truth(x, q).kl.sum()}  # noqa: E731
-    return _compare(ours, truth, [p], {"kl": torch.ones((), device=device)}, LIMITS[dtype][0])
+    return _compare(ours, truth, [p], {"kl": torch.ones(())}, LIMITS[dtype][0])
 
 
 def check_bits(device: torch.device, dtype: str) -> Outcome:
@@ -190,8 +193,8 @@ def check_bits(device: torch.device, dtype: str) -> Outcome:
     pair = [side.to(device) for side in _ordinary(VOCABULARY, getattr(torch, dtype))]
     weights, mask = _weights(pair[0]), torch.arange(len(SIZES), device=device) % 2 == 0
     batch = _results(_kl, pair, {"kl": weights})
-    parts = [slice(row, row + 1) for row in range(len(SIZES))]
-    alone = [_results(_kl, [x[at] for x in pair], {"kl": weights[at]}) for at in parts]
+    parts = (side.split(1) for side in (*pair, weights))
+    alone = [_results(_kl, sides, {"kl": weight}) for *sides, weight in zip(*parts, strict=True)]
     spoilt = [side.where(mask[:, None], torch.nan) for side in pair]
     masked = _results(partial(_kl, mask=mask), spoilt, {"kl": weights})
     for name, value in batch.items():
@@ -219,11 +222,12 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
         "sum of 3000 rows": partial(check_sum, (3000, 4096)),
         "bits of rows": check_bits,
     }
-    listed: dict[str, Callable[[torch.device], Outcome]] = {"this machine": check_machine}
-    for dtype in LIMITS:
-        for name, run in runs.items():
-            listed[f"{dtype} beside float64: {name}"] = partial(run, dtype=dtype)
-    return listed
+    beside = {
+        f"{dtype} beside float64: {name}": partial(run, dtype=dtype)
+        for dtype in LIMITS
+        for name, run in runs.items()
+    }
+    return {"this machine": check_machine, **beside}
 
 
 def run_check(device: str, key: str) -> Outcome:
@@ -237,8 +241,9 @@ def run_check(device: str, key: str) -> Outcome:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = " … ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))[:400]
-        figures = {"traceback": traceback.format_exc()}
-        return Outcome("FAIL", f"{type(error).__name__}: {text}", figures)
+        return Outcome(
+            "FAIL", f"{type(error).__name__}: {text}", {"traceback": traceback.format_exc()}
+        )
     finally:
         faulthandler.cancel_dump_traceback_later()
 

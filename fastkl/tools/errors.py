@@ -21,6 +21,5 @@ def told(argument: str, expected: str, got: str, remedy: str) -> Iterator[None]:
     except UseError:
         raise
     except Exception as error:
-        text = str(error) or type(error).__name__
-        why = textwrap.shorten(text, 400, placeholder=" …").rstrip(".")
-        raise UseError(argument, expected, f"{got}: {why}", remedy) from None
+        why = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" …")
+        raise UseError(argument, expected, f"{got}: {why.rstrip('.')}", remedy) from None

@@ -1,13 +1,58 @@
-"""Files of tools: written whole or not at all, and strict JSON."""
+"""Files of tools: found and checked, written whole or not at all, and strict JSON."""
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
+
+from .errors import UseError, told
+
+# A file of this name is none: standard input as a text, standard output as an output.
+STDIN = STDOUT = Path("-")
+
+
+def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """List the files that paths, folders and patterns stand for, each group sorted by name.
+
+    A folder stands for the files directly in it that are not hidden.
+    """
+    found: list[Path] = []
+    for path in paths:
+        group = [path]
+        # os.path returns False where pathlib raises, as for a name that is too long.
+        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
+            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
+            names = glob.glob(pattern, recursive=True)
+            group = sorted(Path(name) for name in names if os.path.isfile(name))
+        if not group:
+            raise UseError(
+                "--text",
+                "files with text",
+                repr(str(path)),
+                "check the name, or pass a pattern such as 'folder/**/*.txt'",
+            )
+        found += group
+    return tuple(found)
+
+
+def check_uses(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
+    """Refuse outputs that cannot be written, and a file with two uses."""
+    seen: set[object] = set()
+    outputs = [(option, path) for option, path in (("--html", html), ("--json", json)) if path]
+    for option, path in [*(("--text", path) for path in texts), *outputs]:
+        place = (option == "--text") if path == STDIN else os.path.realpath(path)
+        got, remedy = repr(str(path)), "choose another name"
+        if place in seen:
+            raise UseError(option, "a file that has no other use", got, remedy)
+        seen.add(place)
+        if option != "--text" and path != STDOUT:
+            with told(option, "a file in a folder that can be written to", got, remedy):
+                check_writable(path)
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
@@ -60,8 +105,9 @@ def _mode(path: Path) -> int | None:
 @contextlib.contextmanager
 def _part(target: str) -> Iterator[IO[bytes]]:
     """Open a new file beside the target, private, removed at the end unless it was renamed."""
-    folder = os.path.dirname(target)
-    file = tempfile.NamedTemporaryFile(prefix=".", suffix=".part", dir=folder, delete=False)
+    file = tempfile.NamedTemporaryFile(
+        prefix=".", suffix=".part", dir=os.path.dirname(target), delete=False
+    )
     try:
         with file:
             yield file

@@ -64,7 +64,6 @@ In CI on a machine with a GPU pass --device cuda: a GPU that is not seen is an
 error then (2); with auto the CPU is checked in its place.""",
     ),
 }
-RAW = argparse.RawDescriptionHelpFormatter
 
 
 def checked(
@@ -86,11 +85,15 @@ def at_least(least: int) -> Callable[[str], Any]:
     return checked(int, f"a whole number of at least {least}", lambda value: value >= least)
 
 
-POSITIVE = checked(float, "a finite number above 0", lambda value: 0 < value < math.inf)
-DEVICES = checked(str, "cpu, cuda, cuda:N or auto", re.compile(r"cpu|auto|cuda(:\d+)?").fullmatch)
 DEVICE: tuple[str, dict[str, Any]] = (
     "cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)",
-    dict(type=DEVICES, default="auto", metavar="DEVICE"),
+    dict(
+        type=checked(
+            str, "cpu, cuda, cuda:N or auto", re.compile(r"cpu|auto|cuda(:\d+)?").fullmatch
+        ),
+        default="auto",
+        metavar="DEVICE",
+    ),
 )
 ARGUMENTS: dict[str, Arguments] = {
     "demo": {
@@ -123,7 +126,10 @@ ARGUMENTS: dict[str, Arguments] = {
         "--beta": (
             "fixed weight of the KL penalty, in reward per nat (default: a controller moves "
             f"it so that the KL is {Settings.target_kl:g} nats per token)",
-            dict(type=POSITIVE, metavar="X"),
+            dict(
+                type=checked(float, "a finite number above 0", lambda x: 0 < x < math.inf),
+                metavar="X",
+            ),
         ),
         "--save-models": (
             "write reference and policies into DIR/models as Hugging Face checkpoints, to "

@@ -5,7 +5,6 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,7 +42,7 @@ def plot_run(source: Path, out: Path) -> str:
 
 
 def read_run(source: Path) -> Run:
-    """Read figures by name, one per step, NaN where a step has none.
+    """Read figures by name, one per step, NaN where a step has none; "spikes": steps with alarm.
 
     Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
     from there on are those that follow.
@@ -58,28 +57,24 @@ def read_run(source: Path) -> Run:
                 steps.popitem()
             steps[step] = line
         names = dict.fromkeys(name for line in steps.values() for name in line)
-        known = [name for name in names if name in DRAWN]
+        known = [name for name in DRAWN if name in names]
         figures = [[float(line.get(name, math.nan)) for line in steps.values()] for name in known]
         table = np.where(np.abs(figures) < LARGEST_FIGURE, figures, math.nan)
         run = dict(zip(known, table, strict=True))
         if not _has(run, "kl/mean"):
             raise ValueError(f"it has no finite 'kl/mean' but {[*names]}")
-    return run | {"step": np.array([*steps])}
+    numbers = np.array([*steps])
+    spikes = numbers[run.get("kl/spike", np.zeros_like(numbers)) == 1.0]
+    return run | {"step": numbers, "spikes": spikes}
 
 
 def _has(run: Run, name: str) -> bool:
     return bool(np.isfinite(run.get(name, math.nan)).any())
 
 
-def _spikes(run: Run) -> np.ndarray:
-    """List the steps at which the alarm rang."""
-    steps: np.ndarray = run["step"][run.get("kl/spike", np.zeros_like(run["step"])) == 1.0]
-    return steps
-
-
 def describe(run: Run) -> str:
     """Say in one sentence what the run did."""
-    finite, spikes = np.isfinite(run["kl/mean"]), [f"{step:.0f}" for step in _spikes(run)]
+    finite, spikes = np.isfinite(run["kl/mean"]), [f"{step:.0f}" for step in run["spikes"]]
     kl = run["kl/mean"][finite]
     text = f"{len(finite):,} steps; KL {kl[-1]:.3g} at the end, {kl.max():.3g} at most"
     if len(kl) < len(finite):
@@ -116,8 +111,9 @@ def picture(
         if axes.get_legend_handles_labels()[0]:
             # Above the axes: inside, it would cover one run or the other.
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
-    note = textwrap.fill(sentence, 120)
-    panels[0].set_title(note, loc="left", fontsize=9, color="#555555", pad=24)
+    panels[0].set_title(
+        textwrap.fill(sentence, 120), loc="left", fontsize=9, color="#555555", pad=24
+    )
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     content = io.BytesIO()
@@ -139,17 +135,31 @@ def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
 def _draw(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
     """Draw one figure of one run, with its last value, and a line at each spike."""
     steps, values = run["step"], run[name]
-    for step in _spikes(run):
+    for step in run["spikes"]:
         axes.axvline(step, color=SPIKE, linewidth=1.0, zorder=0.5)
     if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run:
         # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
         edge = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
         low, high = (np.maximum(run[quantile], edge) for quantile in QUANTILES[:2])
-        shade: dict[str, Any] = dict(color=colour, alpha=0.18, linewidth=0)
-        axes.fill_between(steps, low, high, label="p50 to p95 of the tokens", **shade)
+        axes.fill_between(
+            steps,
+            low,
+            high,
+            label="p50 to p95 of the tokens",
+            color=colour,
+            alpha=0.18,
+            linewidth=0,
+        )
     if name == "kl/mean" and "kl/p99" in run:
         axes.plot(steps, run["kl/p99"], color=colour, linewidth=0.6, label="p99")
     axes.plot(steps, values, ".-", color=colour, label=label)
     last = np.isfinite(values).nonzero()[0][-1]
-    how: dict[str, Any] = dict(textcoords="offset points", va="center", color=colour, fontsize=9)
-    axes.annotate(f"{values[last]:.3g}", (steps[last], values[last]), (6, 0), **how)
+    axes.annotate(
+        f"{values[last]:.3g}",
+        (steps[last], values[last]),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour,
+        fontsize=9,
+    )

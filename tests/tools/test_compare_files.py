@@ -29,6 +29,7 @@ from compare_cases import (  # noqa: E402
 
 from fastkl.tools.compare import inputs, loading, report  # noqa: E402
 from fastkl.tools.errors import UseError  # noqa: E402
+from fastkl.tools.files import find_texts  # noqa: E402
 
 TEMPLATE = "{% for each in messages %}<s>{{ each['role'] + ': ' + each['content'] }}\n{% endfor %}"
 CHAT = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on a mat"}]
@@ -123,7 +124,7 @@ def test_folders_patterns_and_standard_input(files, tmp_path, monkeypatch, capsy
         ("**/*.txt", "[1].txt a.txt b.txt deep/c.txt"),
         ("[1].txt", "[1].txt"),
     ):
-        found = inputs.files([tmp_path / given])
+        found = find_texts([tmp_path / given])
         assert found == tuple(tmp_path / name for name in expected.split())
     expected = compare(files, files.a, files.b, text=files.text[:1])[1]
     content = files.text[0].read_bytes()

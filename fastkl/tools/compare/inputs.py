@@ -1,61 +1,21 @@
-"""Texts to tokens: the files that --text names, their documents, and the tokenizers' ids."""
+"""Texts to tokens: the documents of the files that --text names, and the tokenizers' ids."""
 
-import glob
 import itertools
 import json
 import math
 import os
 import sys
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from ..errors import UseError, told
-from ..files import check_writable
+from ..files import STDIN
 
-# A file of this name is none: standard input as a text, standard output as an output.
-STDIN = STDOUT = Path("-")
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
-
-# ---- files
-
-
-def files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """List the files that paths, folders and patterns stand for, each group sorted by name.
-
-    A folder stands for the files directly in it that are not hidden.
-    """
-    found: list[Path] = []
-    for path in paths:
-        group = [path]
-        # os.path returns False where pathlib raises, as for a name that is too long.
-        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
-            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
-            names = glob.glob(pattern, recursive=True)
-            group = sorted(Path(name) for name in names if os.path.isfile(name))
-        if not group:
-            remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
-            raise UseError("--text", "files with text", repr(str(path)), remedy)
-        found += group
-    return tuple(found)
-
-
-def check_files(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
-    """Refuse outputs that cannot be written, and a file with two uses."""
-    uses = [*(("--text", path) for path in texts), ("--html", html), ("--json", json)]
-    seen: set[object] = set()
-    for option, path in uses:
-        if path is not None:
-            place = (option == "--text") if path == STDIN else os.path.realpath(path)
-            got, remedy = repr(str(path)), "choose another name"
-            if place in seen:
-                raise UseError(option, "a file that has no other use", got, remedy)
-            seen.add(place)
-            if option != "--text" and path != STDOUT:
-                with told(option, "a file in a folder that can be written to", got, remedy):
-                    check_writable(path)
-
 
 # ---- documents
 
@@ -65,18 +25,26 @@ def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
 
     A document is a whole file, or a line of a .jsonl file.
     """
-    remedy = "check the name, or convert the file"
-    with told("--text", "UTF-8 text in a file that can be read", repr(str(path)), remedy):
+    with told(
+        "--text",
+        "UTF-8 text in a file that can be read",
+        repr(str(path)),
+        "check the name, or convert the file",
+    ):
         content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         text = content.decode("utf-8-sig")
     if path.suffix.lower() != ".jsonl":
         yield "", text, False
         return
-    remedy = "correct it, add a chat template, or rename the file to .txt to compare its characters"
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            where = f"line {number} of {str(path)!r}"
-            with told("--text", f"lines of the form {SHAPES}", where, remedy):
+            with told(
+                "--text",
+                f"lines of the form {SHAPES}",
+                f"line {number} of {str(path)!r}",
+                "correct it, add a chat template, or rename the file to .txt to compare its "
+                "characters",
+            ):
                 found, chat = _entry(json.loads(line), tokenizer)
                 found.encode()  # no half of a character
             yield f"#{number}", found, chat
@@ -105,18 +73,21 @@ class TextTokenizer:
         starts = [at for at in range(len(full)) if full[at : at + len(alone)] == alone]
         self.prefix: list[int] = full[: starts[0]] if alone and starts else []
 
-    def encode(self, text: str) -> tuple[list[int], list[str], list[int]]:
+    def encode(
+        self, text: str, before: Sequence[int] = ()
+    ) -> tuple[list[int], list[str], list[int]]:
         """Return (ids, the text of each, the offset where each begins).
 
         The texts put together are the whole, whatever the tokenizer drops; of tokens that share a
-        character the first has it.
+        character the first has it. before: ids in front, which have no text.
         """
         options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         encoded = self.own(text, **options)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
         texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
-        return ids, texts, [start for start, _ in offsets]
+        starts = [0] * len(before) + [start for start, _ in offsets]
+        return [*before, *ids], [""] * len(before) + texts, starts
 
     def label(self, token: int) -> str:
         """Return a token as it reads; a part of a character as the tokenizer spells it."""
@@ -161,24 +132,13 @@ def shared_vocabulary(
 
 
 def _another(got: str) -> UseError:
-    remedy = (
+    return UseError(
+        "MODEL_B",
+        "the tokenizer of MODEL_A",
+        got[:200],
         "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
-        "trained on A's tokens, choose --tokenizer A"
+        "trained on A's tokens, choose --tokenizer A",
     )
-    return UseError("MODEL_B", "the tokenizer of MODEL_A", got[:200], remedy)
-
-
-class Document(NamedTuple):
-    """A document's tokens, special ones in front included; those from `first` on have a value.
-
-    lines, texts: of each token, from line 1; the texts put together are the document.
-    """
-
-    name: str
-    first: int
-    ids: list[int]
-    lines: list[int]
-    texts: list[str]
 
 
 def read_document(
@@ -187,58 +147,70 @@ def read_document(
     chat: bool,
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
-) -> Document:
-    """Tokenize a document.
+) -> pd.DataFrame:
+    """Return a table with a row for each token of a document, special ones in front included.
 
-    An error where the tokenizers differ on it, or a model lacks one of its tokens.
+    Columns: document, its name; id; line, from 1; text, which put together are the document;
+    scored, False for tokens without a value. An error where the tokenizers differ on it, or a model
+    lacks one of its tokens.
     """
-    letter, first = next(iter(tokenizers.items()))
-    _, texts, starts = first.encode(text)
+    # A chat template writes the special tokens, or none.
     read = {
-        letter: [*([] if chat else tokenizer.prefix), *tokenizer.encode(text)[0]]
+        letter: tokenizer.encode(text, [] if chat else tokenizer.prefix)
         for letter, tokenizer in tokenizers.items()
     }
-    newlines = [at for at, character in enumerate(text) if character == "\n"]
-    lines = [1 + bisect_left(newlines, at) for at in starts]
-    added = 0 if chat else len(first.prefix)
-    ids, lines, texts = read[letter], [1] * added + lines, [""] * added + texts
-    # A chat template writes the special tokens, or none.
-    context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
-    for letter, found in read.items():
-        alone = [at for at in found if at >= vocabulary.size or at in vocabulary.unshared]
+    for letter, (ids, _, _) in read.items():
+        alone = [at for at in ids if at >= vocabulary.size or at in vocabulary.unshared]
         if alone:
-            label, other = tokenizers[letter].label(alone[0]), "AB"[letter == "A"]
-            got = f"{label!r} in {name!r}, the token {alone[0]} of {letter} alone"
-            remedy = f"leave it out of the text, or read it with --tokenizer {other}"
-            raise UseError("--text", "text in tokens that both models have", got, remedy)
-    for pair in itertools.zip_longest(*read.values()):
+            label = tokenizers[letter].label(alone[0])
+            raise UseError(
+                "--text",
+                "text in tokens that both models have",
+                f"{label!r} in {name!r}, the token {alone[0]} of {letter} alone",
+                f"leave it out of the text, or read it with --tokenizer {'AB'[letter == 'A']}",
+            )
+    (ids, texts, starts), first = next(iter(read.values())), next(iter(tokenizers.values()))
+    for pair in itertools.zip_longest(*(ids for ids, _, _ in read.values())):
         if pair[0] != pair[-1]:
             in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
             raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
-    return Document(name, max(1, context), ids, lines, texts)
+    newlines = [at for at, character in enumerate(text) if character == "\n"]
+    context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
+    return pd.DataFrame(
+        {
+            "document": name,
+            "id": ids,
+            "line": 1 + np.searchsorted(newlines, starts),
+            "text": texts,
+            "scored": np.arange(len(ids)) >= max(1, context),
+        }
+    )
 
 
 def read(
     paths: Iterable[Path],
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
-) -> tuple[list[Document], list[Path]]:
+) -> tuple[list[pd.DataFrame], list[Path]]:
     """Return the documents of at least 2 tokens, and the files that hold none."""
     tokenizer, found, skipped = next(iter(tokenizers.values())), [], []
-    folders = [path.absolute().parent for path in paths if path != STDIN]
-    base = os.path.commonpath(folders or [Path()])
+    base = os.path.commonpath([p.absolute().parent for p in paths if p != STDIN] or [Path()])
     for path in paths:
         name = "-" if path == STDIN else readable(os.path.relpath(path, base))
         made = [
             read_document(name + suffix, text, chat, tokenizers, vocabulary)
             for suffix, text, chat in documents(path, tokenizer.own)
         ]
-        long = [document for document in made if len(document.ids) > document.first]
+        long = [document for document in made if document["scored"].any()]
         found += long
         skipped += [] if long else [path]
     if not found:
-        got = f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}"
-        raise UseError("--text", "files with text", got, "check the names")
+        raise UseError(
+            "--text",
+            "files with text",
+            f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}",
+            "check the names",
+        )
     return found, skipped
 
 

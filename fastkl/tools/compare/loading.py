@@ -46,12 +46,12 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
 
     16-bit operands are widened, so each product is exact.
     """
-    hidden, step = hidden.float(), max(1, WIDENED // head.weight.shape[1])
-    out = torch.empty(hidden.shape[0], vocabulary, device=hidden.device)
-    for low in range(0, vocabulary, step):
-        rows = slice(low, min(low + step, vocabulary))
-        bias = None if head.bias is None else head.bias[rows].float()
-        out[:, rows] = F.linear(hidden, head.weight[rows].float(), bias)
+    hidden, step = hidden.float(), max(1, WIDENED // hidden.shape[1])
+    out = torch.cat(
+        [F.linear(hidden, rows.float()) for rows in head.weight[:vocabulary].split(step)], -1
+    )
+    if head.bias is not None:
+        out += head.bias[:vocabulary]
     out *= head.logit_scale
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
@@ -79,11 +79,19 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 
 
 class Model:
-    """A loaded causal language model, and its head, which gives the model's own logits."""
+    """A loaded causal language model, and its head, which gives the model's own logits.
+
+    about: for the report, its class, type and the form of its head.
+    """
 
     def __init__(self, checkpoint: "Checkpoint", model: Any) -> None:
-        self.checkpoint, self.class_name = checkpoint, type(model).__name__
-        self.dtype, self.device = model.dtype, model.device
+        self.checkpoint, self.device = checkpoint, model.device
+        about = {
+            "name": readable(checkpoint.name),
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "adapter": checkpoint.adapter,
+        }
         output = model.get_output_embeddings()
         modules = {module: name for name, module in model.named_modules()}
         if model.base_model is model and hasattr(model, "get_decoder"):
@@ -94,21 +102,19 @@ class Model:
         if own is not output:
             # The base's layer shows what follows the product, which an adapter does not change.
             model.set_output_embeddings(own)
-        expected, remedy = "a model whose lm_head makes its logits", "choose another model"
-        with told(checkpoint.argument, expected, repr(checkpoint.name), remedy):
+        with told(
+            checkpoint.argument,
+            "a model whose lm_head makes its logits",
+            repr(checkpoint.name),
+            "choose another model",
+        ):
             self.backbone, self.head = head_of(model)
         if own is not output:
             start = f"base_model.model.{modules[output]}."
             saved = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
             changed = widened(output, saved)
             self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
-
-    def about(self) -> dict[str, Any]:
-        return {
-            "name": readable(self.checkpoint.name),
-            "class": self.class_name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "adapter": self.checkpoint.adapter,
+        self.about = about | {
             "vocabulary": len(self.head.weight),
             "logit_scale": self.head.logit_scale,
             "logit_softcap": self.head.softcap,
@@ -128,9 +134,12 @@ class Model:
         ids = ids[:CHECKED_TOKENS]
         whole, half = (self.hidden(part).float() for part in (ids, ids[: (len(ids) + 1) // 2]))
         if (half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max():
-            got = f"{self.checkpoint.name!r}, whose logits depend on tokens that follow"
-            remedy = "choose a model that reads from left to right"
-            raise UseError(self.checkpoint.argument, "a causal LM", got, remedy)
+            raise UseError(
+                self.checkpoint.argument,
+                "a causal LM",
+                f"{self.checkpoint.name!r}, whose logits depend on tokens that follow",
+                "choose a model that reads from left to right",
+            )
 
 
 # ---- checkpoints
@@ -151,9 +160,12 @@ class Checkpoint:
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
-        expected = "a folder that save_pretrained wrote, or a hub name"
-        remedy = "check the name; an adapter needs its base, and pip install peft"
-        with told(argument, expected, repr(name), remedy):
+        with told(
+            argument,
+            "a folder that save_pretrained wrote, or a hub name",
+            repr(name),
+            "check the name; an adapter needs its base, and pip install peft",
+        ):
             # A whole model may have an adapter beside it.
             whole = any(has_file(name, each) for each in WEIGHTS)
             if not whole and find_adapter_config_file(name) is not None:
@@ -169,22 +181,26 @@ class Checkpoint:
                 self.source, trust_remote_code=False
             )
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
-        self.rows: int | None = max(rows, default=size)
+        self.rows: int | None = max(
+            rows, default=getattr(self.config.get_text_config(), "vocab_size", None)
+        )
 
     def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
-        expected = "a fast tokenizer that can be loaded"
-        with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):
+        with told(
+            self.argument,
+            "a fast tokenizer that can be loaded",
+            repr(self.name),
+            "save a tokenizer.json there",
+        ):
             own = not self.adapter or has_file(self.name, "tokenizer_config.json")
             name, auto = self.name if own else self.source, transformers.AutoTokenizer
             return TextTokenizer(auto.from_pretrained(name, trust_remote_code=False))
 
     def load(self, dtype: str, device: str) -> Model:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
-        architecture = (self.config.architectures or [""])[0]
         # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
-        images = architecture.endswith("ForConditionalGeneration")
+        images = (self.config.architectures or [""])[0].endswith("ForConditionalGeneration")
         kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
         with told(self.argument, "a causal LM", repr(self.source), "choose a ...ForCausalLM"):
             model, info = getattr(transformers, kind).from_pretrained(
@@ -194,10 +210,13 @@ class Checkpoint:
             if lacking:
                 raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
         if self.adapter:  # beside the layers, unmerged
-            expected = f"an adapter that fits its base model {self.source!r}"
-            remedy = "pass the base that it was trained on"
             with (
-                told(self.argument, expected, repr(self.name), remedy),
+                told(
+                    self.argument,
+                    f"an adapter that fits its base model {self.source!r}",
+                    repr(self.name),
+                    "pass the base that it was trained on",
+                ),
                 warnings.catch_warnings(),
             ):
                 import peft

@@ -20,9 +20,9 @@ from fastkl.rl import KLMonitor
 
 from ..console import progress
 from ..errors import UseError
-from ..files import json_text, write_whole
+from ..files import STDOUT, json_text, write_whole
 from . import inputs, report
-from .inputs import STDOUT, Document, Vocabulary, readable
+from .inputs import Vocabulary, readable
 from .loading import Checkpoint, Model, head_logits
 
 # At most this many tokens of context where --context is left out.
@@ -44,32 +44,39 @@ def choose_windows(settings: Namespace, configs: Iterable[Any]) -> tuple[int, in
     limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
     context = settings.context or min(DEFAULT_CONTEXT, limit)
     if context > limit:
-        expected = f"at most {limit} (max_position_embeddings)"
-        raise UseError("--context", expected, str(context), f"--context {limit} or less")
+        raise UseError(
+            "--context",
+            f"at most {limit} (max_position_embeddings)",
+            str(context),
+            f"--context {limit} or less",
+        )
     overlap = context // 4 if settings.overlap is None else settings.overlap
     if overlap >= context:
-        expected = f"fewer tokens than --context ({context})"
-        remedy = "a smaller --overlap, or a larger --context"
-        raise UseError("--overlap", expected, str(overlap), remedy)
+        raise UseError(
+            "--overlap",
+            f"fewer tokens than --context ({context})",
+            str(overlap),
+            "a smaller --overlap, or a larger --context",
+        )
     return context, overlap
 
 
-def windows(document: Document, context: int, overlap: int) -> Iterator[tuple[int, int, int]]:
+def windows(first: int, count: int, context: int, overlap: int) -> Iterator[tuple[int, int, int]]:
     """Yield (start, first, last): reading start … last - 2 gives distributions of first … last - 1.
 
     A window reads at most `context` tokens, beginning with the last `overlap` of the one before;
-    every token is scored in exactly one.
+    every token from `first` to `count` - 1 is scored in exactly one.
     """
-    start, first = 0, document.first
-    while first < len(document.ids):
-        last = min(start + context + 1, len(document.ids))
+    start = 0
+    while first < count:
+        last = min(start + context + 1, count)
         yield start, first, last
         start, first = last - 1 - overlap, last
 
 
 @torch.inference_mode()
 def measure(
-    documents: Sequence[Document],
+    documents: Sequence[pd.DataFrame],
     loads: Sequence[Callable[[], Model]],
     vocabulary: Vocabulary,
     context: int,
@@ -80,33 +87,29 @@ def measure(
     One model is loaded after the other. A's hidden states wait on the CPU, and only its head stays
     in memory.
     """
-    spans = [(each, *span) for each in documents for span in windows(each, context, overlap)]
+    spans = []
+    for document in documents:
+        ids, first = torch.tensor(document["id"].to_numpy()), int((~document["scored"]).sum())
+        spans += [(ids, *span) for span in windows(first, len(ids), context, overlap)]
     heads, about, states = [], [], []
     for letter, load in zip("AB", loads, strict=True):
         model, found = load(), []
-        model.check(torch.tensor(documents[0].ids[:context]))
-        for document, start, first, last in progress(spans, f"model {letter}"):
-            ids = torch.tensor(document.ids[start : last - 1])
-            found.append(model.hidden(ids)[first - 1 - start :].cpu())
+        model.check(spans[0][0][:context])
+        for ids, start, first, last in progress(spans, f"model {letter}"):
+            found.append(model.hidden(ids[start : last - 1])[first - 1 - start :].cpu())
         states.append(found)
         heads.append(model.head)
-        about.append(model.about())
+        about.append(model.about)
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    parts = []
-    for (document, _, first, last), *hidden in zip(spans, *states, strict=True):
-        device = heads[0].weight.device
-        tokens = torch.tensor(document.ids[first:last], device=device)
-        moved = [each.to(device) for each in hidden]
-        parts.append(pd.DataFrame(token_values(heads, moved, tokens, vocabulary)))
-    frames = [
-        pd.DataFrame(dict(document=name, id=ids, line=lines, text=texts))
-        for name, _, ids, lines, texts in documents
+    device = heads[0].weight.device
+    parts = [
+        token_values(heads, [each.to(device) for each in hidden], ids[first:last], vocabulary)
+        for (ids, _, first, last), *hidden in zip(spans, *states, strict=True)
     ]
-    table = pd.concat(frames, ignore_index=True)
-    scored = np.concatenate([np.arange(len(each.ids)) >= each.first for each in documents])
-    return table.join(pd.concat(parts).set_index(table.index[scored])), about
+    table = pd.concat(documents, ignore_index=True)
+    return table.join(pd.concat(parts).set_index(table.index[table["scored"]])), about
 
 
 def token_values(
@@ -114,34 +117,38 @@ def token_values(
     hidden: Sequence[torch.Tensor],
     tokens: torch.Tensor,
     vocabulary: Vocabulary,
-) -> dict[str, np.ndarray]:
+) -> pd.DataFrame:
     """Compute columns of values from hidden states [n, H] of A and B and the tokens [n] after them.
 
     The logits are float32 for 16-bit models, too (linear_token_stats' logits_dtype=torch.float32),
     and are made once: statistics and mixture read the same block. Tokens that are not compared have
     probability 0.
     """
-    step = max(1, BLOCK_LOGITS.get(tokens.device.type, 1 << 27) // vocabulary.size)
-    none = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long, device=tokens.device)
+    device = hidden[0].device
+    step = max(1, BLOCK_LOGITS.get(device.type, 1 << 27) // vocabulary.size)
+    none = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long, device=device)
     blocks = []
-    for low in range(0, len(tokens), step):
-        at = slice(low, low + step)
+    for *states, following in zip(*(each.split(step) for each in (*hidden, tokens)), strict=True):
         logits_a, logits_b = (
-            head_logits(head, states[at], vocabulary.size).index_fill_(1, none, -math.inf)
-            for head, states in zip(heads, hidden, strict=True)
+            head_logits(head, each, vocabulary.size).index_fill_(1, none, -math.inf)
+            for head, each in zip(heads, states, strict=True)
         )
-        blocks.append(block_values(logits_a, logits_b, tokens[at]))
-    values = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        blocks.append(block_values(logits_a, logits_b, following.to(device)))
+    values = pd.concat(blocks)
     for letter in "ab":
-        if np.isnan(values[f"logprob_{letter}"]).any():
-            remedy = "--dtype float32 or bfloat16"
-            raise UseError(f"MODEL_{letter.upper()}", "finite logits", "NaN on this text", remedy)
+        if values[f"logprob_{letter}"].isna().any():
+            raise UseError(
+                f"MODEL_{letter.upper()}",
+                "finite logits",
+                "NaN on this text",
+                "--dtype float32 or bfloat16",
+            )
     return values
 
 
 def block_values(
     logits_a: torch.Tensor, logits_b: torch.Tensor, tokens: torch.Tensor
-) -> dict[str, np.ndarray]:
+) -> pd.DataFrame:
     """Compute columns of values from logits [n, V]."""
     top_a, top_b = logits_a.argmax(-1), logits_b.argmax(-1)
     stats = fastkl.token_stats(logits_a, tokens, logits_b)
@@ -162,7 +169,7 @@ def block_values(
     }
     # One copy from the device; float64 holds a token's id as well.
     stacked = torch.stack([column.double() for column in columns.values()]).cpu().numpy()
-    return dict(zip(columns, stacked, strict=True))
+    return pd.DataFrame(dict(zip(columns, stacked, strict=True)))
 
 
 def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
@@ -181,8 +188,8 @@ def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
 def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
     """Compute means and exact quantiles over all tokens with values."""
     scored = tokens[tokens["kl_ab"].notna()]
-    means = ["same_top1", *MEANS[len(DIVERGENCES) :]]
-    summary: dict[str, Any] = {"tokens": len(scored), **scored[means].mean().to_dict()}
+    means = scored[["same_top1", *MEANS[len(DIVERGENCES) :]]].mean()
+    summary: dict[str, Any] = {"tokens": len(scored), **means.to_dict()}
     for name in DIVERGENCES:
         figures = KLMonitor(spike=False).update(torch.from_numpy(np.array(scored[name].abs())))
         summary[name] = {key: figures[f"kl/{key}"] for key in ("mean", "p50", "p95", "p99", "max")}
@@ -195,8 +202,12 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
     texts = tokens.groupby(keys, sort=False)["text"].agg("".join).str.strip().str[:80]
     groups = tokens[tokens["kl_ab"].notna()].reset_index().groupby(keys, sort=False)
     units = groups[[*DIVERGENCES, "same_top1"]].mean()
-    largest, first = groups["kl_ab"].max(), groups["index"].first()
-    units = units.assign(max_kl_ab=largest, tokens=groups.size(), index=first, text=texts)
+    units = units.assign(
+        max_kl_ab=groups["kl_ab"].max(),
+        tokens=groups.size(),
+        index=groups["index"].first(),
+        text=texts,
+    )
     units = units.sort_values("kl_ab", ascending=False, kind="stable").reset_index()
     found: list[dict[str, Any]] = units[: limit if by == "line" else None].to_dict("records")
     return found
@@ -214,21 +225,24 @@ def worst_tokens(
     for at, row in scored.sort_values("kl_ab", ascending=False, kind="stable")[:limit].iterrows():
         near = tokens[max(0, at - around) : at + 1 + around]
         near = near[near["document"] == row["document"]]["text"]
-        entry = {
-            "index": at,
-            "document": row["document"],
-            "line": row["line"],
-            "token": row["text"] or label(row["id"]),
-            "before": "".join(near[near.index < at]),
-            "after": "".join(near[near.index > at]),
-            **{name: row[name] for name in MEANS},
-        }
-        for letter in "ab":
-            entry[f"expected_{letter}"] = {
-                "token": label(int(row[f"top_{letter}"])),
-                "probability": math.exp(row[f"top_logprob_{letter}"]),
+        entries.append(
+            {
+                "index": at,
+                "document": row["document"],
+                "line": row["line"],
+                "token": row["text"] or label(row["id"]),
+                "before": "".join(near[near.index < at]),
+                "after": "".join(near[near.index > at]),
+                **{name: row[name] for name in MEANS},
+                **{
+                    f"expected_{letter}": {
+                        "token": label(int(row[f"top_{letter}"])),
+                        "probability": math.exp(row[f"top_logprob_{letter}"]),
+                    }
+                    for letter in "ab"
+                },
             }
-        entries.append(entry)
+        )
     return entries
 
 
@@ -244,8 +258,10 @@ def run_compare(settings: Namespace) -> int:
     tokenizer, tokens, result = compare(settings)
     result["seconds"] = time.perf_counter() - start
     label = functools.lru_cache(1 << 16)(tokenizer.label)
-    files: dict[Path | None, Iterable[str]] = {settings.json: [json_text(result)]}
-    files[settings.html] = report.page(result, tokens, label)
+    files: dict[Path | None, Iterable[str]] = {
+        settings.json: [json_text(result)],
+        settings.html: report.page(result, tokens, label),
+    }
     outputs = [path for path in files if path]
     for path in outputs:
         if path == STDOUT:
@@ -275,9 +291,12 @@ def compare(
     )
     for model in models.values():
         if model.rows is not None and model.rows < vocabulary.size:
-            expected = f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids"
-            remedy = "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer"
-            raise UseError(model.argument, expected, f"{model.rows} in {model.name!r}", remedy)
+            raise UseError(
+                model.argument,
+                f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids",
+                f"{model.rows} in {model.name!r}",
+                "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
+            )
     documents, skipped = inputs.read(settings.text, tokenizers, vocabulary)
     loads = [
         functools.partial(model.load, settings.dtype, settings.device) for model in models.values()

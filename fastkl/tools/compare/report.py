@@ -26,7 +26,7 @@ NAMED = 8
 
 def visible(text: str) -> str:
     """Put a text on one line, safe to print: characters that a terminal obeys are shown instead."""
-    shown = text.replace("\n", "↵").replace("\t", "⇥")
+    shown = text.translate({ord("\n"): "↵", ord("\t"): "⇥"})
     return "".join(each if each.isprintable() else "·" for each in shown)
 
 
@@ -35,16 +35,14 @@ def quoted(token: str) -> str:
     return f"'{visible(token)[:24]}'"
 
 
-def expected(entry: dict[str, Any], letter: str) -> str:
-    """Format the most likely token at an entry's place, and its probability."""
-    likely = entry[f"expected_{letter}"]
-    return f"{quoted(likely['token'])} {percent(likely['probability'])}"
+def expected(token: str, probability: float) -> str:
+    """Format the most likely token at a place, and its probability."""
+    return f"{quoted(token)} {percent(probability)}"
 
 
 def place(entry: dict[str, Any]) -> str:
     """Format file and line."""
-    line = f":{entry['line']}" if "line" in entry else ""
-    return f"{visible(entry['document'])}{line}"
+    return visible(entry["document"]) + (f":{entry['line']}" if "line" in entry else "")
 
 
 def sentence(report: dict[str, Any]) -> str:
@@ -63,8 +61,8 @@ def sentence(report: dict[str, Any]) -> str:
         f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects "
         f"another next token at {percent(1 - summary['same_top1'], 1)} of {count:,} "
         f"token{'s' * (count > 1)}; the largest KL is {worst['kl_ab']:.3g}, at "
-        f"{quoted(worst['token'])} in {place(worst)}, where A expects {expected(worst, 'a')} and B "
-        f"{expected(worst, 'b')}."
+        f"{quoted(worst['token'])} in {place(worst)}, where A expects "
+        f"{expected(**worst['expected_a'])} and B {expected(**worst['expected_b'])}."
     )
 
 
@@ -73,9 +71,10 @@ def text_line(report: dict[str, Any]) -> str:
     text = report["text"]
     named = {}
     for letter, tokens in text["left_out"].items():
-        quotes = [quoted(entry["token"]) for entry in tokens[:NAMED]]
-        more = ", …" if len(tokens) > NAMED else ""
-        named[letter] = f"{len(tokens):,} ({', '.join(quotes)}{more})" if tokens else ""
+        quotes = [quoted(entry["token"]) for entry in tokens[:NAMED]] + ["…"] * (
+            len(tokens) > NAMED
+        )
+        named[letter] = f"{len(tokens):,} ({', '.join(quotes)})" if tokens else ""
     rows = {model["vocabulary"] for model in report["models"]} - {text["vocabulary"]}
     facts = {
         "files": visible(", ".join(text["files"]))
@@ -134,7 +133,7 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     for entry in report["top"]:
         before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
         excerpt = f"{before[-24:]:>24}«{token[:24]}»{after}"
-        both = (expected(entry, letter) for letter in "ab")
+        both = (expected(**entry[f"expected_{letter}"]) for letter in "ab")
         rows.append([f"{entry['kl_ab']:.3g}", place(entry), *both, excerpt])
     title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
     yield title, "><<<<", rows
@@ -205,8 +204,10 @@ def page(
     yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
     yield f"<pre>{clean(text_report(report, 150))}</pre>\n"
     for name, kind in ((f"{report['by']}s", "units"), ("tokens", "top")):
-        entries = report[kind][: report["shown"]]
-        links = (f'<a href="#t{each["index"]}">{clean(place(each))}</a>' for each in entries)
+        links = (
+            f'<a href="#t{each["index"]}">{clean(place(each))}</a>'
+            for each in report[kind][: report["shown"]]
+        )
         yield f"<p>The worst {name}: {', '.join(links)}</p>\n"
     yield (
         "<h2>The text, coloured by KL(A‖B)</h2>\n"
@@ -233,10 +234,8 @@ def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[i
     mark = " n" if "\n" in row.text else "" if row.text else " e"
     anchor = f' id="t{row.Index}"' if anchored else ""
     numbers = " ".join(f"{getattr(row, name):.3g}" for name in SHOWN)
-    likely = {
-        "a": f"{quoted(label(int(row.top_a)))} {percent(math.exp(row.top_logprob_a))}",
-        "b": f"{quoted(label(int(row.top_b)))} {percent(math.exp(row.top_logprob_b))}",
-    }
-    expects = "".join(f' data-{letter}="{clean(text)}"' for letter, text in likely.items())
-    level = f"k{bisect_left(bounds, row.kl_ab)}{mark}"
-    return f'<b class="{level}"{anchor} data-v="{numbers}"{expects}>{clean(row.text)}</b>'
+    expects_a = expected(label(int(row.top_a)), math.exp(row.top_logprob_a))
+    expects_b = expected(label(int(row.top_b)), math.exp(row.top_logprob_b))
+    data = f'data-v="{numbers}" data-a="{clean(expects_a)}" data-b="{clean(expects_b)}"'
+    level = bisect_left(bounds, row.kl_ab)
+    return f'<b class="k{level}{mark}"{anchor} {data}>{clean(row.text)}</b>'

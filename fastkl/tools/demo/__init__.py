@@ -6,7 +6,7 @@ raises a reward that is easy to hack, once without and once with the exact KL pe
 shows what the penalty is for. With `--algorithm distill` the reference is the teacher of a smaller
 model instead, by three divergences side by side.
 
-In reading order: this file, corpus, model, training, report, distill.
+In reading order: this file, corpus, model, training, distill, report.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ PIECES = r"\n[ ]*| ?\w+| ?[^\s\w]+|\s+"
 
 
 class Corpus(NamedTuple):
-    """Token streams [n] int64 on the CPU: files in a fixed order, END_OF_FILE after each.
+    """Token streams [n] int64 on the CPU: texts of files in a fixed order, END_OF_FILE after each.
 
     held_out comes from other files than train. rewarded, new_line: bool [V], True for tokens that
     the reward counts, and for tokens that begin a line.
@@ -44,8 +44,7 @@ class Corpus(NamedTuple):
 
     tokenizer: Tokenizer
     vocabulary: int
-    files: int
-    characters: int
+    texts: list[str]
     train: torch.Tensor
     held_out: torch.Tensor
     rewarded: torch.Tensor
@@ -70,8 +69,7 @@ def build_corpus(settings: Settings) -> Corpus:
     # A naive proxy for object-oriented code: how often does a sample say `self`?
     rewarded = torch.tensor([word.strip() == REWARDED_WORD for word in words])
     new_line = torch.tensor([word.startswith("\n") for word in words])
-    size = sum(map(len, texts))
-    return Corpus(tokenizer, vocabulary, len(texts), size, train, held_out, rewarded, new_line)
+    return Corpus(tokenizer, vocabulary, texts, train, held_out, rewarded, new_line)
 
 
 def load_texts(characters: int) -> list[str]:
@@ -113,13 +111,15 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_FILE],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    tokenizer.train_from_iterator(
+        progress(texts, "BPE tokenizer"),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END_OF_FILE],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     )
-    tokenizer.train_from_iterator(progress(texts, "BPE tokenizer"), trainer)
     return tokenizer
 
 

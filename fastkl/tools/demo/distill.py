@@ -6,7 +6,6 @@ is the lesson.
 
 import dataclasses
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from matplotlib.figure import Figure
 from fastkl import linear_divergence
 
 from ..console import table
-from ..files import json_text, write_whole
 from . import Settings
-from .corpus import build_corpus, windows
+from .corpus import Corpus, windows
 from .model import LanguageModel, train_reference
 
 # Divergences by their names here: that of fastkl.linear_divergence, and whether the teacher is P.
@@ -63,15 +61,10 @@ def masses(teacher: LanguageModel, student: LanguageModel, tokens: torch.Tensor)
     return [(a * (a > 10.0 * b)).sum(-1).mean().item() for a, b in ((p, q), (q, p))]
 
 
-def run_demo(settings: Settings, out: Path) -> int:
-    """Train the teacher and the students, print the report, and write the files into `out`.
-
-    These are curves.png, report.txt and report.json, each whole or not at all. Returns the exit
-    code.
-    """
-    torch.set_num_threads(settings.threads)
-    corpus = build_corpus(settings)
-    teacher, _ = train_reference(corpus, settings)
+def distill(
+    teacher: LanguageModel, corpus: Corpus, settings: Settings, numbers: dict[str, Any]
+) -> tuple[str, dict[str, bytes]]:
+    """Train the students; return the report and curves.png, and add to `numbers`."""
     small = dataclasses.replace(settings, reference_steps=settings.steps, **STUDENT)
     text = windows(
         corpus.held_out,
@@ -82,32 +75,22 @@ def run_demo(settings: Settings, out: Path) -> int:
     curves, final = {name: list[list[float]]() for name in LOSSES}, dict[str, list[float]]()
     for name in LOSSES:
 
-        def backward(student: LanguageModel, batch: torch.Tensor, name: str = name) -> float:
+        def loss(student: LanguageModel, batch: torch.Tensor, name: str = name) -> torch.Tensor:
             curves[name].append(masses(teacher, student, text))
-            (loss := divergence(teacher, student, batch[:, :-1], name)).backward()
-            return loss.item()
+            return divergence(teacher, student, batch[:, :-1], name)
 
-        student, _ = train_reference(corpus, small, backward, f"student, {name}")
+        student, _ = train_reference(corpus, small, loss, f"student, {name}")
         final[name] = [
             *(divergence(teacher, student, text, of).item() for of in LOSSES),
             *masses(teacher, student, text),
         ]
+    numbers |= {"curves": curves, "final": final}
     rows = (
         [name, *(f"{x:.3f}" for x in found[:3]), *(f"{x:.1%}" for x in found[3:])]
         for name, found in final.items()
     )
     said = "\n".join([*table([COLUMNS, *rows], "<>>>>>"), LESSON])
-    files = {
-        "curves.png": picture(curves),
-        "report.txt": (said + "\n").encode(),
-        "report.json": json_text(
-            dict(configuration=dataclasses.asdict(settings), curves=curves, final=final)
-        ).encode(),
-    }
-    for name, content in files.items():
-        write_whole(out / name, content)
-    print(f"{said}\n\nwrote {', '.join(files)} into {out}")
-    return 0
+    return said, {"curves.png": picture(curves)}
 
 
 def picture(curves: dict[str, list[list[float]]]) -> bytes:

@@ -1,8 +1,7 @@
 """A small transformer: its training on the corpus, samples from it, and its checkpoint."""
 
-import json
+from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +9,16 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
+import fastkl
+
 from ..console import progress
-from ..files import write_whole
+from ..files import json_text
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, windows
 
 # Keys and values of the positions so far, by layer.
 Cache = dict[int, tuple[torch.Tensor, torch.Tensor]]
 ROTARY_BASE = 10_000.0
-# Rows of logits at a time: with more, page faults cost a CPU more than the arithmetic.
-ROWS_PER_CHUNK = 256
 WARM_UP_STEPS = 10
 # Learning rate of the blocks, which start as the identity, over that of embedding and head.
 BLOCK_RATE = 3.0
@@ -27,28 +26,32 @@ BIGRAM_SMOOTHING = 5.0
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer with GPT-J's architecture and, but for `qkv_proj`, its names.
+    """A decoder-only transformer with GPT-J's architecture and names: transformers reads it.
 
-    So transformers reads its checkpoint. Most of its parameters are the vocabulary's.
+    Most of its parameters are the vocabulary's.
     """
 
     def __init__(self, vocabulary: int, settings: Settings) -> None:
         super().__init__()
         width, size = settings.width, settings.width // settings.heads
-        wte = nn.Embedding(vocabulary, width)
-        h = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
-        self.transformer: Any = nn.ModuleDict(dict(wte=wte, h=h, ln_f=nn.LayerNorm(width)))
+        self.transformer: Any = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(vocabulary, width),
+                h=nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers)),
+                ln_f=nn.LayerNorm(width),
+            )
+        )
         self.lm_head = nn.Linear(width, vocabulary)
-        # Cosine and sine of each position's angle, for each pair of neighbouring entries.
+        # A complex number of each position for each pair of neighbouring entries.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
         angle = torch.arange(settings.context).float()[:, None] * frequency
-        rotation = torch.stack([angle.cos(), angle.sin()]).repeat_interleave(2, -1)
+        rotation = torch.polar(torch.ones_like(angle), angle)
         self.register_buffer("rotation", rotation, persistent=False)
 
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Return hidden states [B, T, H] of tokens [B, T] after those in the cache, which grows."""
         past = cache[0][0].shape[2] if cache else 0
-        rotation = self.get_buffer("rotation")[:, past : past + tokens.shape[1]]
+        rotation = self.get_buffer("rotation")[past : past + tokens.shape[1]]
         stream: torch.Tensor = self.transformer["wte"](tokens)
         for layer, block in enumerate(self.transformer["h"]):
             stream = block(stream, rotation, cache, layer)
@@ -67,39 +70,44 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.ln_1 = nn.LayerNorm(width)
-        qkv, out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attn: Any = nn.ModuleDict(
+            {f"{name}_proj": nn.Linear(width, width, bias=False) for name in ("q", "k", "v", "out")}
+        )
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc_in=nn.Linear(width, 4 * width),
+                act=nn.GELU("tanh"),
+                fc_out=nn.Linear(4 * width, width),
+            )
+        )
         # Each block starts as the identity: the model starts as its embedding and head alone.
-        for zero in (out.weight, down.weight, down.bias):
-            nn.init.zeros_(zero)
-        self.attn: Any = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=out))
-        self.mlp: Any = nn.ModuleDict(dict(fc_in=up, fc_out=down))
+        for name in ("attn.out_proj.weight", "mlp.fc_out.weight", "mlp.fc_out.bias"):
+            nn.init.zeros_(self.get_parameter(name))
 
     def forward(
         self, stream: torch.Tensor, rotation: torch.Tensor, cache: Cache | None, layer: int
     ) -> torch.Tensor:
         """Return the residual stream [B, T, H] after this block; rotation: of the T positions."""
-        B, T, H = stream.shape
-        normal = self.ln_1(stream)
-        qkv = self.attn["qkv_proj"](normal).view(B, T, 3, self.heads, H // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        normal, attn = self.ln_1(stream), self.attn
+        q, k, v = (
+            attn[name](normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         q, k = _rotated(q, rotation), _rotated(k, rotation)
         if cache is not None:
             if layer in cache:
                 k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
             cache[layer] = k, v
         # With a cache, every call but the first has one token, which sees all before it.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        mixed: torch.Tensor = self.attn["out_proj"](attended.transpose(1, 2).reshape(B, T, H))
-        up = F.gelu(self.mlp["fc_in"](normal), approximate="tanh")
-        down: torch.Tensor = self.mlp["fc_out"](up)
-        return stream + mixed + down
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=stream.shape[1] > 1)
+        stream = stream + attn["out_proj"](attended.transpose(1, 2).flatten(2)) + self.mlp(normal)
+        return stream
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Apply rotary position embeddings to queries or keys [B, heads, T, size]."""
-    across = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return x * rotation[0] + across * rotation[1]
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 @torch.no_grad()
@@ -119,54 +127,44 @@ def sample(
     return torch.cat(tokens, 1)
 
 
+def cross_entropy(model: LanguageModel, batch: torch.Tensor) -> torch.Tensor:
+    """Compute the mean cross-entropy of excerpts [B, T + 1], nats, from hidden states."""
+    hidden, head = model.hidden(batch[:, :-1]), model.lm_head
+    stats = fastkl.linear_token_stats(hidden, head.weight, batch[:, 1:], bias=head.bias)
+    return -stats.logprob.mean()
+
+
 def train_reference(
     corpus: Corpus,
     settings: Settings,
-    backward: Callable[[LanguageModel, torch.Tensor], float] | None = None,
+    loss_of: Callable[[LanguageModel, torch.Tensor], torch.Tensor] = cross_entropy,
     title: str = "reference",
 ) -> tuple[LanguageModel, list[float]]:
-    """Train on random excerpts of the corpus; return (model, loss per step in nats per token).
-
-    backward: returns the loss of excerpts [B, T + 1] and adds its gradient; default: cross-entropy.
-    """
+    """Train on random excerpts [B, T + 1] of the corpus; return (model, loss of each step)."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = LanguageModel(corpus.vocabulary, settings)
     start_from_bigrams(model, corpus.train)
     model.to(settings.device)
-    parts = model.transformer
-    tables = [*parts["wte"].parameters(), *model.lm_head.parameters()]
-    blocks = [*parts["h"].parameters(), *parts["ln_f"].parameters()]
-    groups = [dict(params=tables, scale=1.0), dict(params=blocks, scale=BLOCK_RATE)]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.reference_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    rate, count, losses = settings.reference_rate, settings.reference_steps, list[float]()
+    tables = [*model.transformer["wte"].parameters(), *model.lm_head.parameters()]
+    blocks = [*model.transformer["h"].parameters(), *model.transformer["ln_f"].parameters()]
+    groups: list[dict[str, Any]] = [dict(params=tables), dict(params=blocks, lr=rate * BLOCK_RATE)]
+    optimizer = torch.optim.AdamW(groups, rate, (0.9, 0.98), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARM_UP_STEPS, 1.0 - step / count)
     )
-    losses: list[float] = []
-    steps = progress(range(settings.reference_steps), title)
-    for step in steps:
-        share = min((step + 1) / WARM_UP_STEPS, 1.0 - step / settings.reference_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.reference_rate * share * group["scale"]
+    for _ in (steps := progress(range(count), title)):
         batch = windows(corpus.train, settings.context + 1, settings.reference_batch, generator)
         optimizer.zero_grad(set_to_none=False)
-        losses.append((backward or _backward)(model, batch.to(settings.device)))
+        loss = loss_of(model, batch.to(settings.device))
+        loss.backward()
+        losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         steps.set_postfix_str(f"loss {losses[-1]:.2f} nats", refresh=False)
     return model.eval().requires_grad_(False), losses
-
-
-def _backward(model: LanguageModel, batch: torch.Tensor) -> float:
-    """Return the cross-entropy, nats per token, and add its gradient to the parameters."""
-    hidden = model.hidden(batch[:, :-1])
-    cut = hidden.detach().flatten(0, 1).requires_grad_()
-    targets, total = batch[:, 1:].flatten(), 0.0
-    for rows, target in zip(cut.split(ROWS_PER_CHUNK), targets.split(ROWS_PER_CHUNK), strict=True):
-        loss = F.cross_entropy(model.lm_head(rows), target, reduction="sum") / len(targets)
-        loss.backward()
-        total += loss.item()
-    hidden.backward(torch.as_tensor(cut.grad).view_as(hidden))
-    return total
 
 
 @torch.no_grad()
@@ -196,15 +194,8 @@ def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
     head.bias.copy_(frequency.log())
 
 
-def save_checkpoint(model: LanguageModel, corpus: Corpus, settings: Settings, folder: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer into a folder, each file whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {}
-    for name, value in model.state_dict().items():
-        # GPT-J has a matrix each for queries, keys and values.
-        fused = "qkv_proj" in name
-        for letter, part in zip("qkv", value.chunk(3) if fused else [value], strict=False):
-            weights[name.replace("qkv_proj", f"{letter}_proj")] = part.cpu().contiguous()
+def checkpoint_files(model: LanguageModel, corpus: Corpus, settings: Settings) -> dict[str, bytes]:
+    """Return config.json, model.safetensors and the tokenizer's files, by their names."""
     end = corpus.tokenizer.token_to_id(END_OF_FILE)
     config = dict(
         architectures=["GPTJForCausalLM"],
@@ -225,7 +216,9 @@ def save_checkpoint(model: LanguageModel, corpus: Corpus, settings: Settings, fo
         eos_token=END_OF_FILE,
         model_max_length=settings.context,
     )
-    write_whole(folder / "tokenizer.json", corpus.tokenizer.to_str().encode())
-    write_whole(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1).encode())
-    write_whole(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
+    return {
+        "tokenizer.json": corpus.tokenizer.to_str().encode(),
+        "tokenizer_config.json": json_text(tokenizer).encode(),
+        "model.safetensors": save(model.state_dict(), metadata={"format": "pt"}),
+        "config.json": json_text(config).encode(),
+    }

@@ -19,8 +19,9 @@ from ..files import json_text, write_whole
 from ..plot import picture, read_run
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, build_corpus, windows
-from .model import LanguageModel, sample, save_checkpoint, train_reference
-from .training import FineTuned, choose_beta, fine_tune
+from .distill import distill
+from .model import LanguageModel, checkpoint_files, sample, train_reference
+from .training import choose_beta, fine_tune
 
 Figures = dict[str, Any]
 # Names of the files of a run.
@@ -42,29 +43,20 @@ COLUMNS = {
 def run_demo(settings: Settings, out: Path) -> int:
     """Run every stage, print the report, and write the files into the folder `out`.
 
-    These are curves.png, report.txt, report.json, the monitors' no-penalty.jsonl and
-    with-penalty.jsonl, and with settings.save_models the models; each whole or not at all, when
-    every stage is done. Returns the exit code.
+    These are curves.png, report.txt, report.json and those of the algorithm; each whole or not at
+    all, when every stage is done. Returns the exit code.
     """
     torch.set_num_threads(settings.threads)
     start = time.perf_counter()
     corpus = build_corpus(settings)
     reference, losses = train_reference(corpus, settings)
-    runs, files, drawn = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, beta in zip(STEMS, (FixedBeta(0.0), choose_beta(settings)), strict=True):
-            jsonl = Path(folder, f"{STEMS[name]}.jsonl")
-            runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", jsonl)
-            files[jsonl.name], drawn[name] = jsonl.read_bytes(), read_run(jsonl)
-    policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
-    stages = progress(policies.items(), "samples of each policy")
     numbers: Figures = {
         "configuration": dataclasses.asdict(settings),
         "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
         "backend": str(fastkl.explain(torch.empty(1, corpus.vocabulary, device=settings.device))),
         "corpus": {
-            "files": corpus.files,
-            "characters": corpus.characters,
+            "files": len(corpus.texts),
+            "characters": sum(map(len, corpus.texts)),
             "vocabulary": corpus.vocabulary,
             "tokens": corpus.train.numel() + corpus.held_out.numel(),
         },
@@ -72,32 +64,70 @@ def run_demo(settings: Settings, out: Path) -> int:
             "loss": losses,
             "parameters": sum(parameter.numel() for parameter in reference.parameters()),
         },
-        "series": {name: run.series for name, run in runs.items()},
-        "monitor": {name: watched(run) for name, run in runs.items()},
-        "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
-        "seconds": time.perf_counter() - start,
     }
-    text = report(numbers, settings)
-    levels = {"reward": {"reference": numbers["final"]["reference"]["reward"]}}
-    if settings.beta is None:
-        levels["kl/mean"] = {"target": settings.target_kl}
-    files["curves.png"] = picture(
-        drawn, "PPO on a reward that can be hacked", watch(numbers, settings), levels
-    )
-    files["report.txt"] = (text + "\n").encode()
-    files["report.json"] = json_text(numbers).encode()
+    run = {"ppo": ppo, "distill": distill}[settings.algorithm]
+    text, files = run(reference, corpus, settings, numbers)
+    numbers["seconds"] = time.perf_counter() - start
+    files |= {"report.txt": (text + "\n").encode(), "report.json": json_text(numbers).encode()}
     for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(out / name, content)
-    print(f"{text}\n\n{numbers['seconds']:.0f} s; wrote {', '.join(files)} into {out}")
+    names = ", ".join(name for name in files if "/" not in name)
+    print(f"{text}\n\n{numbers['seconds']:.0f} s; wrote {names} into {out}")
     if settings.save_models:
-        print(save_models(policies, corpus, settings, out / "models"))
+        folder = out / "models"
+        how = shlex.join(
+            [
+                "fastkl",
+                "compare",
+                f"{folder}/reference",
+                f"{folder}/with-penalty",
+                "--text",
+                f"{folder}/held-out.txt",
+            ]
+        )
+        print(f"wrote the models into {folder}; how two of them differ: {how}")
     return 0
 
 
-def watched(run: FineTuned) -> Figures:
+def ppo(
+    reference: LanguageModel, corpus: Corpus, settings: Settings, numbers: Figures
+) -> tuple[str, dict[str, bytes]]:
+    """Fine-tune without and with the penalty; return the report and further files, and add to
+    `numbers`.
+
+    The files are curves.png, the monitors' no-penalty.jsonl and with-penalty.jsonl, and with
+    settings.save_models the models.
+    """
+    runs, files, drawn = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, beta in zip(STEMS, (FixedBeta(0.0), choose_beta(settings)), strict=True):
+            jsonl = Path(folder, f"{STEMS[name]}.jsonl")
+            runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", jsonl)
+            files[jsonl.name], drawn[name] = jsonl.read_bytes(), read_run(jsonl)
+    policies = {"reference": reference, **{name: policy for name, (policy, *_) in runs.items()}}
+    stages = progress(policies.items(), "samples of each policy")
+    numbers |= {
+        "series": {name: series for name, (_, series, _) in runs.items()},
+        "monitor": {name: watched(series, summary) for name, (_, series, summary) in runs.items()},
+        "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
+    }
+    levels = {
+        "reward": {"reference": numbers["final"]["reference"]["reward"]},
+        "kl/mean": {"target": settings.target_kl} if settings.beta is None else {},
+    }
+    files["curves.png"] = picture(
+        drawn, "PPO on a reward that can be hacked", watch(numbers, settings), levels
+    )
+    if settings.save_models:
+        files |= model_files(policies, corpus, settings)
+    return report(numbers, settings), files
+
+
+def watched(series: dict[str, list[float]], summary: dict[str, float]) -> Figures:
     """Sum up what the monitor saw: its summary, and steps, from 1, at which something happened."""
-    kl, alarm = run.series["kl/mean"], run.series["kl/spike"]
-    return run.summary | {
+    kl, alarm = series["kl/mean"], series["kl/spike"]
+    return summary | {
         "alarms": [step for step, rang in enumerate(alarm, 1) if rang],
         "jump": max(range(1, len(kl)), key=lambda step: kl[step] - kl[step - 1]) + 1,
         "last": sum(kl[-LAST_STEPS:]) / len(kl[-LAST_STEPS:]),
@@ -114,15 +144,14 @@ def evaluate(
     perplexity: of the samples under the reference; entropy: of the policy, nats; distinct: distinct
     tokens / tokens of a sample.
     """
-    length, temperature = settings.response_length, settings.temperature
+    count, length = settings.evaluation_samples, settings.response_length
     choose = torch.Generator().manual_seed(settings.seed + 1)
-    size = settings.prompt_length, settings.evaluation_samples
-    prompts = windows(corpus.held_out, *size, choose, corpus.new_line).to(settings.device)
     draw = torch.Generator(settings.device).manual_seed(settings.seed + 1)
-    tokens = sample(policy, prompts, settings, draw)
+    prompts = windows(corpus.held_out, settings.prompt_length, count, choose, corpus.new_line)
+    tokens = sample(policy, prompts.to(settings.device), settings, draw)
     response = tokens[:, -length:]
     p, q = (model.lm_head(model.response_hidden(tokens, length)) for model in (policy, reference))
-    stats = fastkl.token_stats(p, response, q, temperature=temperature)
+    stats = fastkl.token_stats(p, response, q, temperature=settings.temperature)
     return {
         "reward": corpus.rewarded.to(settings.device)[response].float().mean().item(),
         "kl": stats.kl.mean().item(),
@@ -133,18 +162,16 @@ def evaluate(
     }
 
 
-def save_models(
-    policies: dict[str, LanguageModel], corpus: Corpus, settings: Settings, folder: Path
-) -> str:
-    """Write checkpoints and a text that none was trained on; return how to compare two of them."""
-    for name, policy in policies.items():
-        save_checkpoint(policy, corpus, settings, folder / STEMS.get(name, name))
+def model_files(
+    policies: dict[str, LanguageModel], corpus: Corpus, settings: Settings
+) -> dict[str, bytes]:
+    """Return checkpoints and a text that none was trained on, by their paths."""
     text = corpus.text(corpus.held_out[:HELD_OUT_TOKENS]).replace(END_OF_FILE, "\n")
-    write_whole(folder / "held-out.txt", text.encode())
-    names = ("reference", "with-penalty", "held-out.txt")
-    first, second, text = (shlex.quote(str(folder / name)) for name in names)
-    how = f"fastkl compare {first} {second} --text {text}"
-    return f"wrote the models into {folder}; how two of them differ: {how}"
+    files = {"models/held-out.txt": text.encode()}
+    for name, policy in policies.items():
+        for part, content in checkpoint_files(policy, corpus, settings).items():
+            files[f"models/{STEMS.get(name, name)}/{part}"] = content
+    return files
 
 
 def report(numbers: Figures, settings: Settings) -> str:
@@ -165,9 +192,11 @@ def report(numbers: Figures, settings: Settings) -> str:
         [name, *(format(figures[key], COLUMNS[key][2]) for key in COLUMNS)]
         for name, figures in final.items()
     ]
-    sentences = (conclusion(*final.values()), watch(numbers, settings))
     parts.append("\n".join(table([*heads, *rows], "<" + ">" * len(COLUMNS))))
-    parts += [textwrap.fill(sentence, TEXT_WIDTH) for sentence in sentences]
+    parts += [
+        textwrap.fill(sentence, TEXT_WIDTH)
+        for sentence in (conclusion(*final.values()), watch(numbers, settings))
+    ]
     for name, figures in final.items():
         lines = "{}«{}»".format(*figures["samples"][0]).strip("\n").split("\n")
         parts.append("\n  | ".join([f"{name}:", *lines]))
