@@ -65,8 +65,9 @@ def kl_divergence(
 
     Special values:
         An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
-        +inf; in p_logits alone, finite. A NaN or +inf makes its own row NaN (of token_stats: every
-        field that depends on it, on the kernels all of them).
+        +inf; in p_logits alone, finite. A p below e^-745, which float64 cannot hold, counts as 0:
+        it adds 0 whatever q is. A NaN or +inf makes its own row NaN (of token_stats: every field
+        that depends on it, on the kernels all of them).
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen
@@ -184,7 +185,9 @@ def renyi_divergence(
     The other arguments, the result, its gradient, Raises: as kl_divergence.
 
     Special values:
-        +inf if p > 0 = q anywhere for α ≥ 1, and if P and Q have no entry in common for α < 1.
+        +inf if p > 0 = q anywhere for α ≥ 1, and if P and Q have no entry in common for α < 1. For
+        α > 1 a p below e^-745 matters where q is far smaller still; it counts as 0 as in
+        kl_divergence.
 
     Source: Rényi, On measures of entropy and information (1961); van Erven & Harremoës, Rényi
     divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014).

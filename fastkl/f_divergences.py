@@ -39,7 +39,13 @@ def divergence(
     """Compute a divergence of each row from log-probabilities [..., V]; share: alpha or beta."""
     if kind == "renyi":
         return _log_z(log_p, log_q, share)[..., 0] / (share - 1.0)
-    return terms(log_p, log_q, kind, share).value.sum(-1).clamp(min=0.0)
+    # Rounding may not lift it above its largest value.
+    largest = {
+        "js": -sum([x * math.log(x) for x in (share, 1.0 - share) if x]),
+        "skew_kl": -math.log(share) if share else math.inf,
+        "total_variation": 1.0,
+    }.get(kind, math.inf)
+    return terms(log_p, log_q, kind, share).value.sum(-1).clamp(0.0, largest)
 
 
 def gradients(
@@ -93,6 +99,8 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
             near, p * (rest * (short * e - expm1_minus(short)) - curved), of_q - of_p
         )
         return Terms(value, -of_p, of_q)
+    if kind != "skew_kl":
+        raise ValueError(f"kind: expected an f-divergence of this file's docstring, got {kind!r}")
     over_m = torch.where(d > 0, rest * (1.0 - smaller), rest * (smaller - 1.0)) / mixture
     over_m = torch.where(near, a / (1.0 + a), over_m)  # rest·(q - p)/m, which is a/(1 + a)
     pl = _times(p, log_m_over_p)

@@ -283,6 +283,26 @@ def test_mixtures_of_one_model_are_zero(implementation, function, options) -> No
         assert bool((value == 0).all())
 
 
+LARGEST = {
+    "js 0.1": -0.1 * math.log(0.1) - 0.9 * math.log(0.9),
+    "js 0.5": math.log(2),
+    "skew_kl 0.1": -math.log(0.1),
+    "total_variation": 1.0,
+}
+
+
+# A divergence's largest value, that of disjoint rows, and Pinsker's inequality.
+def test_bounds(implementation) -> None:
+    for dtype in (torch.float32, torch.float64)[: 1 if implementation.kernels else 2]:
+        noise = torch.randn(2, 1000, 50, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        sizes = torch.logspace(-1, 2, 1000, dtype=dtype)[:, None]
+        p, q = (noise * sizes)[:, :: 50 if INTERPRETING else 1].to(implementation.device)
+        for name, largest in LARGEST.items():
+            assert bool((MEMBERS[name](p, q) <= torch.tensor(largest, dtype=dtype)).all()), name
+        variation = fastkl.total_variation(p, q)
+        assert bool((fastkl.kl_divergence(p, q) >= 2 * (1 - 1e-6) * variation.square()).all())
+
+
 @pytest.mark.parametrize("alpha", affordable(1 - 1e-6, 1 + 1e-6))
 def test_renyi_near_order_one(implementation, alpha) -> None:
     check(implementation, MEMBERS["renyi 2.0"]._replace(options={"alpha": alpha}), *batch())

@@ -25,7 +25,8 @@ def near_series(divergence: Divergence) -> Any:
     count, moment_count, rest = kernels.TERMS.value, kernels.MOMENT_TERMS.value, 1.0 - share
     if kind == "renyi":  # no polynomials
         return kernels.Series(kind, share, 0.0, (), (0.0,) * (2 * count))
-    curvature = share * rest if kind == "js" else rest * rest  # f''(0), else of skew_kl
+    # f''(0), which total variation does not use.
+    curvature = {"js": share * rest, "skew_kl": rest * rest, "total_variation": 0.0}[kind]
 
     def fit(number: int, name: str) -> list[float]:
         nodes = torch.arange(number, dtype=torch.float64).add(0.5).mul(math.pi / number).cos()
