@@ -76,7 +76,7 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
         nothing = 0.0 * (p + q)  # NaN stays NaN
         return Terms(nothing, nothing, nothing)
     e = torch.expm1(short)
-    q_minus_p = torch.where(near, p * e, q - p)
+    q_minus_p = q - p
     if kind == "kl":
         pd = _times(p, d)
         return Terms(torch.where(near, p * expm1_minus(short), q_minus_p - pd), -pd, q_minus_p)

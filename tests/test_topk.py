@@ -367,10 +367,18 @@ def test_logits_of_any_size(implementation, size, low, peaks) -> None:
     testing.assert_near(grad, expected, 1e-6, 0.0, "gradient")
 
 
-# The rest of a list of all peaks is masked by the lowest number.
-def test_rest_of_masks(implementation) -> None:
-    logits = torch.full((1, 9), torch.finfo(torch.float32).min)
-    logits[0, 3:5] = 1.0
-    lists = torch.full((1, 2), -math.log(2)), torch.tensor([[3, 4]])
-    stats = fastkl.topk_stats(*(each.to(implementation.device) for each in (logits, *lists)))
-    assert stats.student_mass.item() == 1.0
+# The rest of a list of all peaks is masked, or the list is; a masked row may hold NaN. No NaN comes
+# up on the way, which torch's anomaly mode would refuse.
+@pytest.mark.parametrize("hole", [-math.inf, torch.finfo(torch.float32).min])
+def test_holes(implementation, hole) -> None:
+    logits = torch.zeros(3, 9)
+    logits[0, 2:], logits[1, :2], logits[2] = hole, hole, math.nan
+    leaf, mask = testing.leaf(logits.to(implementation.device)), torch.arange(3) < 2
+    lists = torch.full((3, 2), -math.log(2)), torch.tensor([[0, 1]] * 3)
+    listed = leaf, *(each.to(leaf.device) for each in (*lists, mask))
+    for direction in DIRECTIONS[1:]:
+        with torch.autograd.detect_anomaly():
+            stats = fastkl.topk_stats(*listed, direction=direction, temperature=0.7)
+            (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)
+        assert stats.student_mass.tolist() == [1.0, 0.0, 0.0] and bool(grad.isfinite().all())
+    assert bool(fastkl.topk_stats(*listed).kl[1] > 1e8)

@@ -98,7 +98,7 @@ class Outside(NamedTuple):
     """The entries of N rows outside a list of ids, and of the soft-capped logits x.
 
     log_sum [N]: log Σ exp((x - peak)/T), -inf without entries. peak [N]: from Engine.outside the
-    largest of these entries, from topk_op the largest of the row, 0 if that is -inf. Both are
+    largest of these entries, from topk_op the largest listed one, 0 if that is -inf. Both are
     float64. saved [N, SAVED]: values for Engine.outside_gradient.
     """
 

@@ -119,7 +119,7 @@ def outside(args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtyp
         padded[:, -1] = -math.inf
         padded.scatter_(-1, ids[rows], -math.inf)
         peak = padded.amax(-1, keepdim=True)
-        exponents = _times_scale(
+        exponents = _over(
             padded.sub_(peak.masked_fill(peak == -math.inf, 0.0)), rows_of(args.temperature, rows)
         )
         others.log_sum[rows] = exponents.exp_().sum(-1, dtype=torch.float64).log_()
@@ -142,25 +142,18 @@ def outside_gradient(
             value[rows][:, None].to(capped.dtype)
             for value in (others.peak, others.log_sum, upstream / args.temperature)
         )
-        weights = _times_scale(capped - peak, temperature).sub_(log_sum).exp_().mul_(factor)
+        weights = _over(capped - peak, temperature).sub_(log_sum).exp_().mul_(factor)
         if args.scaling.softcap:
             weights *= reference.soft_cap_slope(capped, args.scaling.softcap)
         grad[rows] = weights.to(grad.dtype)
 
 
-def _times_scale(values: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """Return values/T with 1/T in two parts: its rounding would move all exponents alike."""
+def _over(values: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Return values/T."""
     if isinstance(temperature, torch.Tensor):
         _checks.temperatures_positive(temperature)
-    elif temperature == 1.0:
-        return values
-    scale = 1.0 / torch.as_tensor(temperature, dtype=torch.float64, device=values.device)[..., None]
-    hi = scale.to(values.dtype)
-    if values.dtype == torch.float64:
-        return values * hi
-    # No -inf times a low part of 0.
-    finite = values.clamp(min=cpu_rows.LOWEST_Z)
-    return torch.addcmul(values * hi, finite, (scale - hi).to(values.dtype))
+        return values / temperature.to(values.dtype)[:, None]
+    return values if temperature == 1.0 else values / temperature
 
 
 def _fallback_rows(

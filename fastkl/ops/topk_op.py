@@ -1,5 +1,5 @@
-"""A row of logits as K listed entries and the log-sum-exp of all others, both relative to the row's
-peak, from one read.
+"""A row of logits as K listed entries and the log-sum-exp of all others, both relative to the
+largest listed one, from one read.
 """
 
 import math
@@ -56,7 +56,7 @@ def fill_cells(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Fill listed [N, K], float64, with (x - peak)/T at the ids, for x the soft-capped logits p and
-    peak the row's largest; -inf at an absent id. Fill `others` likewise.
+    peak the row's largest listed one; -inf at an absent id. Fill `others` likewise.
     """
     x = _at(args.p, ids.masked_fill(ids >= args.p.shape[-1], 0))
     engine.outside(args, ids, others, dtype)
@@ -67,11 +67,11 @@ def fill_listed(
     engine: Engine, args: RowArgs, absent: Tensor, x: Tensor, listed: Tensor, others: Outside
 ) -> None:
     """Fill `listed` as fill_cells from the logits x [N, K] at the ids, and move `others` to the
-    row's peak.
+    same peak.
     """
     capped = reference.soft_cap(x, args.scaling.softcap).double().masked_fill(absent, -math.inf)
-    peak = torch.maximum(capped.amax(-1), others.peak)
-    peak = peak.masked_fill(peak == -math.inf, 0.0)[:, None]
+    peak = capped.amax(-1, keepdim=True)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)
     scale = _scale(engine, args)
     listed.copy_((capped - peak) * scale)
     # Of a masked row they are 0.
