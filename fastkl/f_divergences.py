@@ -85,8 +85,7 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
         return Terms(sign * q_minus_p, -sign * p, sign * q)
     if kind == "jeffreys":
         pd, qd = _times(p, d), _times(q, d)
-        value = torch.where(near, p * short * e, qd - pd)
-        return Terms(value, -q_minus_p - pd, qd + q_minus_p)
+        return Terms(qd - pd, -q_minus_p - pd, qd + q_minus_p)
     # mixture is m = share·p + rest·q over the larger of p and q; m/p = 1 + a.
     a, smaller = rest * e, (-d.abs()).exp()
     mixture = torch.where(d > 0, rest + share * smaller, share + rest * smaller)

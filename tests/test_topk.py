@@ -367,18 +367,19 @@ def test_logits_of_any_size(implementation, size, low, peaks) -> None:
     testing.assert_near(grad, expected, 1e-6, 0.0, "gradient")
 
 
-# The rest of a list of all peaks is masked, or the list is; a masked row may hold NaN. No NaN comes
-# up on the way, which torch's anomaly mode would refuse.
+# The rest of a list of all peaks is masked, or the list is; a masked row may hold NaN and a
+# temperature of 0. No NaN comes up on the way, which torch's anomaly mode would refuse.
 @pytest.mark.parametrize("hole", [-math.inf, torch.finfo(torch.float32).min])
 def test_holes(implementation, hole) -> None:
     logits = torch.zeros(3, 9)
     logits[0, 2:], logits[1, :2], logits[2] = hole, hole, math.nan
     leaf, mask = testing.leaf(logits.to(implementation.device)), torch.arange(3) < 2
     lists = torch.full((3, 2), -math.log(2)), torch.tensor([[0, 1]] * 3)
-    listed = leaf, *(each.to(leaf.device) for each in (*lists, mask))
+    temperature = torch.tensor([0.7, 2.0, 0.0])
+    *listed, temperature = leaf, *(each.to(leaf.device) for each in (*lists, mask, temperature))
     for direction in DIRECTIONS[1:]:
         with torch.autograd.detect_anomaly():
-            stats = fastkl.topk_stats(*listed, direction=direction, temperature=0.7)
+            stats = fastkl.topk_stats(*listed, direction=direction, temperature=temperature)
             (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)
         assert stats.student_mass.tolist() == [1.0, 0.0, 0.0] and bool(grad.isfinite().all())
     assert bool(fastkl.topk_stats(*listed).kl[1] > 1e8)

@@ -130,7 +130,7 @@ def outside_gradient(
     args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor
 ) -> None:
     """Fill the gradient [N, V] of Σ upstream·log_sum, as Engine.outside_gradient."""
-    active = (upstream != 0) & (others.log_sum != -math.inf)
+    active = upstream != 0  # it is 0 where log_sum is -inf
     if args.mask is not None:
         active &= args.mask
     if not bool(active.all()):
