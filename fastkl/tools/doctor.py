@@ -24,7 +24,7 @@ from torch.utils import collect_env
 
 import fastkl
 
-from .. import testing
+from .. import f_divergences, testing
 from .files import json_text, write_whole
 
 # Seconds of a check before it is taken for a hang; crashes and hangs before the rest is left out.
@@ -44,6 +44,13 @@ VOCABULARY, LARGE_VOCABULARY = 5000, 128256
 SIZES = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0)
 MIX = {"kl": 1.1, "logprob": 0.7, "entropy": -0.3, "ref_logprob": 0.5, "ref_kl": -0.9}
 MIX |= {"lse": 0.4, "ref_lse": -0.6}
+FAMILY = {
+    ("js", 0.5): fastkl.js_divergence,
+    ("skew_kl", 0.1): partial(fastkl.skew_kl_divergence, alpha=0.1),
+    ("renyi", 2.0): partial(fastkl.renyi_divergence, alpha=2.0),
+    ("total_variation", 0.0): fastkl.total_variation,
+    ("jeffreys", 0.0): fastkl.jeffreys_divergence,
+}
 SIDES = ("gradient to the first", "gradient to the second")
 Fields = Mapping[str, torch.Tensor]
 Function = Callable[..., Fields]
@@ -148,6 +155,36 @@ def check_agreement(
     return _compare(_kl if names == ("kl",) else stats, truth, pair, upstream, LIMITS[dtype][0])
 
 
+def check_family(device: torch.device, dtype: str) -> Outcome:
+    """Compare the divergences beside the KL; return the least accurate."""
+    pair = [side.to(device) for side in _ordinary(VOCABULARY, getattr(torch, dtype))]
+    found = []
+    for (kind, share), function in FAMILY.items():
+        ours = lambda p, q, function=function: {"kl": function(p, q)}  # noqa: E731
+        truth = lambda p, q, how=(kind, share): {  # noqa: E731
+            "kl": f_divergences.divergence(p.log_softmax(-1), q.log_softmax(-1), *how)
+        }
+        found.append(_compare(ours, truth, pair, {"kl": _weights(pair[0])}, LIMITS[dtype][0]))
+    return max(found, key=lambda outcome: float(str(outcome.figures["gradient_error"])))
+
+
+def check_topk(device: torch.device, dtype: str) -> Outcome:
+    """Compare topk_kl_divergence, and its gradient to the student."""
+    student, teacher = _ordinary(VOCABULARY, getattr(torch, dtype))
+    listed, ids = teacher.double().log_softmax(-1).topk(20)
+    student, listed, ids = (value.to(device) for value in (student, listed, ids))
+    log_p = torch.cat([listed, (-listed.exp().sum(-1, keepdim=True)).log1p()], -1)
+
+    def truth(logits: torch.Tensor) -> Fields:
+        log_q = logits.log_softmax(-1)
+        rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        terms = log_p.exp() * (log_p - torch.cat([log_q.gather(-1, ids), rest], -1))
+        return {"kl": terms.sum(-1)}
+
+    ours = lambda logits: {"kl": fastkl.topk_kl_divergence(logits, listed, ids)}  # noqa: E731
+    return _compare(ours, truth, [student], {"kl": _weights(student)}, LIMITS[dtype][0])
+
+
 def check_linear(device: torch.device, dtype: str) -> Outcome:
     """Compare linear_kl_divergence, and its gradients to hidden states and weight."""
     # Of -1, 0, 1 and eighths, so that every element type holds the logits.
@@ -216,6 +253,8 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
         "KL near 1e-6": partial(check_agreement, _small),
         "token_stats": partial(check_agreement, everyday, names=tuple(MIX)),
         "linear": check_linear,
+        "divergences": check_family,
+        "top-k": check_topk,
         "strided view": partial(check_agreement, _strided),
         "vocabulary 128256": partial(check_agreement, partial(_ordinary, LARGE_VOCABULARY)),
         "sum of 8 rows": partial(check_sum, (8, LARGE_VOCABULARY)),
