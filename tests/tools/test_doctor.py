@@ -53,7 +53,7 @@ def test_everything_is_right_here(report, capsys, monkeypatch):
     small, ordinary = (figures[name]["mean_kl"] for name in ("KL near 1e-6", "kl_divergence"))
     assert 1e-7 < small < 1e-5 < 0.1 < ordinary
     errors = [each["value_error"] for each in figures.values() if "value_error" in each]
-    assert len(errors) == 8 and 0 < min(errors) and max(errors) < 2e-5
+    assert len(errors) == 10 and 0 < min(errors) and max(errors) < 2e-5
     capsys.readouterr()
     monkeypatch.setattr(doctor, "all_checks", lambda: {"machine": doctor.check_machine})
     assert cli.main(["doctor", "--device", "cpu", "--json"]) == 0
