@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .reference import expm1_minus, minus_log1p
+from .reference import minus_log1p
 
 
 class Terms(NamedTuple):
@@ -75,11 +75,10 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     if rest == 0.0 or (kind == "js" and share == 0.0):
         nothing = 0.0 * (p + q)  # NaN stays NaN
         return Terms(nothing, nothing, nothing)
-    e = torch.expm1(short)
-    q_minus_p = q - p
+    e, q_minus_p = torch.expm1(short), q - p
     if kind == "kl":
         pd = _times(p, d)
-        return Terms(torch.where(near, p * expm1_minus(short), q_minus_p - pd), -pd, q_minus_p)
+        return Terms(torch.where(near, p * (e - short), q_minus_p - pd), -pd, q_minus_p)
     if kind == "total_variation":
         sign = 0.5 * d.sign()
         return Terms(sign * q_minus_p, -sign * p, sign * q)
@@ -89,15 +88,14 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     # mixture is m = share·p + rest·q over the larger of p and q; m/p = 1 + a.
     a, smaller = rest * e, (-d.abs()).exp()
     mixture = torch.where(d > 0, rest + share * smaller, share + rest * smaller)
-    log_m_over_p = torch.where(near, a.log1p(), torch.where(d > 0, d, 0.0) + mixture.log())
+    log_near = a.log1p()
+    log_m_over_p = torch.where(near, log_near, d.clamp(min=0.0) + mixture.log())
     if kind == "js":
-        log_q_over_m = torch.where(near, d - a.log1p(), torch.where(d > 0, 0.0, d) - mixture.log())
-        curved = a * a.log1p() - minus_log1p(a)
+        log_q_over_m = torch.where(near, d - log_near, d.clamp(max=0.0) - mixture.log())
         of_p, of_q = _times(p, share * log_m_over_p), _times(q, rest * log_q_over_m)
-        value = torch.where(
-            near, p * (rest * (short * e - expm1_minus(short)) - curved), of_q - of_p
-        )
-        return Terms(value, -of_p, of_q)
+        # The terms of first order, rest·e - a, are left out.
+        small = rest * (short * (1.0 + e)) - (1.0 + a) * log_near
+        return Terms(torch.where(near, p * small, of_q - of_p), -of_p, of_q)
     if kind != "skew_kl":
         raise ValueError(f"kind: expected an f-divergence of this file's docstring, got {kind!r}")
     over_m = torch.where(d > 0, rest * (1.0 - smaller), rest * (smaller - 1.0)) / mixture
@@ -124,7 +122,7 @@ def _log_z(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tens
     p, q, d = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
     near = d.abs() * max(1.0, abs(gamma)) < 1.0
     short = torch.where(near, d, 0.0)
-    small = p * (expm1_minus(gamma * short) - gamma * expm1_minus(short))
+    small = p * (torch.expm1(gamma * short) - gamma * torch.expm1(short))
     total = torch.where(near, small, log_r.exp() - p - gamma * (q - p)).sum(-1, keepdim=True)
     log_z = torch.where(
         total.abs() < 0.5, total.clamp(-0.5, 0.5).log1p(), log_r.logsumexp(-1, keepdim=True)
