@@ -221,7 +221,8 @@ def total_variation(
     The arguments, the result, Raises: as kl_divergence. The result is at most 1.
 
     Gradient:
-        That of the lines above: an entry with p = q adds nothing to it.
+        That of the lines above: an entry with p = q adds nothing to it, where rounding does not
+        take it for one beside that kink.
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """

@@ -69,7 +69,9 @@ def gradients(
 
 
 def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> Terms:
-    """Compute the Terms of an f-divergence; an entry beyond |d| = 1 by formulas of p and q."""
+    """Compute the Terms of an f-divergence: values of the KL, JSD and skew KL where |d| < 1 by
+    expm1 and log1p, others by differences of p and q, whose digits float64 can spare.
+    """
     p, q, d = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
     short, rest, near = d.clamp(-1.0, 1.0), 1.0 - share, d.abs() < 1.0
     if rest == 0.0 or (kind == "js" and share == 0.0):
@@ -97,7 +99,8 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
         small = rest * (short * (1.0 + e)) - (1.0 + a) * log_near
         return Terms(torch.where(near, p * small, of_q - of_p), -of_p, of_q)
     if kind != "skew_kl":
-        raise ValueError(f"kind: expected an f-divergence of this file's docstring, got {kind!r}")
+        kinds = "kl, js, skew_kl, total_variation or jeffreys"
+        raise ValueError(f"kind: expected {kinds}, got {kind!r}; call divergence() for 'renyi'")
     over_m = torch.where(d > 0, rest * (1.0 - smaller), rest * (smaller - 1.0)) / mixture
     over_m = torch.where(near, a / (1.0 + a), over_m)  # rest·(q - p)/m, which is a/(1 + a)
     pl = _times(p, log_m_over_p)

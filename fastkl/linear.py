@@ -224,12 +224,12 @@ def linear_token_stats(  # noqa: PLR0913
         shape = torch.Size((*hidden.shape[:-1], len(inputs.weight)))
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
         models = inputs._replace(mask=kept.counted).models()
-        listed = []
+        restricted = []
         for one in models:
             relative, _, peak, *_ = linear_cells(one, ListInputs(kept.ids, keep, False))
             divisor = one.temperature if one.temperatures is None else one.temperatures
-            listed.append((relative, peak / divisor))
-        return kept.statistics(listed, tokens, result_dtype(hidden))
+            restricted.append((relative, peak / divisor))
+        return kept.statistics(restricted, tokens, result_dtype(hidden))
     fields = FIELDS_OF[ref_hidden is not None, tokens is not None]
     found = linear_statistics(inputs, StatisticsInputs(tokens, fields, keep))
     values = zip(FIELDS, found, strict=False)

@@ -211,9 +211,9 @@ class Support(NamedTuple):
         tokens: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> TokenStats:
-        """Compute the statistics of one or two models, each its logits at the ids over the
-        temperature, in float64, less a number of the row, and that number; entries at absent ids
-        may be anything.
+        """Compute the statistics of one or two models from (relative, origin): their logits at the
+        ids over the temperature minus the row's origin, in float64, and that origin. Entries at
+        absent ids may be anything.
         """
         rows = self.counted[..., None]
         listed = [
@@ -290,8 +290,8 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     Args:
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
-            An id outside 0 … V-1 (-100 included) is an error on the reference backend and gives NaN
-            on a GPU, and of several ids in torch.compile and vmap.
+            An id outside 0 … V-1 (-100 included) is an error on the reference backend; it gives NaN
+            on a GPU and, for K ids per row, in torch.compile and vmap.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -319,6 +319,7 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     if not ids.shape[-1]:
         return logits.gather(-1, ids).to(dtype)
     unique = increasing(ids, vocabulary)
+    # An id beyond the last finds the place of the rest, and becomes NaN below.
     listed, rest, *_ = cells(CellInputs(logits, unique, None, None, 1.0, chosen, dtype))
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(unique, ids.contiguous())).to(dtype)

@@ -182,7 +182,7 @@ def save_stats(saved_ptr, stats):
 
 @triton.jit
 def load_stats(saved_ptr):
-    """The Fallback that store_row wrote."""
+    """Return the Fallback that save_stats wrote."""
     log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return Fallback(
         tl.load(saved_ptr).to(tl.float64),

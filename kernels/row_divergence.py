@@ -130,7 +130,7 @@ def row_divergence(  # noqa: PLR0913
             row_fallback has computed.
     Writes: 6 · N · splits float32, read again by the last program; the divergence and three saved
             values per row.
-    Saves:  E_p[u] and E_q[v], of total variation Q(d < 0) and P(d ≥ 0), in place of the means of
+    Saves:  E_p[u] and E_q[v], of total variation Q(d < 0) and P(d > 0), in place of the means of
             the KL's gradient, and the divergence in place of the entropy.
     Special values: a masked row keeps its zeros.
     """
@@ -172,7 +172,7 @@ def row_divergence(  # noqa: PLR0913
         Second(formula, terms.lse_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
     )
     state = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
-    moment, value, third = state.W, state.U, state.R
+    moment, value, p_above = state.W, state.U, state.R
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
         # Order all threads' stores before the one thread's release.
@@ -181,13 +181,13 @@ def row_divergence(  # noqa: PLR0913
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != 2 * splits - 1:
             return
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
-        moment, value, third = tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
-    # A state holds the sums without D_FACTOR.
+        moment, value, p_above = tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
+    # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation.
     factor = terms.factor_p * D_FACTOR
-    TOTAL: tl.constexpr = KIND == TOTAL_VARIATION
-    value = tl.where(value < 0.0, 0.0, value * factor * (0.25 if TOTAL else 1.0))
+    IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
+    value = tl.where(value < 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
     # In place of mean_p_d, mean_q_d and the entropy.
-    tl.store(saved_ptr + 7, moment * factor if TOTAL else value - moment * factor)
-    tl.store(saved_ptr + 8, third * factor if TOTAL else moment * factor)
+    tl.store(saved_ptr + 7, moment * factor if IS_TV else value - moment * factor)
+    tl.store(saved_ptr + 8, p_above * factor if IS_TV else moment * factor)
     tl.store(saved_ptr + 9, value)

@@ -208,8 +208,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             ratio,
             ratio,
         )
-        state = segment_sums(part, length, tiling, want, reading)
-        store_state(state_here, state, want)
+        store_state(state_here, segment_sums(part, length, tiling, want, reading), want)
     if PHASE == 0:
         # Order all threads' stores before the one thread's release.
         tl.debug_barrier()

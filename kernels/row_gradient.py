@@ -236,10 +236,9 @@ def write_tile(
     that no store delays them.
     """
     raw = Raw((), (), ())
-    thread = tl.arange(0, tiling.threads)[:, None]
-    lane = tl.arange(0, tiling.lanes)[None, :]
     for i in tl.static_range(tiling.groups):
-        offs = (first_group + i * tiling.threads + thread) * tiling.lanes + lane
+        group = first_group + i * tiling.threads + tl.arange(0, tiling.threads)[:, None]
+        offs = group * tiling.lanes + tl.arange(0, tiling.lanes)[None, :]
         inside = (offs >= place.pad) & (offs < place.read_end)
         raw = Raw(
             raw.offs + (offs,),

@@ -18,7 +18,7 @@ from .row_load import (
 )
 from .row_math import LARGEST_LOG2_SUM, LN2, LOG2E, LOWEST, OF_KL, Kind, Want
 
-# Entries below it over log2(e)/T have no probability, so that no mask of finfo.min overflows.
+# Logits below LOWEST_PRODUCT / max(log2(e)/T, 1) count as masked: their products might overflow.
 LOWEST_PRODUCT = tl.constexpr(-1.0e38)
 # The origin of an empty sum, below every other one.
 NO_ORIGIN = tl.constexpr(-2.0e38)
@@ -35,20 +35,21 @@ def compensated_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.cons
     """Return log2(e)/T as hi and lo; NaN if `scale`, the rounded 1/T, is."""
     if PER_ROW:
         temperature = tl.load(temperature_ptr + row)
-    exact = tl.full([], LOG2E, tl.float64) / tl.cast(temperature, tl.float64)
-    hi = tl.where(scale == scale, exact, scale.to(tl.float64)).to(tl.float32)
-    return hi, (exact - hi.to(tl.float64)).to(tl.float32)
+    wide = tl.full([], LOG2E, tl.float64) / tl.cast(temperature, tl.float64)
+    hi = tl.where(scale == scale, wide, scale.to(tl.float64)).to(tl.float32)
+    return hi, (wide - hi.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
-def whole_exponent(peak, scale_log2, lo):
-    """Return a whole number near peak·s·LOG2E as the sum of two, of which the second is not 0 only
-    where the first is too large for float32 to hold; NO_ORIGIN for a peak of -inf.
+def whole_exponent(peak, scale_log2, scale_lo):
+    """Return ⌊peak·s·LOG2E⌋ as hi and lo, two whole numbers; (NO_ORIGIN, 0) for a peak of -inf.
+
+    lo corrects hi where the product was rounded: by 1 next to a whole number, by more beyond 2^24.
     """
-    first = tl.floor(peak * scale_log2)
-    second = tl.floor(tl.fma(peak, lo, tl.fma(peak, scale_log2, -first)))
+    hi = tl.floor(peak * scale_log2)
+    lo = tl.floor(tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -hi)))
     none = peak == float("-inf")
-    return tl.where(none, NO_ORIGIN, first), tl.where(none, 0.0, second)
+    return tl.where(none, NO_ORIGIN, hi), tl.where(none, 0.0, lo)
 
 
 @triton.jit
@@ -62,11 +63,11 @@ def outside_sum(
     reading: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Return (peak, Σ 2^(x·s·LOG2E - origin)) of the first `length` entries of a Segment that
-    starts at entry `first`, without those in the sorted list of K ids: the largest, -inf without
-    any, and a sum whose origin is its whole_exponent.
+    """Return (peak, sum) of the first `length` entries of a Segment that starts at entry `first`,
+    without those in the sorted list of K ids: the largest, -inf if none is left, and
+    Σ 2^(x·s·LOG2E - origin), with origin the whole_exponent of the peak.
 
-    part.second: the rounding error of scale_log2.
+    part.second: the low part of the scale.
     """
     V = first + part.remaining
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
@@ -76,7 +77,7 @@ def outside_sum(
     place = tl.sum(before.to(tl.int32), 0)
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
-    origin, rest = whole_exponent(peak, part.scale_log2, part.second)
+    origin, origin_lo = whole_exponent(peak, part.scale_log2, part.second)
     # In float64: a gradient is the small difference of the student's and the teacher's rest.
     total = tl.zeros([tiling.threads], tl.float64)
     listed = next_id(ids_ptr, place, K, first, V)
@@ -90,16 +91,16 @@ def outside_sum(
             listed = next_id(ids_ptr, place, K, first, V)
         largest = tl.max(tl.max(x, 1), 0)
         peak = tl.where(largest > lowest, tl.maximum(peak, largest), peak)
-        raised, raised_rest = whole_exponent(peak, part.scale_log2, part.second)
+        raised, raised_lo = whole_exponent(peak, part.scale_log2, part.second)
         # Both parts of the scale: a KL of 1e-8 has no digits to spare for an exponent off by 1e-6.
-        exponent = tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)) - raised_rest
-        # An infinite or a NaN logit makes the sum NaN.
+        exponent = tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)) - raised_lo
+        # A logit of +inf or NaN makes the sum NaN.
         e = tl.where(x > lowest, tl.exp2(exponent), tl.where(x == x, 0.0, x))
         # Whole numbers: rescaling by their difference is exact.
-        total *= tl.exp2((origin - raised) + (rest - raised_rest)).to(tl.float64)
+        total *= tl.exp2((origin - raised) + (origin_lo - raised_lo)).to(tl.float64)
         total += lane_sum(e).to(tl.float64)
         origin = raised
-        rest = raised_rest
+        origin_lo = raised_lo
     return peak, tl.sum(total, 0)
 
 
@@ -167,10 +168,11 @@ def row_outside(  # noqa: PLR0913, PLR0915
     Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
     Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
             per row.
-    Saves:  origin and log2 of the sum, as a row of row_forward whose vocabulary is the rest; for an
-            origin too large for float32 the values of fallback.save_stats.
-    Special values: -inf twice where nothing is left; a log-sum-exp of NaN where an entry is NaN or
-            +inf. A masked row gets zeros.
+    Saves:  what backward reads of a policy alone whose vocabulary is the rest: origin - 1, and log2
+            of the sum + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM the
+            peak and the marked log_sum, as fallback.save_stats. Zeros otherwise.
+    Special values: both results are -inf where no entry is left; the log-sum-exp is NaN where an
+            entry is NaN or +inf. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -187,7 +189,7 @@ def row_outside(  # noqa: PLR0913, PLR0915
     reading: tl.constexpr = Reading(False, SOFTCAP, 0.0, False)
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    scale_log2, lo = compensated_scale(
+    scale_log2, scale_lo = compensated_scale(
         scale, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW
     )
     first = split * segment
@@ -195,10 +197,11 @@ def row_outside(  # noqa: PLR0913, PLR0915
     start = p_row + first - pad
     part = Segment(
         start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
-        scale_log2, scale, scale, lo,
+        scale_log2, scale, scale, scale_lo,  # in place of a Second
     )  # fmt: skip
-    length = tl.minimum(segment, V - first)
-    peak, total = outside_sum(part, length, ids_ptr + row * K, K, first, tiling, reading, IDS)
+    peak, total = outside_sum(
+        part, tl.minimum(segment, V - first), ids_ptr + row * K, K, first, tiling, reading, IDS
+    )
     if SPLITS > 1:
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, peak.to(tl.float64))
@@ -213,30 +216,31 @@ def row_outside(  # noqa: PLR0913, PLR0915
         peaks = tl.load(parts, mask=inside, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
         peak = tl.max(peaks, 0).to(tl.float32)
-        origin, rest = whole_exponent(peak, scale_log2, lo)
-        origins, rests = whole_exponent(peaks.to(tl.float32), scale_log2, lo)
-        total = tl.sum(totals * tl.exp2((origins - origin) + (rests - rest)).to(tl.float64), 0)
-    origin, rest = whole_exponent(peak, scale_log2, lo)
+        origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
+        origins, lows = whole_exponent(peaks.to(tl.float32), scale_log2, scale_lo)
+        total = tl.sum(totals * tl.exp2((origins - origin) + (lows - origin_lo)).to(tl.float64), 0)
+    origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
     huge = tl.abs(origin) > LARGEST_LOG2_SUM
-    # peak·s·LOG2E - origin, in a huge row as it was rounded in the sum.
-    exact_scale = scale_log2.to(tl.float64) + lo.to(tl.float64)
+    # peak·s·LOG2E - (origin + origin_lo); in a huge row as it was rounded in the sum.
+    wide_scale = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
     above = tl.where(
         huge,
-        (tl.fma(peak, lo, tl.fma(peak, scale_log2, -origin)) - rest).to(tl.float64),
-        peak.to(tl.float64) * exact_scale - origin.to(tl.float64) - rest.to(tl.float64),
+        (tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -origin)) - origin_lo).to(tl.float64),
+        peak.to(tl.float64) * wide_scale - origin.to(tl.float64) - origin_lo.to(tl.float64),
     )
     # In float64, whatever type a bare constant has.
     log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
     empty = total == 0.0
     tl.store(log_sum_ptr + row, tl.where(empty, float("-inf"), log_sum))
     tl.store(peak_ptr + row, tl.where(empty, float("-inf"), peak.to(tl.float64)))
+    marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    fallback_saved = tl.where(offs_saved == 0, peak, marked.to(tl.float32, bitcast=True))
     # Backward multiplies by the rounded scale: let it be right at the peak. Add 1, because a
     # negative log2_S would mark a fallback row.
-    rounding = peak.to(tl.float64) * (exact_scale - (scale * LOG2E).to(tl.float64))
+    rounding = peak.to(tl.float64) * (wide_scale - (scale * LOG2E).to(tl.float64))
     log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
-    sign_marks = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    # An empty rest: a saved log-sum-exp so high that every probability is 0.
-    of_huge = tl.where(offs_saved == 0, peak, sign_marks.to(tl.float32, bitcast=True))
-    saved = tl.where(huge, of_huge, tl.where(offs_saved == 0, origin + rest - 1.0, log2_S))
+    saved = tl.where(offs_saved == 0, origin + origin_lo - 1.0, log2_S)
+    saved = tl.where(huge, fallback_saved, saved)
+    # Of an empty rest a log-sum-exp so high that every probability is 0.
     saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
     tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)

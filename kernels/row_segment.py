@@ -53,7 +53,7 @@ Weights = namedtuple("Weights", "e d S lane_A")
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
 # exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-# A, 2·W, 2·U and 4·R (2·R for Rényi's divergence).
+# A, 2·W, 2·U and 2·R, or 4·R with want.ref_kl.
 Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
@@ -248,7 +248,7 @@ def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.
         spread(state.A, LANES),
         spread(state.W * D_FACTOR, LANES),
         spread(state.U * 2.0, LANES),
-        spread(state.R * (2.0 if want.kind.name == RENYI else 4.0), LANES),
+        spread(state.R * (4.0 if want.ref_kl else 2.0), LANES),
     )  # fmt: skip
 
 

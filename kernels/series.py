@@ -20,8 +20,9 @@ SMALL_REST = 0.05
 
 class Series(NamedTuple):
     """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of G and
-    K, and of U and V (divergence_math.py), of the highest power first; forward: () without a second
-    read, backward: () of the KL.
+    K, of total variation R's, and of U and V (divergence_math.py), of the highest power first.
+
+    forward: () without a second read; backward: () of the KL.
     """
 
     kind: str
@@ -37,8 +38,10 @@ class Series(NamedTuple):
 
     def numbers(self, coefficients: tuple[float, ...]) -> dict[str, float]:
         """Return the run-time values, in the order of the kernels' signatures."""
-        named = {f"c{i}": value for i, value in enumerate(coefficients)}
-        return dict(share=self.share, rest=1.0 - self.share, curvature=self.curvature, **named)
+        return {
+            **dict(share=self.share, rest=1.0 - self.share, curvature=self.curvature),
+            **{f"c{i}": value for i, value in enumerate(coefficients)},
+        }
 
 
 KL = Series("kl", 0.0, 0.0, (), ())

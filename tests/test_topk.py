@@ -345,8 +345,8 @@ def test_wrong_arguments(function, wrong, argument) -> None:
         function(**{**right, **wrong})
 
 
-# Of equal peaks one is listed: the others' mass and its gradient have digits at any size, and masks
-# of any size have none. The first is a whole number times log 2, but for 1e-5.
+# One of several equal peaks is listed: the mass of the others and the gradient are right at any
+# size, and masked entries have no mass. The first size is within 1e-5 of a multiple of log 2.
 @pytest.mark.parametrize(
     "size", [900.398193359375, 1e3, -1e3, 1e4, 5e8, 1e10, 1e17, 1e30, -5e8, -1e10, -1e30]
 )
@@ -375,11 +375,11 @@ def test_holes(implementation, hole) -> None:
     logits[0, 2:], logits[1, :2], logits[2] = hole, hole, math.nan
     leaf, mask = testing.leaf(logits.to(implementation.device)), torch.arange(3) < 2
     lists = torch.full((3, 2), -math.log(2)), torch.tensor([[0, 1]] * 3)
-    temperature = torch.tensor([0.7, 2.0, 0.0])
-    *listed, temperature = leaf, *(each.to(leaf.device) for each in (*lists, mask, temperature))
+    temperature = torch.tensor([0.7, 2.0, 0.0], device=leaf.device)
+    listed = [each.to(leaf.device) for each in (*lists, mask)]
     for direction in DIRECTIONS[1:]:
         with torch.autograd.detect_anomaly():
-            stats = fastkl.topk_stats(*listed, direction=direction, temperature=temperature)
+            stats = fastkl.topk_stats(leaf, *listed, direction=direction, temperature=temperature)
             (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)
         assert stats.student_mass.tolist() == [1.0, 0.0, 0.0] and bool(grad.isfinite().all())
-    assert bool(fastkl.topk_stats(*listed).kl[1] > 1e8)
+    assert bool(fastkl.topk_stats(leaf, *listed).kl[1] > 1e8)

@@ -82,12 +82,13 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def outside(
-        self, args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype
+        self, args: RowArgs, ids: torch.Tensor, others: Outside, reference_dtype: torch.dtype
     ) -> None:
-        """Fill `others`, the entries that are not in ids [N, K], increasing in each row; 0 for a
-        masked row.
+        """Fill `others` for the entries that are not in ids [N, K], increasing in each row; zeros
+        for a masked row.
 
-        dtype: of the reference's exponentials; the kernels' are float32, and both sum in float64.
+        reference_dtype: of the reference's exponentials. The kernels' are float32; both sum in
+        float64.
         """
 
     @abc.abstractmethod
@@ -163,7 +164,7 @@ class Kernels(Engine):
         fused_launchers().fused(problem, weights, kl, saved, grad_p)
 
     def outside(
-        self, args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype
+        self, args: RowArgs, ids: torch.Tensor, others: Outside, reference_dtype: torch.dtype
     ) -> None:
         for rows, problem in problems(args):
             part = slice(None) if rows is None else rows

@@ -95,11 +95,12 @@ class RowArgs(NamedTuple):
 
 
 class Outside(NamedTuple):
-    """The entries of N rows outside a list of ids, and of the soft-capped logits x.
+    """The log-sum-exp of N rows over the entries that a list of ids leaves out, relative to a peak.
 
-    log_sum [N]: log Σ exp((x - peak)/T), -inf without entries. peak [N]: from Engine.outside the
-    largest of these entries, from topk_op the largest listed one, 0 if that is -inf. Both are
-    float64. saved [N, SAVED]: values for Engine.outside_gradient.
+    log_sum [N]: log Σ exp((x - peak)/T) of soft-capped logits x, -inf without entries. peak [N]: as
+    Engine.outside fills it, the largest of these entries; as topk_op leaves it, the largest listed
+    one, 0 if that is -inf; of a masked row undefined. Both are float64. saved [N, SAVED]: values
+    for Engine.outside_gradient.
     """
 
     log_sum: torch.Tensor

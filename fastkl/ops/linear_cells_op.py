@@ -77,8 +77,8 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
     ids = heads.taken(matrix(request.ids))
-    listed, *rest = results = empty_cells(inputs.hidden, ids)
-    others = Outside._make(rest)
+    results = empty_cells(inputs.hidden, ids)
+    listed, others = results[0], Outside._make(results[1:])
 
     def fill(rows: slice, args: Any, *_: Any) -> None:
         fill_cells(heads.engine, args, ids[rows], listed[rows], others.at(rows))
@@ -91,7 +91,8 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
         fill_listed(heads.engine, heads.args, absent, x, listed, others)
     else:
         heads.each_chunk(fill, keep)
-    found, leading = heads.of_all(dict(zip("0123", results, strict=True))), inputs.hidden.shape[:-1]
+    found = heads.of_all({"listed": listed, **others._asdict()})
+    leading = inputs.hidden.shape[:-1]
     return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
 

@@ -108,13 +108,15 @@ def kl_and_gradient(
             value[~mask] = 0
 
 
-def outside(args: RowArgs, ids: torch.Tensor, others: Outside, dtype: torch.dtype) -> None:
+def outside(
+    args: RowArgs, ids: torch.Tensor, others: Outside, reference_dtype: torch.dtype
+) -> None:
     """Fill `others` as Engine.outside, with 0 for saved."""
     for value in others:
         value.zero_()
     for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
         # A column more takes the absent ids.
-        padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=dtype)
+        padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=reference_dtype)
         padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
         padded[:, -1] = -math.inf
         padded.scatter_(-1, ids[rows], -math.inf)
@@ -135,12 +137,13 @@ def outside_gradient(
         active &= args.mask
     if not bool(active.all()):
         grad[~active] = 0
+    factors = upstream / args.temperature
     for rows, x, _ in row_blocks.blocks(args.p, None, active, False):
         temperature = rows_of(args.temperature, rows)
         capped = reference.soft_cap(x, args.scaling.softcap).to(result_dtype(x))
         peak, log_sum, factor = (
             value[rows][:, None].to(capped.dtype)
-            for value in (others.peak, others.log_sum, upstream / args.temperature)
+            for value in (others.peak, others.log_sum, factors)
         )
         weights = _over(capped - peak, temperature).sub_(log_sum).exp_().mul_(factor)
         if args.scaling.softcap:

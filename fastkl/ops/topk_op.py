@@ -55,8 +55,8 @@ def fill_cells(
     others: Outside,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Fill listed [N, K], float64, with (x - peak)/T at the ids, for x the soft-capped logits p and
-    peak the row's largest listed one; -inf at an absent id. Fill `others` likewise.
+    """Fill listed [N, K], float64, with (x - peak)/T at the ids, -inf at an absent one, and
+    `others` relative to the same peak: the row's largest listed x, the soft-capped logit.
     """
     x = _at(args.p, ids.masked_fill(ids >= args.p.shape[-1], 0))
     engine.outside(args, ids, others, dtype)
@@ -74,7 +74,7 @@ def fill_listed(
     peak = peak.masked_fill(peak == -math.inf, 0.0)
     scale = _scale(engine, args)
     listed.copy_((capped - peak) * scale)
-    # Of a masked row they are 0.
+    # A masked row's log_sum stays 0: `moved` may be NaN there.
     moved = (others.log_sum[:, None] + (others.peak[:, None] - peak) * scale)[:, 0]
     others.log_sum.copy_(
         moved if args.mask is None else torch.where(args.mask, moved, others.log_sum)
@@ -83,7 +83,9 @@ def fill_listed(
 
 
 def listed_gradient(engine: Engine, args: RowArgs, x: Tensor | None, g_listed: Tensor) -> Tensor:
-    """Return the gradient [N, K] with respect to the logits x, needed with a soft cap alone."""
+    """Return the gradient [N, K] with respect to the logits at the ids; x: these logits, None
+    without a soft cap.
+    """
     value = g_listed * _scale(engine, args)
     if x is not None and args.scaling.softcap:
         capped = reference.soft_cap(x, args.scaling.softcap).double()
@@ -149,9 +151,15 @@ def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
     results = _fake_cells(inputs)
     if results[1].numel():
         listed, log_sum, peak, saved = results
-        others = Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
-        rows = _rows(inputs), matrix(inputs.ids), matrix(listed)
-        fill_cells(ENGINES[inputs.backend], *rows, others, inputs.dtype)
+        others = Outside(log_sum.view(-1), peak.view(-1), saved.view(-1, SAVED))
+        fill_cells(
+            ENGINES[inputs.backend],
+            _rows(inputs),
+            matrix(inputs.ids),
+            listed.view(-1, listed.shape[-1]),
+            others,
+            inputs.dtype,
+        )
     return results
 
 
@@ -195,7 +203,7 @@ def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None
     (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[3])
     save_tensors(ctx, *inputs[:4], *output[1:])
-    ctx.options = inputs[4:6]
+    ctx.options = inputs.temperature, inputs.backend
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
