@@ -12,7 +12,7 @@ from typing import IO
 
 from .errors import UseError, told
 
-# A file of this name is none: standard input as a text, standard output as an output.
+# The path "-": standard input for a text, standard output for a result.
 STDIN = STDOUT = Path("-")
 
 
@@ -40,10 +40,10 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def check_uses(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
+def check_uses(texts: Iterable[Path], html: Path | None, json_path: Path | None) -> None:
     """Refuse outputs that cannot be written, and a file with two uses."""
     seen: set[object] = set()
-    outputs = [(option, path) for option, path in (("--html", html), ("--json", json)) if path]
+    outputs = [(option, path) for option, path in (("--html", html), ("--json", json_path)) if path]
     for option, path in [*(("--text", path) for path in texts), *outputs]:
         place = (option == "--text") if path == STDIN else os.path.realpath(path)
         got, remedy = repr(str(path)), "choose another name"

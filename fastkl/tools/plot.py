@@ -42,7 +42,8 @@ def plot_run(source: Path, out: Path) -> str:
 
 
 def read_run(source: Path) -> Run:
-    """Read figures by name, one per step, NaN where a step has none; "spikes": steps with alarm.
+    """Read figures by name, one per step, NaN where a step has none, and under "spikes" the steps
+    at which the alarm rang.
 
     Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
     from there on are those that follow.

@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
             )
         )
         self.lm_head = nn.Linear(width, vocabulary)
-        # A complex number of each position for each pair of neighbouring entries.
+        # e^(i·angle) for each position and pair of neighbouring entries.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
         angle = torch.arange(settings.context).float()[:, None] * frequency
         rotation = torch.polar(torch.ones_like(angle), angle)
@@ -52,11 +52,11 @@ class LanguageModel(nn.Module):
         """Return hidden states [B, T, H] of tokens [B, T] after those in the cache, which grows."""
         past = cache[0][0].shape[2] if cache else 0
         rotation = self.get_buffer("rotation")[past : past + tokens.shape[1]]
-        stream: torch.Tensor = self.transformer["wte"](tokens)
+        stream = self.transformer["wte"](tokens)
         for layer, block in enumerate(self.transformer["h"]):
             stream = block(stream, rotation, cache, layer)
-        stream = self.transformer["ln_f"](stream)
-        return stream
+        hidden: torch.Tensor = self.transformer["ln_f"](stream)
+        return hidden
 
     def response_hidden(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Return hidden states [B, length, H] that predict the last tokens of tokens [B, T]."""
@@ -100,8 +100,9 @@ class Block(nn.Module):
             cache[layer] = k, v
         # With a cache, every call but the first has one token, which sees all before it.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=stream.shape[1] > 1)
-        stream = stream + attn["out_proj"](attended.transpose(1, 2).flatten(2)) + self.mlp(normal)
-        return stream
+        mixed = attn["out_proj"](attended.transpose(1, 2).flatten(2))
+        out: torch.Tensor = stream + mixed + self.mlp(normal)
+        return out
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -140,13 +141,16 @@ def train_reference(
     loss_of: Callable[[LanguageModel, torch.Tensor], torch.Tensor] = cross_entropy,
     title: str = "reference",
 ) -> tuple[LanguageModel, list[float]]:
-    """Train on random excerpts [B, T + 1] of the corpus; return (model, loss of each step)."""
+    """Train by loss_of(model, excerpts [B, T + 1]) on random excerpts of the corpus; return (model,
+    loss of each step, nats per token).
+    """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = LanguageModel(corpus.vocabulary, settings)
     start_from_bigrams(model, corpus.train)
     model.to(settings.device)
-    rate, count, losses = settings.reference_rate, settings.reference_steps, list[float]()
+    rate, count = settings.reference_rate, settings.reference_steps
+    losses: list[float] = []
     tables = [*model.transformer["wte"].parameters(), *model.lm_head.parameters()]
     blocks = [*model.transformer["h"].parameters(), *model.transformer["ln_f"].parameters()]
     groups: list[dict[str, Any]] = [dict(params=tables), dict(params=blocks, lr=rate * BLOCK_RATE)]

@@ -105,11 +105,11 @@ def ppo(
             jsonl = Path(folder, f"{STEMS[name]}.jsonl")
             runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", jsonl)
             files[jsonl.name], drawn[name] = jsonl.read_bytes(), read_run(jsonl)
-    policies = {"reference": reference, **{name: policy for name, (policy, *_) in runs.items()}}
+    policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
     stages = progress(policies.items(), "samples of each policy")
     numbers |= {
-        "series": {name: series for name, (_, series, _) in runs.items()},
-        "monitor": {name: watched(series, summary) for name, (_, series, summary) in runs.items()},
+        "series": {name: run.series for name, run in runs.items()},
+        "monitor": {name: watched(run.series, run.summary) for name, run in runs.items()},
         "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
     }
     levels = {

@@ -5,6 +5,7 @@ It maximises the reward minus beta times KL(policy‖reference) per token.
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ def advantages_of(rewards: Tensor, discount: float) -> Tensor:
     return returns - returns.mean(0)
 
 
+class FineTuned(NamedTuple):
+    """A policy, the monitor's figures, each a number per step, and its summary of the run."""
+
+    policy: LanguageModel
+    series: dict[str, list[float]]
+    summary: dict[str, float]
+
+
 def fine_tune(
     reference: LanguageModel,
     corpus: Corpus,
@@ -43,11 +52,10 @@ def fine_tune(
     settings: Settings,
     title: str,
     jsonl: Path | None = None,
-) -> tuple[LanguageModel, dict[str, list[float]], dict[str, float]]:
+) -> FineTuned:
     """Maximise the reward minus beta times the KL, from the reference.
 
     FixedBeta(0) only measures the KL. jsonl: a file for the monitor's figures, a line per step.
-    Returns (policy, the monitor's figures, each a number per step, its summary of the run).
     """
     device, length, temperature = settings.device, settings.response_length, settings.temperature
     policy = copy.deepcopy(reference).requires_grad_(True)
@@ -88,4 +96,4 @@ def fine_tune(
             f"reward {figures['reward']:.3f}, KL {figures['kl/mean']:.3f} nats", refresh=False
         )
     series = {name: [each[name] for each in history] for name in figures}
-    return policy.eval().requires_grad_(False), series, monitor.summary()
+    return FineTuned(policy.eval().requires_grad_(False), series, monitor.summary())
