@@ -319,6 +319,14 @@ def of_name(
         )
     given: Any = (0.5 if beta is None else beta) if takes_beta else alpha
     if takes_alpha or takes_beta:
+        _checks.expect(
+            given is not None,
+            alpha_name,
+            f"a number {'above 0' if name == 'renyi' else 'in [0, 1]'}, which {name!r} needs",
+            given,
+            f"pass {alpha_name}=0.5, for instance",
+            TypeError,
+        )
         check = _checks.order if name == "renyi" else _checks.share
         check("beta" if takes_beta else alpha_name, given)
     share = float(given or 0.0)

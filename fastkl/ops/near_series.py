@@ -28,7 +28,8 @@ def near_series(divergence: Divergence) -> Any:
     curvature = share * rest if kind == "js" else rest * rest  # f''(0), else of skew_kl
 
     def fit(number: int, name: str) -> list[float]:
-        nodes = torch.arange(number, dtype=torch.float64).add(0.5).mul(math.pi / number).cos()
+        numbers = torch.arange(number, dtype=torch.float64, device="cpu")
+        nodes = numbers.add(0.5).mul(math.pi / number).cos()
         # With p = 1 an entry's terms are f, u and e^d·v.
         value, u, q_v = f_divergences.terms(torch.zeros_like(nodes), nodes, kind, share)
         x = FACTOR * nodes

@@ -14,9 +14,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import testing
+from fastkl import _modes, testing
 from fastkl.ops import (
-    dual_op,
     linear_cells_op,
     linear_op,
     linear_sum_op,
@@ -125,7 +124,7 @@ def test_a_dispatch_mode_sees_the_ops(implementation, name, expected) -> None:
 
 
 def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextManager:
-    patch.setattr(dual_op, "SHORT_WAYS", name != "_eager")
+    patch.setattr(_modes, "SHORT_WAYS", name != "_eager")
     for each in DISPATCHED:
         patch.setattr(each, name, None)
     return contextlib.nullcontext()
