@@ -295,9 +295,10 @@ def temperature(
         not_forward_mode(name, value)
     else:
         what = "a positive number or a float tensor of the leading shape"
-        number = hasattr(value, "__float__")
-        remedy = f"pass float({name})" if number else tensor_remedy(name, value, "")
-        expect(is_number(value), name, what, value, remedy, TypeError)
+        if not is_number(value):
+            floats = hasattr(value, "__float__")
+            remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
+            expect(False, name, what, value, remedy, TypeError)
         what = "a positive finite number within 2^-126 … 2^126"
         inside = LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
         expect(inside, name, what, value, "pass 1.0, which leaves the logits as they are")

@@ -51,9 +51,10 @@ def kl_divergence(
             gradient; a masked token's entry may be anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-            makes the mean 0. Default: the number of unmasked tokens in this call, whatever their
-            weights (1 if none). For several micro-batches pass the number in all of them; under DDP
-            and FSDP, which average gradients, the number in all processes / world_size.
+            makes the mean 0 and one below 0 is an error on a CPU and NaN on a GPU. Default: the
+            number of unmasked tokens in this call, whatever their weights (1 if none). For several
+            micro-batches pass the number in all of them; under DDP and FSDP, which average
+            gradients, the number in all processes / world_size.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -65,8 +66,8 @@ def kl_divergence(
 
     Special values:
         An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
-        +inf; in p_logits alone, finite. A NaN or +inf makes its own row NaN (of token_stats: every
-        field that depends on it, on the kernels all of them).
+        +inf; in p_logits alone, finite. A NaN, a +inf, or -inf in every entry of either makes its
+        own row NaN.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen

@@ -127,9 +127,11 @@ def token_stats(
 
     Gradient:
         Of every field with respect to logits and ref_logits where they require it, in one backward
-        kernel. No second derivative.
+        kernel. No second derivative, but with support= any that autograd gives.
 
-    Special values, Raises: as kl_divergence.
+    Special values, Raises: as kl_divergence. What makes a row NaN there makes NaN of every field
+    that depends on it, and on the kernels maybe of others: lse too, where torch.logsumexp of a row
+    of -inf is -inf. With support= the lse of such a row is -inf.
 
     Source: Ouyang et al., Training language models to follow instructions with human feedback
     (2022), eq. 2, for the statistics that a step needs.

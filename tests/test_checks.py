@@ -219,8 +219,8 @@ def test_wrong_values(error, name, argument, wrong) -> None:
             {**PACKED, "cu_seqlens": torch.tensor([0, 7, 6])},
             "do not fall, from 0 to 6, .* got 7, then 6",
         ),
-        ("AdaptiveBeta.update", {"kl": TWO}, r"shape \(2,\)"),
-        ("TrustRegion.step", {"mean_kl": lambda: TWO}, r"shape \(2,\)"),
+        ("AdaptiveBeta.update", {"kl": TWO}, r"shape \(2,\) in place of one number"),
+        ("TrustRegion.step", {"mean_kl": lambda: TWO}, r"shape \(2,\) in place of"),
         ("AdaptiveBeta.update", {"kl": META}, "without values"),
     ],
 )

@@ -119,8 +119,10 @@ def number(
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
         if value.is_meta or value.numel() != 1:
-            lack = "values" if value.is_meta else f"one entry but the shape {tuple(value.shape)}"
-            raise ValueError(f"{name}: expected {what}, got a tensor without {lack}; {remedy}")
+            raise ValueError(
+                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)} "
+                f"{'without values' if value.is_meta else 'in place of one number'}; {remedy}"
+            )
         value = value.item()
     elif isinstance(value, bool) or not (
         isinstance(value, (int, float)) or isinstance(value, numbers.Real)

@@ -135,6 +135,7 @@ WAYS: dict[str, Callable] = {
     "plain tensors in eager mode, without the op": lambda patch, d: without(patch, "op"),
     "a torch that lacks a name of the short way": lambda patch, d: without(patch, "_eager"),
     "a dispatch mode": lambda patch, d: Calls(),
+    "another default device": lambda patch, d: torch.device("meta"),
     "autocast": lambda patch, d: torch.autocast(d["p"].device.type, dtype=torch.bfloat16),
 }
 

@@ -57,7 +57,8 @@ def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
     if bool(texts) == bool(chats) or any(not each["role"] for each in itertools.chain(*chats)):
         raise ValueError(
             ", ".join(f"{name} is of type {type(each).__name__}" for name, each in fields.items())
-            + "; expected: text a str, messages a list, prompt and completion both one of these"
+            + "; expected one of text (a str), messages (a list), prompt and completion (both the "
+            "same of these), and it not empty"
         )
     if texts:
         return texts[0], False
