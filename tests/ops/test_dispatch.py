@@ -89,7 +89,9 @@ def kl(d: dict[str, torch.Tensor]) -> torch.Tensor:
 def outcome(name: str, d: dict[str, torch.Tensor], outputs=None) -> list[torch.Tensor]:
     outputs = FUNCTIONS[name](d) if outputs is None else outputs
     learning = [value for value in outputs if value.requires_grad]
-    upstream = [torch.linspace(1.0, 2.0, v.numel()).to(v).view(v.shape) for v in learning]
+    upstream = [
+        torch.linspace(1.0, 2.0, v.numel(), device="cpu").to(v).view(v.shape) for v in learning
+    ]
     leaves = [d[leaf] for leaf in LEAVES]
     for leaf in leaves:
         leaf.grad = None
