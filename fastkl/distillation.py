@@ -131,10 +131,11 @@ class DistillationLoss(_Distillation):
         beta: of "js", the share of P. Default: 0.5.
 
     forward(logits, teacher_logits, labels, *, normalizer=None) takes logits [..., V] and integer
-    labels [...], -100 where a token does not count, and returns a float32 scalar with gradient with
-    respect to the logits that require it. labels[..., t] is the token that logits[..., t, :]
-    predict: of a causal model's pass logits[:, :-1] and labels[:, 1:]. Without a token that counts
-    it returns 0. normalizer: the divisor in place of mask.sum(), as in KLPenalty.
+    labels [...], -100 where a token does not count (another outside 0 … V-1 is an error on a CPU
+    and NaN on a GPU), and returns a float32 scalar with gradient with respect to the logits that
+    require it. labels[..., t] is the token that logits[..., t, :] predict: of a causal model's pass
+    logits[:, :-1] and labels[:, 1:]. Without a token that counts it returns 0. normalizer: the
+    divisor in place of mask.sum(), as in KLPenalty.
 
     `last` holds the last call's means over the tokens that count, as detached tensors:
     "cross_entropy" and "divergence" (nats, without weights and temperature²; absent if not
