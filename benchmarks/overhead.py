@@ -74,11 +74,11 @@ def python_calls(call):
 
 def measure(calls=CALLS, repeats=REPEATS):
     """Yield {"function", "way", step: microseconds, "calls"}."""
-    from fastkl.ops import dual_op
+    from fastkl import _modes
 
     for name, way in itertools.product(FUNCTIONS, ("plain tensors", "custom op")):
-        plain = dual_op._plain if way == "plain tensors" else lambda _: False
-        with mock.patch.object(dual_op, "_plain", plain):
+        plain = _modes.plain if way == "plain tensors" else lambda _: False
+        with mock.patch.object(_modes, "plain", plain):
             yield {"function": name, "way": way, **costs(name, calls, repeats)}
 
 

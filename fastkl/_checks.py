@@ -1,10 +1,12 @@
 """Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.autograd import forward_ad
+
+from . import _modes
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -72,6 +74,12 @@ def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
     elif value.dtype.is_floating_point:
         otherwise = "convert it with .to(torch.bfloat16), times its scale if it has one"
     return packed_remedy(name, value) or otherwise
+
+
+def tensor_remedy(name: str, value: object, otherwise: str) -> str:
+    """Say how to pass a tensor in place of something else; `otherwise` is for a tensor."""
+    made = f"pass torch.tensor({name})" if isinstance(value, (list, tuple)) else "pass a tensor"
+    return otherwise if isinstance(value, torch.Tensor) else made
 
 
 def logits(name: str, value: torch.Tensor) -> None:
@@ -213,6 +221,7 @@ def per_row(
     kind: tensors of `types`, in words; remedy: for another type.
     """
     if not isinstance(value, torch.Tensor) or value.dtype not in types:
+        remedy = tensor_remedy(name, value, remedy)
         raise TypeError(f"{name}: expected {kind}, got {type_name(value)}; {remedy}")
     not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
@@ -225,6 +234,20 @@ def per_row(
             f"{name}: expected the device of the other tensors, {device}, got {value.device}; move "
             f"it with .to()"
         )
+
+
+def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
+    """Return K of ids [..., K]; 1 for an object that per_row refuses."""
+    if not isinstance(ids, torch.Tensor) or ids.is_nested:
+        return 1
+    expect(
+        ids.dim() == len(leading) + 1 and ids.shape[-1] > 0,
+        name,
+        f"integer ids [..., K] with K ≥ 1 and the leading shape {tuple(leading)}",
+        tuple(ids.shape),
+        f"one id per token is {name}[..., None]",
+    )
+    return ids.shape[-1]
 
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
@@ -272,7 +295,10 @@ def temperature(
         not_forward_mode(name, value)
     else:
         what = "a positive number or a float tensor of the leading shape"
-        expect(is_number(value), name, what, value, f"pass float({name})", TypeError)
+        if not is_number(value):
+            floats = hasattr(value, "__float__")
+            remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
+            expect(False, name, what, value, remedy, TypeError)
         what = "a positive finite number within 2^-126 … 2^126"
         inside = LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
         expect(inside, name, what, value, "pass 1.0, which leaves the logits as they are")
@@ -294,35 +320,6 @@ def temperature_gradient(name: str) -> str:
         f"{name}: expected a tensor without gradient, got one that requires it; fastkl does not "
         f"differentiate with respect to the temperature: pass {name}.detach()"
     )
-
-
-def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
-    """Check for token ids within 0 … V-1, by reading them, which synchronises a GPU."""
-    if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
-        bad = int(value[(value < 0) | (value >= vocabulary)][0])
-        what, remedy = f"ids in 0 … {vocabulary - 1}", "ignored positions belong under a mask"
-        expect(False, "tokens (index)", what, bad, remedy)
-
-
-def temperatures_positive(value: torch.Tensor) -> None:
-    """Check for temperatures within 2^-126 … 2^126, by reading them."""
-    bad, what = value[~in_range(value)], "positive finite values within 2^-126 … 2^126"
-    if bad.numel():
-        remedy = "pass 1.0 for rows to leave as they are"
-        expect(False, "temperature", what, float(bad[0]), remedy)
-
-
-def in_range(temperature: Any) -> Any:
-    """Return whether temperatures are within 2^-126 … 2^126, beyond float16's range."""
-    wide = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    return (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
-
-
-def ratios_finite(value: torch.Tensor) -> None:
-    """Check ratios of two temperatures, by reading them; NaN stands for one out of range."""
-    what = "positive finite values within 2^-126 … 2^126, in relation to temperature too"
-    remedy = "pass 1.0 for rows to leave as they are"
-    expect(value.isfinite().all(), "ref_temperature", what, "one that is not", remedy)
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -367,7 +364,7 @@ def _number(name: str, value: float) -> None:
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
     """Check the divisor of a mean: None, a positive number, or a tensor of one entry, 0 for an
-    empty batch.
+    empty batch, which is read where it is readable.
     """
     if value is None:
         return
@@ -390,9 +387,11 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
                 f"normalizer: expected the device of the other tensors, {device}, got "
                 f"{value.device}; move it with .to()"
             )
-    else:
-        what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
-        expect(is_number(value), "normalizer", what, value, remedy, TypeError)
-        remedy = f"{remedy}, or a tensor, which may be 0"
-        inside = finite.tiny <= value <= finite.max
-        expect(inside, "normalizer", "a finite number above 0", value, remedy)
+        if not _modes.readable(value):
+            return
+        value = value.detach().item() or 1.0  # 0 is right
+    what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
+    expect(is_number(value), "normalizer", what, value, remedy, TypeError)
+    remedy = f"{remedy}, or a tensor, which may be 0"
+    inside = finite.tiny <= value <= finite.max
+    expect(inside, "normalizer", "a finite number above 0", value, remedy)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _checks, _head_checks, backend
-from .ops import dual_op
+from . import _checks, _head_checks, _modes, _value_checks, backend
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
@@ -180,7 +179,7 @@ def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
     Never without a backward, nor inside a transform of torch.func, which may call it for any number
     of samples. An exported graph may be for any number of tokens: only with recompute=False.
     """
-    if recompute or dual_op.transforming() or not learning(inputs):
+    if recompute or _modes.transforming() or not learning(inputs):
         return False
     if recompute is False or torch.compiler.is_exporting():
         return recompute is False
@@ -237,7 +236,7 @@ class _Scale(NamedTuple):
         ratio = (numerator * self.factor) / (denominator * first.factor)
         if not isinstance(ratio, torch.Tensor):
             return ratio
-        valid = _checks.in_range(ratio) & _checks.in_range(denominator)
+        valid = _value_checks.in_range(ratio) & _value_checks.in_range(denominator)
         return torch.where(valid, ratio, float("nan")).to(dtype)
 
 

@@ -59,13 +59,15 @@ def divisor(
     """Return the divisor, a number or scalar tensor, of the sum over tokens, of type dtype.
 
     Without tokens (sequences) it is 1. A tensor 0 becomes inf, so that every finite sum and its
-    gradient are 0.
+    gradient are 0; one below 0, NaN.
     """
     if reduction == "sum":
         return 1
     if isinstance(normalizer, torch.Tensor):
         normalizer = normalizer.reshape(()).to(dtype)
-        return torch.where(normalizer == 0, math.inf, normalizer)
+        return torch.where(
+            normalizer >= 0, torch.where(normalizer == 0, math.inf, normalizer), math.nan
+        )
     if normalizer is not None:
         return normalizer
     return at_least_one(

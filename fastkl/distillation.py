@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from . import _checks, _head_checks, _reduce
+from . import _checks, _head_checks, _modes, _reduce, _value_checks
 from ._heads import Given, prepare
 from ._types import DistillationDirection, DivergenceName
 from .divergence import DIVERGENCES, Call, of_name
 from .linear import Head, linear_token_stats
 from .linear_divergences import reduced
-from .ops import dual_op
 from .tokens import TokenStats, token_stats
 
 # The label of a token that does not count, as of torch.nn.functional.cross_entropy.
@@ -62,6 +61,7 @@ class _Distillation(torch.nn.Module):
     def _combine(
         self,
         like: torch.Tensor,
+        vocabulary: int,
         labels: torch.Tensor,
         normalizer: float | torch.Tensor | None,
         teacher: tuple[Any, ...],
@@ -77,6 +77,10 @@ class _Distillation(torch.nn.Module):
         _checks.tokens(labels, like.shape[:-1], like.device, "labels")
         _checks.normalizer(normalizer, "mean", like.device)
         mask, sums = labels != IGNORED, {}
+        if _modes.readable(labels):
+            _value_checks.tokens_in_range(
+                *(labels[mask], vocabulary, "labels"), f"give tokens that do not count {IGNORED}"
+            )
         # The KL at temperature 1 comes with the log-probs.
         joint = self.divergence == "kl" and self.temperature == 1 and 0 < self.alpha < 1
         if self.alpha < 1:
@@ -86,10 +90,13 @@ class _Distillation(torch.nn.Module):
             sums["divergence"] = (stats.kl if self._reverse else stats.ref_kl).sum()
         elif self.alpha > 0:
             sums["divergence"] = divergence(mask)
+        if self.alpha == 1:  # no log-prob that a wrong label makes NaN
+            right = ~mask | (labels >= 0) & (labels < vocabulary)
+            sums["divergence"] = torch.where(right.all(), sums["divergence"], torch.nan)
         scales = {"cross_entropy": 1 - self.alpha, "divergence": self.alpha * self.temperature**2}
         total = torch.stack([scales[name] * value for name, value in sums.items()]).sum()
         loss = _reduce.reduced(total, mask, None, "mean", normalizer)
-        if not dual_op.transforming():  # else these tensors are invalid outside the transform
+        if not _modes.transforming():  # else these tensors are invalid outside the transform
             with torch.no_grad():
                 tokens = mask.sum(dtype=total.dtype)
                 means = {name: value / tokens.clamp(min=1) for name, value in sums.items()}
@@ -124,10 +131,11 @@ class DistillationLoss(_Distillation):
         beta: of "js", the share of P. Default: 0.5.
 
     forward(logits, teacher_logits, labels, *, normalizer=None) takes logits [..., V] and integer
-    labels [...], -100 where a token does not count, and returns a float32 scalar with gradient with
-    respect to the logits that require it. labels[..., t] is the token that logits[..., t, :]
-    predict: of a causal model's pass logits[:, :-1] and labels[:, 1:]. Without a token that counts
-    it returns 0. normalizer: the divisor in place of mask.sum(), as in KLPenalty.
+    labels [...], -100 where a token does not count (another outside 0 … V-1 is an error on a CPU
+    and NaN on a GPU), and returns a float32 scalar with gradient with respect to the logits that
+    require it. labels[..., t] is the token that logits[..., t, :] predict: of a causal model's pass
+    logits[:, :-1] and labels[:, 1:]. Without a token that counts it returns 0. normalizer: the
+    divisor in place of mask.sum(), as in KLPenalty.
 
     `last` holds the last call's means over the tokens that count, as detached tensors:
     "cross_entropy" and "divergence" (nats, without weights and temperature²; absent if not
@@ -166,7 +174,7 @@ class DistillationLoss(_Distillation):
         _checks.same_shape("teacher_logits", teacher_logits, "logits", logits)
         pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
         return self._combine(
-            *(logits, labels, normalizer, (teacher_logits,)),
+            *(logits, logits.shape[-1], labels, normalizer, (teacher_logits,)),
             functools.partial(token_stats, logits),
             lambda mask: Call(*pair, mask, self.temperature, None, "sum", None).of(*self._of),
         )
@@ -259,7 +267,8 @@ class LinearDistillationLoss(_Distillation):
             return total if factor is None else factor * total
 
         return self._combine(
-            hidden, labels, normalizer, (ref_hidden, ref_weight), statistics, divergence
+            *(hidden, len(inputs.weight), labels, normalizer, (ref_hidden, ref_weight)),
+            *(statistics, divergence),
         )
 
     if TYPE_CHECKING:

@@ -51,9 +51,10 @@ def kl_divergence(
             gradient; a masked token's entry may be anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-            makes the mean 0. Default: the number of unmasked tokens in this call, whatever their
-            weights (1 if none). For several micro-batches pass the number in all of them; under DDP
-            and FSDP, which average gradients, the number in all processes / world_size.
+            makes the mean 0 and one below 0 is an error on a CPU and NaN on a GPU. Default: the
+            number of unmasked tokens in this call, whatever their weights (1 if none). For several
+            micro-batches pass the number in all of them; under DDP and FSDP, which average
+            gradients, the number in all processes / world_size.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -66,8 +67,8 @@ def kl_divergence(
     Special values:
         An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
         +inf; in p_logits alone, finite. A p below e^-745, which float64 cannot hold, counts as 0:
-        it adds 0 whatever q is. A NaN or +inf makes its own row NaN (of token_stats: every field
-        that depends on it, on the kernels all of them).
+        it adds 0 whatever q is. A NaN, a +inf, or -inf in every entry of either makes its own row
+        NaN.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen
@@ -323,6 +324,14 @@ def of_name(
         )
     given: Any = (0.5 if beta is None else beta) if takes_beta else alpha
     if takes_alpha or takes_beta:
+        _checks.expect(
+            given is not None,
+            alpha_name,
+            f"a number {'above 0' if name == 'renyi' else 'in [0, 1]'}, which {name!r} needs",
+            given,
+            f"pass {alpha_name}=0.5, for instance",
+            TypeError,
+        )
         check = _checks.order if name == "renyi" else _checks.share
         check("beta" if takes_beta else alpha_name, given)
     share = float(given or 0.0)

@@ -162,6 +162,14 @@ def linear_divergence(  # noqa: PLR0913
     _checks.expect(
         isinstance(reverse, bool), "reverse", "a bool", reverse, "True exchanges P and Q", TypeError
     )
+    _checks.expect(
+        ref_hidden is not None or ref_logits is not None,
+        "ref_hidden",
+        "the second model's hidden states [..., H], or its logits as ref_logits",
+        None,
+        "pass one of the two",
+        TypeError,
+    )
     kind, share, factor = of_name(divergence, alpha, beta)
     inputs = prepare(
         Given(

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from . import _checks, _head_checks, _reduce, backend
+from . import _checks, _head_checks, _modes, _reduce, backend
 from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction
 from .divergence import kl_divergence
 from .linear import Head
 from .linear_divergences import weighted_kl
-from .ops import dual_op
 from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
@@ -93,7 +92,7 @@ class _Penalty(torch.nn.Module):
         self, kl: torch.Tensor, counts: Counts, divisors: Counts, beta: float, loss: torch.Tensor
     ) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
-        if not dual_op.transforming():  # else these tensors are invalid outside the transform
+        if not _modes.transforming():  # else these tensors are invalid outside the transform
             # As a decorator no_grad breaks the graph of a compiled step that makes the module.
             with torch.no_grad():
                 kl, total = kl.detach(), kl.sum()

@@ -6,8 +6,8 @@
     exact = testing.truth(p, q)
     testing.assert_kl(my_kl(p, q), exact.kl)
 
-A comparison raises AssertionError for the worst entry, NaN included, and otherwise returns the
-largest relative error. The tests, `fastkl doctor` and the benchmarks use this module; it needs
+A comparison raises AssertionError for other shapes and the worst entry, NaN included, else returns
+the largest relative error. The tests, `fastkl doctor` and the benchmarks use this module; it needs
 torch alone, and `import fastkl` does not load it.
 """
 
@@ -47,14 +47,12 @@ class Truth(NamedTuple):
     lse: torch.Tensor
     ref_lse: torch.Tensor
 
-    def stats(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the FIELDS of fastkl.TokenStats for token ids [...]."""
+    def stats(self, tokens: torch.Tensor, names: Sequence[str] = FIELDS) -> dict[str, torch.Tensor]:
+        """Return the named fields of fastkl.TokenStats for token ids [...]."""
         index = tokens.long()[..., None]
-        logprob, ref_logprob = (
-            value.gather(-1, index)[..., 0] for value in (self.log_p, self.log_q)
-        )
+        logprob, ref_logprob = (x.gather(-1, index)[..., 0] for x in (self.log_p, self.log_q))
         values = (logprob, self.entropy, ref_logprob, *self[3:])
-        return dict(zip(FIELDS, values, strict=True))
+        return {name: value for name, value in zip(FIELDS, values, strict=True) if name in names}
 
 
 class Gradients(NamedTuple):
@@ -132,6 +130,7 @@ def gradients(
     grad_p, grad_q = zero, zero
     for name, value in upstream.items():
         weight = (value.detach().double().to(p.device) / scale)[..., None]
+        _one_of("upstream", name, FIELDS)
         to_p, to_q = formulas[name]()
         grad_p = grad_p + _weighted(weight, to_p)
         grad_q = grad_q + _weighted(weight, to_q)
@@ -161,8 +160,9 @@ def kl_tolerance(kl: torch.Tensor) -> torch.Tensor:
 
 def assert_kl(result: torch.Tensor, exact: torch.Tensor, what: str = "kl") -> float:
     """Compare divergences within kl_tolerance; a negative one fails."""
-    result = _wide(result)
-    return _compare(torch.where(result < 0, torch.nan, result), exact, kl_tolerance, what)
+    for negative in _wide(result[result < 0]).tolist():
+        raise AssertionError(f"{what}: got {negative:.9g}, a negative number")
+    return _compare(result, exact, kl_tolerance, what)
 
 
 def assert_near(
@@ -175,7 +175,10 @@ def assert_near(
 def assert_stats(
     results: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], what: str = ""
 ) -> float:
-    """Compare fields of TokenStats, each within the tolerance of its kind."""
+    """Compare fields of TokenStats, the same on both sides, each within its kind's tolerance."""
+    for name in (*results, *exact):
+        if results.get(name) is None or exact.get(name) is None:
+            raise AssertionError(f"{what} {name}: no tensor on one of the two sides".strip())
     return max(
         (
             assert_kl(result, exact[name], f"{what} {name}".strip())
@@ -231,9 +234,7 @@ def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) ->
 
     NaN equals NaN: its sign differs between the vector part of a CPU's loop and the remainder.
     """
-    kinds = [f"{value.dtype} {tuple(value.shape)}" for value in (result, expected)]
-    if kinds[0] != kinds[1]:
-        raise AssertionError(f"{what}: got {kinds[0]}, expected {kinds[1]}")
+    _same([f"{value.dtype} {tuple(value.shape)}" for value in (result, expected)], what)
     different = (bits(result) != bits(expected)) & ~(result.isnan() & expected.isnan())
     if bool(different.any()):
         first = int(different.flatten().int().argmax())
@@ -248,6 +249,16 @@ def bits(value: torch.Tensor) -> torch.Tensor:
     """View a tensor's memory as integers, so that equality is to the bit."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return value.detach().contiguous().view(integers[value.element_size()])
+
+
+def _one_of(argument: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}: expected one of {allowed}, got {value!r}; correct it")
+
+
+def _same(kinds: Sequence[object], what: str) -> None:
+    if kinds[0] != kinds[1]:
+        raise AssertionError(f"{what}: got {kinds[0]}, expected {kinds[1]}")
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
@@ -267,6 +278,7 @@ def _compare(
     what: str,
 ) -> float:
     result, exact = _wide(result), _wide(exact)
+    _same([tuple(result.shape), tuple(exact.shape)], what)
     error, allowed = torch.where(result == exact, 0.0, (result - exact).abs()), tolerance(exact)
     told = {"got": result, "expected": exact, "off by": error, "allowed": allowed}
     return _judge(error, allowed, exact.abs(), what, "entry", told)
@@ -275,6 +287,7 @@ def _compare(
 def _compare_rows(
     result: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, what: str
 ) -> float:
+    _same([tuple(result.shape), tuple(exact.shape)], what)
     error, norm = (_wide(result) - exact).norm(dim=-1), _norm(exact)
     told = {"error over norm": error / norm, "allowed": allowed / norm, "norm": norm}
     return _judge(error, allowed, norm, what, "row", told)
@@ -310,14 +323,15 @@ def logits(
     kind: str, rows: int, vocabulary: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Draw float32 logits [rows, vocabulary] of one of KINDS, with peaks at random positions."""
-    noise = torch.randn(rows, vocabulary, generator=generator)
+    _one_of("kind", kind, KINDS)
+    noise = torch.randn(rows, vocabulary, generator=generator, device="cpu")
     if kind.startswith("normal"):
         return noise * float(kind.removeprefix("normal"))
     if kind == "zipf":
-        order = torch.rand(rows, vocabulary, generator=generator).argsort(-1) + 1.0
+        order = torch.rand(rows, vocabulary, generator=generator, device="cpu").argsort(-1) + 1.0
         return -1.1 * order.log() + 0.3 * noise
     height = 30.0 if kind == "very_peaked" else 18.0
-    peak = torch.randint(vocabulary, (rows,), generator=generator)
+    peak = torch.randint(vocabulary, (rows,), generator=generator, device="cpu")
     return noise * 3.0 + height * torch.nn.functional.one_hot(peak, vocabulary)
 
 
@@ -338,7 +352,7 @@ def pair(
     """
     generator = torch.Generator().manual_seed(seed)
     p = logits(kind, rows, vocabulary, generator)
-    q = p + size * torch.randn(rows, vocabulary, generator=generator) + shift
+    q = p + size * torch.randn(rows, vocabulary, generator=generator, device="cpu") + shift
     return p.to(dtype).to(device), q.to(dtype).to(device)
 
 
@@ -365,7 +379,9 @@ def leaf(value: torch.Tensor) -> torch.Tensor:
 
 def upstream_for(value: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Draw upstream gradients of a result, of both signs and away from 0."""
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + 1000))
+    noise = torch.randn(
+        value.shape, generator=torch.Generator().manual_seed(seed + 1000), device="cpu"
+    )
     return (noise + noise.sign()).to(value)
 
 

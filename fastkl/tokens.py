@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
-from . import _checks, backend, f_divergences
-from .ops import dual_op
+from . import _checks, _modes, _value_checks, backend, f_divergences
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
@@ -128,9 +127,11 @@ def token_stats(
 
     Gradient:
         Of every field with respect to logits and ref_logits where they require it, in one backward
-        kernel. No second derivative.
+        kernel. No second derivative, but with support= any that autograd gives.
 
-    Special values, Raises: as kl_divergence.
+    Special values, Raises: as kl_divergence. What makes a row NaN there makes NaN of every field
+    that depends on it, and on the kernels maybe of others: lse too, where torch.logsumexp of a row
+    of -inf is -inf. With support= the lse of such a row is -inf.
 
     Source: Ouyang et al., Training language models to follow instructions with human feedback
     (2022), eq. 2, for the statistics that a step needs.
@@ -179,21 +180,13 @@ class Support(NamedTuple):
     ) -> Support:
         """Check the ids for logits of a shape and sort them; of repeated ones one is left."""
         *leading, vocabulary = shape
-        several = isinstance(ids, torch.Tensor) and not ids.is_nested and ids.dim() == len(shape)
-        entries = ids.shape[-1] if several else 1
+        entries = _checks.entries("support", ids, leading)
         _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
-        _checks.expect(
-            entries,
-            "support",
-            "at least one id per token",
-            tuple(ids.shape),
-            "pass None for models that nothing restricts",
-        )
         ids = increasing(ids.long(), vocabulary)
         absent = ids == vocabulary
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
         # Graphs and transforms have no branch on values: bad ones give NaN there.
-        checks = ENGINES[chosen].checks_values and dual_op.eager(ids)
+        checks = ENGINES[chosen].checks_values and _modes.eager(ids)
         return cls(ids, absent, counted, vocabulary, checks)
 
     def divisor(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
@@ -201,8 +194,8 @@ class Support(NamedTuple):
         if not isinstance(temperature, torch.Tensor):
             return temperature
         if self.checks:
-            _checks.temperatures_positive(temperature[self.counted])
-        valid = torch.where(_checks.in_range(temperature), temperature, torch.nan)
+            _value_checks.temperatures_positive(temperature[self.counted])
+        valid = torch.where(_value_checks.in_range(temperature), temperature, torch.nan)
         return torch.where(self.counted, valid, 1.0)[..., None]
 
     def statistics(
@@ -225,7 +218,7 @@ class Support(NamedTuple):
         ]
         log_p, *log_q = logs = [value.log_softmax(-1) for value in listed]
         if tokens is not None and self.checks:
-            _checks.tokens_in_range(tokens[self.counted], self.vocabulary)
+            _value_checks.tokens_in_range(tokens[self.counted], self.vocabulary)
         # Below the smallest float64 a logarithm adds nothing.
         found: dict[str, torch.Tensor] = {"entropy": -(log_p.exp() * log_p.clamp(-800.0)).sum(-1)}
         for prefix, values, total in zip(("", "ref_"), logs, lse, strict=False):
@@ -307,15 +300,16 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         logits.device,
         "index",
     )
-    chosen, ids = backend.select(logits), index.long()
+    chosen, ids, vocabulary = backend.select(logits), index.long(), logits.shape[-1]
+    if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
+        remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"
+        _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
             RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
         )[0]
         return logprob
-    vocabulary, dtype = logits.shape[-1], result_dtype(logits)
-    if ENGINES[chosen].checks_values and dual_op.eager(logits, ids):
-        _checks.tokens_in_range(ids, vocabulary)
+    dtype = result_dtype(logits)
     if not ids.shape[-1]:
         return logits.gather(-1, ids).to(dtype)
     unique = increasing(ids, vocabulary)

@@ -5,10 +5,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _reduce, backend, f_divergences
+from . import _checks, _modes, _reduce, backend, f_divergences
 from ._heads import Given, Head, keeps_logits, prepare
 from ._types import Reduction
-from .ops import dual_op
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
@@ -38,7 +37,7 @@ def topk_kl_divergence(  # noqa: PLR0913
     mask: torch.Tensor | None = None,
     *,
     direction: TopkDirection = "teacher||student",
-    beta: float = 0.5,
+    beta: float | None = None,
     tail: Tail = "bucket",
     clip: float | None = None,
     temperature: float | torch.Tensor = 1.0,
@@ -73,8 +72,8 @@ def topk_kl_divergence(  # noqa: PLR0913
             verl pads with log-prob 0 and id 0: mask those positions. A row without entries is
             masked, and leaves the default mean's count.
         mask: bool [...], True where the token counts.
-        direction: which KL, or "js", the generalised JSD of js_divergence, where beta is the
-            teacher's share.
+        direction: which KL, or "js", the generalised JSD of js_divergence.
+        beta: of "js", the teacher's share, a number in [0, 1]. Default: 0.5.
         tail: what is known of the tokens that are not listed. "bucket": both models' remaining mass
             is one more token. "renormalize": the listed tokens are all; both models are normalised
             over them. "ignore": only the listed terms are summed, of unnormalised probabilities;
@@ -115,7 +114,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
     mask: torch.Tensor | None = None,
     *,
     direction: TopkDirection = "teacher||student",
-    beta: float = 0.5,
+    beta: float | None = None,
     tail: Tail = "bucket",
     clip: float | None = None,
     temperature: float | torch.Tensor = 1.0,
@@ -147,8 +146,8 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
             linear_token_stats, for the student alone. The others: as in topk_kl_divergence.
 
     Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
-    linear_token_stats, for one model; from forward to backward 190·K bytes per token, 430·K for
-    "js".
+    linear_token_stats, for one model; from forward to backward, beside kept logits, about 190·K +
+    250 bytes per token, 420·K + 490 for "js", as topk_kl_divergence.
 
     Gradient:
         With respect to hidden, weight and bias, in their types.
@@ -193,7 +192,7 @@ def topk_stats(  # noqa: PLR0913
     mask: torch.Tensor | None = None,
     *,
     direction: TopkDirection = "teacher||student",
-    beta: float = 0.5,
+    beta: float | None = None,
     tail: Tail = "bucket",
     clip: float | None = None,
     temperature: float | torch.Tensor = 1.0,
@@ -214,7 +213,7 @@ class _How(NamedTuple):
     """The options of a top-k divergence."""
 
     direction: str
-    beta: float
+    beta: float | None
     tail: str
     clip: float | None
     temperature: float | torch.Tensor
@@ -278,7 +277,7 @@ def _divergence(
     mass = log_p.logsumexp(-1, keepdim=True)
     too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
     # Graphs and transforms have no branch on values: the row is NaN there.
-    checks = ENGINES[chosen].checks_values and dual_op.eager(too_much)
+    checks = ENGINES[chosen].checks_values and _modes.eager(too_much)
     if checks and bool(too_much.any()):
         _checks.expect(
             False,
@@ -319,7 +318,7 @@ def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
     if how.direction == "student||teacher":
         log_p, log_q = log_q, log_p
     kind = "js" if how.direction == "js" else "kl"
-    terms = f_divergences.terms(log_p, log_q, kind, how.beta)
+    terms = f_divergences.terms(log_p, log_q, kind, 0.5 if how.beta is None else how.beta)
     # The terms of the KL differ by multiples of q - p, whose sum is 0 over all tokens.
     plain = kind == "kl" and (how.tail == "ignore" or how.clip is not None)
     return terms.to_p if plain else terms.value
@@ -362,20 +361,11 @@ def _check(
     how: _How,
 ) -> None:
     """Check the list and the options, for a student of leading shape `leading`."""
-    plain = isinstance(ids, torch.Tensor) and not ids.is_nested
-    entries = ids.shape[-1:] if plain else torch.Size()
-    given = torch.Size((*leading, *entries)), device
+    given = torch.Size((*leading, _checks.entries("topk_ids", ids, leading))), device
     kind, remedy = "an int32 or int64 tensor", "convert it with .long()"
     _checks.per_row("topk_ids", ids, *given, (torch.int64, torch.int32), kind, remedy)
     kind, remedy = "a float tensor of log-probabilities", "convert it with .float()"
     _checks.per_row("topk_logprobs", logprobs, *given, _checks.FLOAT_TYPES, kind, remedy)
-    _checks.expect(
-        ids.dim() > len(leading) and ids.shape[-1] > 0,
-        "topk_ids",
-        f"the leading shape {tuple(leading)} and K ≥ 1 entries",
-        tuple(ids.shape),
-        "pass ids[..., None] for one entry a token",
-    )
     _checks.expect(
         not logprobs.requires_grad,
         "topk_logprobs",
@@ -385,6 +375,11 @@ def _check(
     )
     _checks.choice("direction", how.direction, get_args(TopkDirection))
     _checks.choice("tail", how.tail, get_args(Tail))
-    _checks.share("beta", how.beta)
+    if how.direction == "js":
+        _checks.share("beta", 0.5 if how.beta is None else how.beta)
+    else:
+        _checks.expect(
+            how.beta is None, "beta", f"None for {how.direction!r}", how.beta, "leave it out"
+        )
     if how.clip is not None:
         _checks.positive("clip", how.clip, "pass None for no bound")

@@ -147,7 +147,7 @@ def check_results(implementation, results: list[torch.Tensor], rows: Rows) -> No
     exact = testing.truth(rows.p, rows.q, rows.temperature)
     tokens = random_tokens(rows.p) if rows.tokens is None else rows.tokens
     names = ("kl",) if rows.tokens is None else FIELDS
-    testing.assert_stats(dict(zip(names, fields, strict=True)), exact.stats(tokens))
+    testing.assert_stats(dict(zip(names, fields, strict=True)), exact.stats(tokens, names))
     upstream = dict(zip(FIELDS, upstream_of(rows.p), strict=True))
     upstream = {name: upstream[name] for name in names}
     assert_gradients((grad_p, grad_q), testing.gradients(exact, upstream, tokens, rows.temperature))

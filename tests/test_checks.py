@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_wrong_arguments import TARGETS, answer
+from test_wrong_arguments import right as fitting
 
 import fastkl
 from fastkl import testing
@@ -50,6 +51,14 @@ SAMPLED, EXACT = {"beta": 0.1, "ref_logprob": ZEROS}, {"beta": 0.1, "kl": LEARNI
 UNPACKED, DR_GRPO = {**PACKED, "cu_seqlens": None}, {"reduction": "dr_grpo"}
 PAIRS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 TARGETED = "AdaptiveBeta PPOAdaptiveBeta PIDBeta"
+ONES = torch.ones(2, 3, dtype=torch.long)
+OUTSIDE = ONES * V, -ONES
+TOPK = "topk_kl_divergence topk_stats linear_topk_kl_divergence"
+MEANS = (
+    "kl_divergence js_divergence skew_kl_divergence renyi_divergence total_variation "
+    "jeffreys_divergence topk_kl_divergence linear_topk_kl_divergence linear_kl_divergence "
+    "linear_divergence"
+)
 # Functions, the argument that the message names, and its wrong values or, as a dict, wrong
 # arguments that include it.
 WRONG = [
@@ -60,6 +69,22 @@ WRONG = [
         ("kl_divergence", "normalizer", {"reduction": "mean", "normalizer": value})
         for value in (0.0, 1e-300)
     ),
+    *(
+        (names, "normalizer", {**more, "normalizer": torch.tensor(value)})
+        for value in (-3.0, math.nan, math.inf, -1)
+        for names, more in (
+            (MEANS, {"reduction": "mean"}),
+            ("KLPenalty.forward LinearKLPenalty.forward", {}),
+            ("DistillationLoss.forward LinearDistillationLoss.forward", {}),
+            ("ppo_loss grpo_loss dpo_loss", {}),
+        )
+    ),
+    ("DistillationLoss.forward LinearDistillationLoss.forward", "labels", *OUTSIDE),
+    ("selective_log_softmax", "index", *OUTSIDE, ONES[..., None] * 700),
+    ("token_stats linear_token_stats", "tokens", *OUTSIDE),
+    ("token_stats linear_token_stats", "support", ONES, ONES[..., None, None]),
+    (TOPK, "topk_ids", ONES),
+    (TOPK, "beta", 0.5, 0.3, {"direction": "js", "beta": 1.1}),
     ("kl_divergence", "temperature", 0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52)),
     ("js_divergence", "beta", -0.1, 1.1, math.nan, math.inf),
     ("skew_kl_divergence", "alpha", -0.1, 1.1, math.nan, math.inf),
@@ -150,6 +175,8 @@ WRONG = [
 ]
 OF_ANOTHER_TYPE = [
     ("DistillationLoss", "divergence_alpha", {"divergence": "renyi"}),
+    ("linear_divergence", "alpha", {"divergence": "skew_kl"}),
+    ("linear_divergence", "ref_hidden", None),
     ("shape_rewards", "beta", torch.tensor(1), SimpleNamespace(weight=1.0)),
     ("dpo_loss", "beta", SimpleNamespace(beta=0.1)),
     ("ppo_loss grpo_loss", "clip", (0.1, 0.2, 0.3), torch.tensor(0.2)),
@@ -174,6 +201,44 @@ OF_ANOTHER_TYPE = [
 )
 def test_wrong_values(error, name, argument, wrong) -> None:
     assert answer(TARGETS[name], wrong, [argument], (error,)) is None
+
+
+@pytest.mark.parametrize(
+    "name, wrong, words",
+    [
+        ("linear_divergence", {"ref_hidden": None, "ref_weight": None}, "ref_logits"),
+        ("linear_divergence", {"divergence": "skew_kl"}, r"in \[0, 1\], which 'skew_kl' needs"),
+        ("selective_log_softmax", {"index": -ONES}, "^index: .* got -1; leave out"),
+        ("DistillationLoss.forward", {"labels": OUTSIDE[0]}, "^labels: .* got 7; .* -100$"),
+        ("token_stats", {"support": ONES}, r"integer ids \[..., K\]"),
+        ("kl_divergence", {"temperature": [1.0]}, r"pass torch.tensor\(temperature\)$"),
+        ("kl_divergence", {"mask": [True]}, r"pass torch.tensor\(mask\)$"),
+        ("ppo_loss", {**PACKED, "cu_seqlens": [0, 6]}, r"pass torch.tensor\(cu_seqlens\)$"),
+        (
+            "ppo_loss",
+            {**PACKED, "cu_seqlens": torch.tensor([0, 7, 6])},
+            "do not fall, from 0 to 6, .* got 7, then 6",
+        ),
+        ("AdaptiveBeta.update", {"kl": TWO}, r"shape \(2,\) in place of one number"),
+        ("TrustRegion.step", {"mean_kl": lambda: TWO}, r"shape \(2,\) in place of"),
+        ("AdaptiveBeta.update", {"kl": META}, "without values"),
+    ],
+)
+def test_the_message_tells_the_fault_and_its_remedy(name, wrong, words) -> None:
+    target = TARGETS[name]
+    call = target.get()
+    given = fitting(name, target.arguments, getattr(call, "__self__", None))
+    with pytest.raises((TypeError, ValueError), match=words):
+        call(**{**given, **wrong})
+
+
+@pytest.mark.parametrize("labels", OUTSIDE)
+@pytest.mark.parametrize("name", ["DistillationLoss", "LinearDistillationLoss"])
+def test_labels_count_without_a_cross_entropy_too(name, labels) -> None:
+    loss = getattr(fastkl, name)(alpha=1.0)
+    target = TARGETS[f"{name}.forward"]._replace(get=lambda: loss.forward)
+    assert answer(target, {"labels": labels}, ["labels"]) is None
+    assert answer(target, {"labels": torch.full_like(labels, -100)}, ()) == ""
 
 
 @pytest.mark.parametrize("name", ["KLPenalty", "LinearKLPenalty"])

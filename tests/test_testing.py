@@ -1,6 +1,7 @@
 """fastkl.testing: the truth against other arithmetic, and comparisons that fail where wrong."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -72,13 +73,48 @@ WRONG = {
     ),
     "bits": lambda: testing.assert_same_bits(torch.zeros(3), -torch.zeros(3), "zero"),
     "shape": lambda: testing.assert_same_bits(torch.zeros(3), torch.zeros(1, 3), "zeros"),
+    "no field": lambda: testing.assert_stats({}, {"kl": EXACT}),
+    "a field without truth": lambda: testing.assert_stats({"kl": EXACT}, {}),
+    "a field of None": lambda: testing.assert_stats({"kl": None}, {"kl": EXACT}),
+}
+WORDS = {
+    "negative": "kl: got -9.99999.*e-13, a negative",
+    **dict.fromkeys(("no field", "a field of None"), "kl: no tensor"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_results_fail(case) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WORDS.get(case, "")):
         WRONG[case]()
+
+
+COMPARISONS = {
+    "assert_kl": testing.assert_kl,
+    "assert_near": lambda *both: testing.assert_near(*both, 1.0, 1.0, "value"),
+    "assert_stats": lambda *both: testing.assert_stats(*({"kl": value} for value in both)),
+    "assert_gradient": testing.assert_gradient,
+    "assert_rounded_gradient": lambda result, exact: testing.assert_rounded_gradient(
+        result.half(), exact
+    ),
+    "assert_same_bits": lambda *both: testing.assert_same_bits(*both, "bits"),
+}
+
+
+@pytest.mark.parametrize("shapes", [[(1,), (4,)], [(4, 1), (4,)], [(0,), (1,)], [(1, 4), (3, 4)]])
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_no_comparison_broadcasts(name, shapes) -> None:
+    for result, exact in (shapes, shapes[::-1]):
+        with pytest.raises(AssertionError, match=f"got .*{re.escape(str(result))}, expected"):
+            COMPARISONS[name](torch.ones(result), torch.ones(exact))
+
+
+@pytest.mark.parametrize("kind", ["very-peaked", "normal2", "normal", ""])
+def test_an_unknown_kind_is_an_error(kind) -> None:
+    with pytest.raises(ValueError, match=f"kind: .*'very_peaked'.*got '{kind}'"):
+        testing.pair(kind, 1, 5, 1.0)
+    with pytest.raises(ValueError, match="upstream: expected one of .*got 'KL'"):
+        testing.gradients(testing.truth(ROWS, ROWS), {"KL": ROWS[:, 0]})
 
 
 def test_right_results_pass_with_their_error() -> None:

@@ -46,7 +46,8 @@ def test_without_reference(implementation, dtype) -> None:
     names = [name for name in FIELDS if getattr(stats, name) is not None]
     assert names == ["logprob", "entropy", "lse"]
     upstream = dict(zip(names, cases.upstream_of(p), strict=False))
-    testing.assert_stats({name: getattr(stats, name) for name in upstream}, exact.stats(tokens))
+    made = {name: getattr(stats, name) for name in names}
+    testing.assert_stats(made, exact.stats(tokens, names))
     values = [getattr(stats, name) for name in names]
     grads = torch.autograd.grad(values, leaf, [v.to(leaf.device) for v in upstream.values()])
     assert_gradients(grads, [testing.gradients(exact, upstream, tokens).p])
@@ -93,6 +94,18 @@ def test_every_mix_of_upstream_gradients(implementation, wrt, monkeypatch) -> No
                 testing.assert_gradient(grad, getattr(values, side), what, 2e-5)
 
 
+def test_a_row_of_minus_infinity(implementation) -> None:
+    p = testing.pair("normal3", 2, 23, 0.3)[0].to(implementation.device)
+    p[1] = -math.inf
+    tokens, support = (x.to(p.device) for x in (torch.arange(2), torch.arange(6).view(2, 3)))
+    for lse, stats in (
+        (math.nan, token_stats(p, tokens, p)),
+        (-math.inf, token_stats(p, tokens, p, support=support)),
+    ):
+        assert str(float(stats.lse[1])) == str(float(stats.ref_lse[1])) == str(lse)
+        assert [float(stats[i][0]) for i in (3, 4)] == [0, 0] and stats.kl[1].isnan()
+
+
 # An error on the reference; on the kernels NaN in its two log-probabilities, and everything else as
 # ever.
 @pytest.mark.parametrize("token", [-1, -100, 203, 1 << 40])
@@ -100,7 +113,7 @@ def test_token_out_of_range(implementation, token) -> None:
     p, q = testing.pair("normal3", 3, 203, 0.3)
     good, bad = torch.tensor([5, 7, 202]), torch.tensor([5, token, 202])
     if not implementation.kernels:
-        words = rf"^tokens \(index\): expected ids in 0 … 202, got {token};"
+        words = rf"^tokens: expected ids in 0 … 202, got {token};"
         for ref in (q, None):
             with pytest.raises(ValueError, match=words):
                 token_stats(p, bad, ref)

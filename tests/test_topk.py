@@ -131,7 +131,7 @@ def test_vocabularies(implementation, direction, vocabulary, dtype) -> None:
 @each_direction
 def test_temperature(implementation, direction, tail, temperature) -> None:
     how = {"direction": direction, "tail": tail, "temperature": temperature}
-    check(implementation, *example(), beta=0.2, **how)
+    check(implementation, *example(), **how, **({"beta": 0.2} if direction == "js" else {}))
 
 
 # A student whose rest has a probability from 1e-3 to 1e-20, far below a float32 unit of 1.

@@ -23,7 +23,9 @@ import fastkl
 import fastkl.rl
 
 V, H = 7, 4
-FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; .+")
+FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; (?P<remedy>.+)")
+# Methods that a tensor alone has.
+METHOD = re.compile(r"with \.(bool|long|int|float|to)\(")
 
 
 draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -101,6 +103,7 @@ BESIDE = [
     ("linear_divergence.ref_logits", {"ref_hidden": None, "ref_weight": None}),
     ("linear_divergence.alpha", {"divergence": "renyi"}),
     ("linear_divergence.beta", {"divergence": "js"}),
+    ("*topk_*.beta", {"direction": "js"}),
     ("*.normalizer", {"reduction": "mean"}),
     ("*DistillationLoss.divergence_alpha", {"divergence": "renyi"}),
     ("*DistillationLoss.beta", {"divergence": "js"}),
@@ -323,7 +326,9 @@ def answer(
     except Exception as error:
         form = FORM.fullmatch(str(error)) if isinstance(error, errors) else None
         if form is not None and form["argument"] in named:
-            return None
+            tensor = isinstance(wrong.get(form["argument"], torch.ones(())), torch.Tensor)
+            if tensor or not METHOD.search(form["remedy"]):
+                return None
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""
 

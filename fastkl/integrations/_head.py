@@ -96,9 +96,11 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
     expect(
         hidden is not None,
         "model",
-        "a forward that runs base_model",
-        f"{name}, whose does not",
-        f"use another, or {own}",
+        "a forward that gives the last_hidden_state of base_model to the lm_head",
+        f"{name}, whose base_model is the whole model"
+        if inner.base_model is inner
+        else f"{name}, whose forward does not call base_model",
+        f"call the part before the lm_head yourself: {own}",
     )
     width, rows = hidden.shape[-1], logits.shape[-1]
     expect(

@@ -25,7 +25,7 @@ SHORT = 4096
 # Bytes that LentMemory may allocate for the last rows; more if a twelfth of the gradient, or a row,
 # is more.
 OWN_BYTES = 1 << 18
-NONE = torch.empty(0, dtype=torch.long)
+NONE = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]

@@ -18,28 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch.autograd.profiler import record_function
 
-from .. import _checks
-
-try:
-    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-    from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import (
-        TransformType,
-        is_functorch_wrapped_tensor,
-        is_legacy_batchedtensor,
-        peek_interpreter_stack,
-    )
-    from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-    from torch.jit._trace import is_tracing
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-except ImportError:  # private names of torch: without one of them every call takes the op
-    SHORT_WAYS = False
-else:
-    SHORT_WAYS = True
-
-# Types that no subclass or mode can override; any other argument sends the call to the op.
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-_VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
+from .. import _checks, _modes
 
 Outputs = TypeVar("Outputs")
 # The type of a NamedTuple's field in an op's schema.
@@ -131,7 +110,9 @@ class DualOp(Generic[Outputs]):
         # The rule needs every output: if eager mode returns fewer, take the op.
         dispatch = _with_tensors(
             lambda *inputs: (
-                self(*group(inputs)) if returned is None or transforming() else self.op(*inputs)
+                self(*group(inputs))
+                if returned is None or _modes.transforming()
+                else self.op(*inputs)
             )
         )
         self._transformed = _function(
@@ -153,19 +134,21 @@ class DualOp(Generic[Outputs]):
         # Dynamo first: the checks below cannot be traced. Then transforms, inside which tensors are
         # wrappers.
         op: Callable[..., Outputs] = self.op
-        if torch.compiler.is_compiling() or not SHORT_WAYS:
+        if torch.compiler.is_compiling() or not _modes.SHORT_WAYS:
             return op(*inputs)
-        if _are_functorch_transforms_active():
-            functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
+        if _modes._are_functorch_transforms_active():
+            functionalizing = (
+                _modes.peek_interpreter_stack().key() == _modes.TransformType.Functionalize
+            )
             transformed: Callable[..., Outputs] = self._transformed.apply
             return (op if functionalizing else transformed)(*inputs)
-        if not _plain(inputs):
+        if not _modes.plain(inputs):
             self._tell_flop_counter()
             return op(*inputs)
         if torch.is_grad_enabled():
             return self._eager(*inputs)
         compute = unobserved or self._compute
-        if not _profiler_enabled():
+        if not _modes._profiler_enabled():
             return compute(*groups)
         with record_function(self._name):
             return compute(*groups)
@@ -192,46 +175,10 @@ class DualOp(Generic[Outputs]):
             counting.register_flop_formula(packet)(
                 lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
             )
-        for mode in _get_current_dispatch_mode_stack():
+        for mode in _modes._get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
             if isinstance(counter, counting.FlopCounterMode):
                 counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
-
-
-def eager(*inputs: object) -> bool:
-    """Return whether a call with these arguments takes eager mode's fast path."""
-    return (
-        SHORT_WAYS
-        and not torch.compiler.is_compiling()
-        and not _are_functorch_transforms_active()
-        and _plain(inputs)
-    )
-
-
-def transforming() -> bool:
-    """Return whether a transform of torch.func is active."""
-    return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()
-
-
-def _plain(inputs: Sequence[Any]) -> bool:
-    """Return whether no dispatch mode or tracer sees a call with these arguments, and each is a
-    plain value or a dense tensor.
-
-    Not dense: subclasses, meta tensors, batched ones (is_grads_batched=True), a pending negation
-    (x.conj().imag), the wrapper that a transform left behind.
-    """
-    if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or is_tracing():
-        return False
-    for value in inputs:
-        kind = type(value)
-        if kind not in _VALUES and (
-            kind not in _TENSORS
-            or value.is_neg()
-            or is_legacy_batchedtensor(value)
-            or is_functorch_wrapped_tensor(value)
-        ):
-            return False
-    return not inputs[0].is_meta
 
 
 def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -88,6 +88,10 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
     return result
 
 
+# The form without a gradient that comes with the value.
+PER_TOKEN = "fastkl.linear_kl_divergence or fastkl.linear_divergence with reduction='none'"
+
+
 def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
     """Return the inverse loss scale of float16 gradients: the power of two u for which max|f|/u is
     in (4, 8], or 1 if that maximum is 0 or not finite, with f a token's factor of the gradients of
@@ -121,7 +125,7 @@ def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Ou
             f"{', '.join(missing)}: expected to be known to require gradient when the value is "
             f"computed, since the gradient is computed with it; torch.vmap hides that, and "
             f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: use "
-            f"reduction='none' there, or trace with inputs that require gradient"
+            f"{PER_TOKEN} there, or trace with inputs that require gradient"
         )
     ctx.types, kept = [], []
     # Save only requested gradients: checkpoints count saved tensors, and the op's empty tensor is
@@ -143,7 +147,7 @@ def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Up
         raise RuntimeError(
             "fastkl: create_graph=True and torch.func.grad ask for a gradient that can be "
             "differentiated again, but the gradient of a sum or mean was computed with its value; "
-            "use reduction='none' and sum or average its result"
+            f"use {PER_TOKEN} and sum or average its result"
         )
     kl, unit, *gradients = ctx.saved_tensors
     factor = upstream * unit

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from .. import _checks
+from .. import _value_checks
 from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
@@ -55,8 +55,8 @@ class ChunkedHeads:
             if isinstance(args.scaling.ratio, torch.Tensor):
                 # The engine does not check ratios, and temperatures make them NaN.
                 if isinstance(args.temperature, torch.Tensor):
-                    _checks.temperatures_positive(args.temperature)
-                _checks.ratios_finite(args.scaling.ratio)
+                    _value_checks.temperatures_positive(args.temperature)
+                _value_checks.ratios_finite(args.scaling.ratio)
         self.args = args
         self.all: list[ChunkedHead] = []
         second = ref_hidden, weight if ref_weight is None else ref_weight, ref_bias

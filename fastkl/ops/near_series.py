@@ -30,7 +30,8 @@ def near_series(divergence: Divergence) -> Any:
 
     def fit(number: int, name: str) -> list[float]:
         # 0.45 in place of 0.5: at a node of 0 a term of second order would have no digits.
-        nodes = torch.arange(number, dtype=torch.float64).add(0.45).mul(math.pi / number).cos()
+        numbers = torch.arange(number, dtype=torch.float64, device="cpu")
+        nodes = numbers.add(0.45).mul(math.pi / number).cos()
         # With p = 1 an entry's terms are f, u and e^d·v.
         value, u, q_v = f_divergences.terms(torch.zeros_like(nodes), nodes, kind, share)
         x = FACTOR * nodes

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .. import _checks, f_divergences, reference
+from .. import _value_checks, f_divergences, reference
 from . import cpu_gradients, cpu_passes, cpu_rows, row_blocks
 from .cpu_gradients import Sides, part_of
 from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
@@ -27,9 +27,9 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
-            _checks.tokens_in_range(scaled.tokens, p.shape[-1])
+            _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
         if isinstance(scaled.temperature, torch.Tensor):
-            _checks.temperatures_positive(scaled.temperature)
+            _value_checks.temperatures_positive(scaled.temperature)
         if scaled.p.dtype == torch.float64 or args.divergence.kind != "kl":
             fallback = torch.arange(x.shape[0], device=x.device)
         else:
@@ -71,7 +71,7 @@ def kl_and_gradient(
     memory = cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
-        _checks.temperatures_positive(temperature if mask is None else temperature[mask])
+        _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])
     factors = -weights * (scales[:, 0] if isinstance(scales, torch.Tensor) else scales)
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
@@ -154,7 +154,7 @@ def outside_gradient(
 def _over(values: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """Return values/T."""
     if isinstance(temperature, torch.Tensor):
-        _checks.temperatures_positive(temperature)
+        _value_checks.temperatures_positive(temperature)
         return values / temperature.to(values.dtype)[:, None]
     return values if temperature == 1.0 else values / temperature
 

@@ -65,7 +65,12 @@ def blocks(
             yield from blocks(p[i], y, mask, several, start + i * count)
         return
     step = rows_per_block(p)
-    rows = torch.arange(len(x)) if mask is None else mask[start : start + len(x)].nonzero()[:, 0]
+    # On the CPU, whatever the default device: the numbers are read, and become slices.
+    rows = (
+        torch.arange(len(x), device="cpu")
+        if mask is None
+        else mask[start : start + len(x)].nonzero()[:, 0]
+    )
     for part in _runs(rows, max(step, ROWS_AT_ONCE) if several else step, step):
         numbers = (
             slice(part.start + start, part.stop + start)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _reduce
+from .. import _modes, _reduce
 from . import dual_op
 from .engine import ENGINES
 from .fields import SAVED, RowArgs, row_args
@@ -60,7 +60,7 @@ def empty_gradient(
         # A captured backward may be replayed more often than its forward, and would scale its
         # gradient each time.
         return None
-    if not dual_op.eager(p, q, inputs.mask, inputs.temperature):
+    if not _modes.eager(p, q, inputs.mask, inputs.temperature):
         return None
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     together = ENGINES[inputs.backend].computes_together(inputs.args, like)
@@ -112,7 +112,7 @@ class SummedKL(torch.autograd.Function):
             return _returned(None)
         refuse_forward_mode((upstream,))
         *tensors, gradient, factor = ctx.saved_tensors
-        if ctx.used or torch.is_grad_enabled() or not dual_op.eager(upstream):
+        if ctx.used or torch.is_grad_enabled() or not _modes.eager(upstream):
             p, q, mask, temperatures, saved = tensors
             result, _ = row_gradients(
                 RowGradientInputs(

@@ -2,6 +2,7 @@
 expected, what came, what to do.
 """
 
+import itertools
 import math
 import numbers
 import operator
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import _modes
 from .._checks import (
     FLOAT_TYPES,
     INTEGER_TYPES,
@@ -27,6 +29,7 @@ from .._checks import (
     same_device,
     same_device_and_precision,
     shown,
+    tensor_remedy,
     type_name,
 )
 
@@ -51,7 +54,9 @@ def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) 
         name,
         f"a float32, bfloat16, float16 or float64 tensor, {what}",
         value,
-        dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor",
+        dtype_remedy(name, value, "convert it with .float()")
+        if given
+        else tensor_remedy(name, value, ""),
         TypeError,
     )
     not_sharded(name, value, what, local_or_full(name))
@@ -115,14 +120,14 @@ def number(
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
         if value.is_meta or value.numel() != 1:
             raise ValueError(
-                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)} on the "
-                f"device {value.device}, of which meta has no values; {remedy}"
+                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)} "
+                f"{'without values' if value.is_meta else 'in place of one number'}; {remedy}"
             )
         value = value.item()
     elif isinstance(value, bool) or not (
         isinstance(value, (int, float)) or isinstance(value, numbers.Real)
     ):
-        if isinstance(value, torch.Tensor) and not tensor:
+        if isinstance(value, torch.Tensor) and not tensor and value.numel() == 1:
             remedy = f"pass float({name})"
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
     exact = isinstance(value, int) or (
@@ -213,7 +218,7 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
         "cu_seqlens",
         "an integer tensor [S+1] of the sequences' boundaries",
         value,
-        "convert it with .int()",
+        tensor_remedy("cu_seqlens", value, "convert it with .int()"),
         TypeError,
     )
     not_sharded("cu_seqlens", value, "the sequences' boundaries", "pass cu_seqlens.full_tensor()")
@@ -232,13 +237,14 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
         "for one sequence pass [0, total]",
     )
     same_device("cu_seqlens", value, name, packed)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _modes.readable(value):
         bounds = value.tolist()
+        falls = [f"{a}, then {b}" for a, b in itertools.pairwise(bounds) if b < a]
         expect(
-            bounds[0] == 0 and bounds[-1] == len(packed) and bounds == sorted(bounds),
+            bounds[0] == 0 and bounds[-1] == len(packed) and not falls,
             "cu_seqlens",
-            f"boundaries that rise from 0 to {len(packed)}, the length of {name}",
-            f"{bounds[:3]} … {bounds[-1]}",
+            f"boundaries that do not fall, from 0 to {len(packed)}, the length of {name}",
+            falls[0] if falls else f"{bounds[0]} … {bounds[-1]}",
             f"count the tokens that are in {name}",
         )
 

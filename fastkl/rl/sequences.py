@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _reduce
+from .. import _modes, _reduce
 from ..estimators import finite
 from . import _checks
 
@@ -125,8 +125,7 @@ def total(
     loss, tokens = per_token if kept else per_token.sum(), sequences.sums(mask.long())
     if reduction == "grpo":
         loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum()
-    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if max_length is not None and readable and tokens.numel():
+    if max_length is not None and _modes.readable(tokens) and tokens.numel():
         _checks.expect(
             tokens.max() <= max_length,
             "max_length",

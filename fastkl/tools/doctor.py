@@ -119,7 +119,10 @@ def _compare(
 ) -> Outcome:
     results = _results(function, inputs, upstream)
     exact = _results(truth, [value.double() for value in inputs], upstream)
-    error = testing.assert_stats({name: results[name] for name in MIX if name in results}, exact)
+    fields, wanted = (
+        {name: each[name] for name in MIX if name in results} for each in (results, exact)
+    )
+    error = testing.assert_stats(fields, wanted)
     # The absolute tolerance of divergences would hide an error of one near 1e-6.
     testing.assert_near(results["kl"], exact["kl"], 1e-4, 0.0, "kl")
     worst = max(

@@ -244,7 +244,22 @@ LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
         ),
         (
             lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16),
-            "a forward that runs base_model",
+            "a forward that gives .* OPTForCausalLM, whose forward does not call base_model; call",
+        ),
+        (
+            lambda: transformers.Llama4ForCausalLM(
+                transformers.Llama4TextConfig(
+                    vocab_size=V,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    intermediate_size_mlp=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    head_dim=8,
+                )
+            ),
+            "a forward that gives .* Llama4ForCausalLM, whose base_model is the whole model; call",
         ),
         (
             lambda: transformers.T5ForConditionalGeneration(

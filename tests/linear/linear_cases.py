@@ -146,7 +146,7 @@ def truth(case: Case, *product: Callable) -> dict[str, torch.Tensor]:
         kind_and_share = case.divergence.kind, case.divergence.share
         values = {"kl": family.textbook(exact.log_p, exact.log_q, *kind_and_share)}
     if case.reduction == "topk":
-        how = {name.removeprefix("topk_"): value for name, value in case.more.items()}
+        how = {k.removeprefix("topk_"): v for k, v in case.more.items() if v is not None}
         values = {"kl": textbook(logits[0], **how)[0]}
     if case.reduction in STATISTICS:
         values = exact.stats(torch.where(mask, case.tokens, 0))

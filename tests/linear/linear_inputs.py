@@ -168,7 +168,8 @@ def with_more(case: Case, divergence: str = "skew_kl 0.1", **more) -> Case:
     if kind == "topk":
         logprobs = torch.randn(*leading, 6, generator=generator).log_softmax(-1)[..., :5]
         lists = {"topk_logprobs": logprobs, "topk_ids": ids}
-        more = {"direction": "js", "tail": "bucket", "beta": 0.2, **lists, **more}
+        more = {"direction": "js", "tail": "bucket", **lists, **more}
+        more = {"beta": 0.2 if more["direction"] == "js" else None, **more}
         return case.but(more=more, ref_temperature=None)
     case.tensors["ref_logits"] = 2 * torch.randn(*leading, vocabulary, generator=generator)
     made = {"divergence": family.MEMBERS[divergence], "more": {"reverse": True, **more}}

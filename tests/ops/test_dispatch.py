@@ -14,9 +14,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import testing
+from fastkl import _modes, testing
 from fastkl.ops import (
-    dual_op,
     linear_cells_op,
     linear_op,
     linear_sum_op,
@@ -90,7 +89,9 @@ def kl(d: dict[str, torch.Tensor]) -> torch.Tensor:
 def outcome(name: str, d: dict[str, torch.Tensor], outputs=None) -> list[torch.Tensor]:
     outputs = FUNCTIONS[name](d) if outputs is None else outputs
     learning = [value for value in outputs if value.requires_grad]
-    upstream = [torch.linspace(1.0, 2.0, v.numel()).to(v).view(v.shape) for v in learning]
+    upstream = [
+        torch.linspace(1.0, 2.0, v.numel(), device="cpu").to(v).view(v.shape) for v in learning
+    ]
     leaves = [d[leaf] for leaf in LEAVES]
     for leaf in leaves:
         leaf.grad = None
@@ -125,7 +126,7 @@ def test_a_dispatch_mode_sees_the_ops(implementation, name, expected) -> None:
 
 
 def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextManager:
-    patch.setattr(dual_op, "SHORT_WAYS", name != "_eager")
+    patch.setattr(_modes, "SHORT_WAYS", name != "_eager")
     for each in DISPATCHED:
         patch.setattr(each, name, None)
     return contextlib.nullcontext()
@@ -136,6 +137,7 @@ WAYS: dict[str, Callable] = {
     "plain tensors in eager mode, without the op": lambda patch, d: without(patch, "op"),
     "a torch that lacks a name of the short way": lambda patch, d: without(patch, "_eager"),
     "a dispatch mode": lambda patch, d: Calls(),
+    "another default device": lambda patch, d: torch.device("meta"),
     "autocast": lambda patch, d: torch.autocast(d["p"].device.type, dtype=torch.bfloat16),
 }
 

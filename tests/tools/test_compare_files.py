@@ -83,14 +83,17 @@ def test_a_line_of_jsonl_is_a_document_of_its_own(files, chats, tmp_path):
 @pytest.mark.parametrize(
     "entry, expected",
     [
-        ({"conversations": [{"value": "x"}]}, "'conversations'"),
-        ({"prompt": "x"}, "'prompt'"),
+        ({"conversations": [{"value": "x"}]}, "conversations is of type list"),
+        ({"prompt": "x"}, "prompt is of type str"),
         ({"prompt": CHAT, "completion": "x"}, "concatenate"),
-        ({"messages": "x"}, "'messages'"),
-        ({"messages": []}, "'messages'"),
+        ({"messages": "x"}, "messages is of type str"),
+        ({"messages": []}, "messages is of type list; .* not empty"),
         ({"messages": [{"content": "x"}]}, "'role'"),
-        ({"messages": CHAT, "text": "x"}, "'messages', 'text'"),
-        ({"text": 7}, "'text'"),
+        (
+            {"messages": CHAT, "text": "x"},
+            "messages is of type list, text is of type str; expected one",
+        ),
+        ({"text": 7}, r"text is of type int; expected one of text \(a str\)"),
         ([1], "list"),
         ("{\n", "property name"),
         ('{"text": "\\ud800"}\n', "surrogate"),

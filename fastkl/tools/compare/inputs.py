@@ -55,7 +55,11 @@ def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
     texts = [each for each in (both, fields.get("text")) if each and isinstance(each, str)]
     chats = [each for each in (both, fields.get("messages")) if each and isinstance(each, list)]
     if bool(texts) == bool(chats) or any(not each["role"] for each in itertools.chain(*chats)):
-        raise ValueError(f"it has the fields {list(fields)}")
+        raise ValueError(
+            ", ".join(f"{name} is of type {type(each).__name__}" for name, each in fields.items())
+            + "; expected one of text (a str), messages (a list), prompt and completion (both the "
+            "same of these), and it not empty"
+        )
     if texts:
         return texts[0], False
     return tokenizer.apply_chat_template(chats[0], tools=fields.get("tools"), tokenize=False), True
