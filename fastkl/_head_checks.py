@@ -111,10 +111,10 @@ def head(
             same_device(other, value, name, hidden)
 
 
-def absent(given: dict[str, object], beside: str, remedy: str) -> None:
-    """Check for None in arguments that have no meaning `beside` another one."""
+def absent(given: dict[str, object], where: str, remedy: str) -> None:
+    """Check that arguments are None where they have no meaning; where: such as "beside a Head"."""
     for name, value in given.items():
-        expect(value is None, name, f"None {beside}", described(value), remedy)
+        expect(value is None, name, f"None {where}", described(value), remedy)
 
 
 def given_logits(
@@ -203,8 +203,8 @@ def options(
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> None:
-    """Check the options of a computation before there are inputs: each None, or a type of logits, a
-    number of tokens, a bool.
+    """Check that each option of a computation is None, or a float type, a number of tokens, a bool;
+    logits_dtype_for checks the type against the inputs.
     """
     remedy = "pass None, which chooses one"
     expect(
@@ -241,7 +241,7 @@ def options(
     )
 
 
-def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
+def logits_dtype_for(value: torch.dtype | None, default: torch.dtype) -> None:
     """Check for None, the default or float32; for float64 inputs only for float64."""
     widest = default in (torch.float32, torch.float64)
     allowed = (default,) if widest else (default, torch.float32)

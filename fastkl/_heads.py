@@ -125,9 +125,9 @@ def prepare(
     logits_dtype = (
         hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     )
-    _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
-    seconds = [each for each in (ref_hidden, given.ref_logits) if each is not None]
-    engine = backend.select(hidden, *seconds, read_rows=False)
+    _head_checks.logits_dtype_for(given.logits_dtype, logits_dtype)
+    references = [each for each in (ref_hidden, given.ref_logits) if each is not None]
+    engine = backend.select(hidden, *references, read_rows=False)
     if swapped:
         scales = scales[::-1]
         if given.ref_logits is None:

@@ -222,8 +222,8 @@ def total_variation(
     The arguments, the result, Raises: as kl_divergence. The result is at most 1.
 
     Gradient:
-        That of the lines above: an entry with p = q adds nothing to it, where rounding does not
-        take it for one beside that kink.
+        That of the lines above. At p = q, a kink, any slope between those on either side is right:
+        which one comes depends on rounding, as in the lines above. Of equal rows it is 0.
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """

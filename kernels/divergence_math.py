@@ -11,9 +11,10 @@ moment, d·U(d) for u and d·V(d) for v. Since Σ p·(e^d - 1) = 0, the moment m
 p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence.
 
 Total variation, TV = ½·Σ|q - p|, has one series, q - p = p·d·R(d) near P = Q, and two sums of
-positive terms beside TV: Q(d < 0) and P(d > 0), each with half of the entries where d = 0. With
-P(d < 0) = TV + Q(d < 0) and Q(d > 0) = TV + P(d > 0) its gradients are
-    -p·P(d < 0) and q·Q(d < 0) where d > 0,   p·P(d > 0) and -q·Q(d > 0) where d < 0.
+positive terms beside TV: Q(d < 0) and P(d ≥ 0). With P(d < 0) = TV + Q(d < 0) and Q(d ≥ 0) = TV +
+P(d ≥ 0) its gradients are
+    -p·P(d < 0) and q·Q(d < 0) where d ≥ 0,   p·P(d ≥ 0) and -q·Q(d ≥ 0) where d < 0.
+At d = 0, a kink, any slope between is right; rounding makes few entries exactly that.
 """
 
 from collections import namedtuple
@@ -85,12 +86,6 @@ def log(x, LG2: tl.constexpr):
 
 
 @triton.jit
-def step(d):
-    """Return 1 where d > 0, ½ where it is 0, else 0; NVIDIA GPUs need one instruction."""
-    return tl.minimum(tl.maximum(tl.fma(d, 1.0e30, 0.5), 0.0), 1.0)
-
-
-@triton.jit
 def entry_terms(p, q, d, formula, kind: tl.constexpr):
     """Return EntryTerms in the type of p; they lose digits where |d| is small."""
     if kind.name == TOTAL_VARIATION:
@@ -121,7 +116,7 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
 @triton.jit
 def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add entries to the sums (divergence, moment, unused), from p and D_FACTOR·d; of total
-    variation to (2·D_FACTOR·TV, Q(d < 0), P(d > 0)).
+    variation to (2·D_FACTOR·TV, Q(d < 0), P(d ≥ 0)).
 
     ALL_NEAR requires every |d| to be below 1.
     """
@@ -129,8 +124,8 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
     if kind.name == TOTAL_VARIATION:
         growth = polynomial(d, formula.series, TERMS) * d if ALL_NEAR else expm1(d * 0.5) * 2.0
         gap = p * growth  # D_FACTOR·(q - p)
-        moment = tl.fma(tl.fma(gap, 1.0 / D_FACTOR, p), step(-d), moment)
-        return value + tl.abs(gap), moment, tl.fma(p, step(d), p_above)
+        moment += tl.where(d < 0.0, tl.fma(gap, 1.0 / D_FACTOR, p), 0.0)
+        return value + tl.abs(gap), moment, p_above + tl.where(d < 0.0, 0.0, p)
     else:
         p_square = p * (d * d)
         if not ALL_NEAR:
@@ -203,8 +198,8 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     elif kind.name == TOTAL_VARIATION:
         # Products of probabilities, in which nothing cancels.
         q_below, p_above, distance = mean_u, mean_v, terms.saved.entropy
-        grad_x = p * (step(-d) * p_above - step(d) * (distance + q_below))
-        grad_y = q * (step(d) * q_below - step(-d) * (distance + p_above))
+        grad_x = p * tl.where(d < 0.0, p_above, -(distance + q_below))
+        grad_y = q * tl.where(d < 0.0, -(distance + p_above), q_below)
     else:
         grad_x = p * tl.fma(d, polynomial(d, formula.series, TERMS), -mean_u)
         grad_y = q * tl.fma(d, polynomial(d, formula.series[TERMS:], TERMS), -mean_v)

@@ -130,7 +130,7 @@ def row_divergence(  # noqa: PLR0913
             row_fallback has computed.
     Writes: 6 · N · splits float32, read again by the last program; the divergence and three saved
             values per row.
-    Saves:  E_p[u] and E_q[v], of total variation Q(d < 0) and P(d > 0), in place of the means of
+    Saves:  E_p[u] and E_q[v], of total variation Q(d < 0) and P(d ≥ 0), in place of the means of
             the KL's gradient, and the divergence in place of the entropy.
     Special values: a masked row keeps its zeros.
     """

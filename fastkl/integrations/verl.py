@@ -300,15 +300,16 @@ def _module(name: str) -> ModuleType:
         ) from missing
 
 
-def _same_arguments(verls: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    """Check that a function of verl's has the arguments that the one in its place has."""
-    got, expected = (tuple(inspect.signature(each).parameters) for each in (verls, ours))
+def _same_arguments(replaced: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Check that verl's function takes the arguments of its replacement."""
+    both = replaced, replacement
+    got, expected = (tuple(inspect.signature(each).parameters) for each in both)
     expect(
         got == expected,
         "verl",
-        f"{verls.__name__}({', '.join(expected)}) as in version {TESTED}, which "
+        f"{replaced.__name__}({', '.join(expected)}) as in version {TESTED}, which "
         f"fastkl.integrations.verl was tested with",
-        f"{verls.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
-        f"remedy: pip install 'verl=={TESTED}.*'",
+        f"{replaced.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
+        f"pip install 'verl=={TESTED}.*'",
         ImportError,
     )

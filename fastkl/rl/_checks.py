@@ -198,8 +198,8 @@ def number_pair(
     remedy: str,
     inside_second: Callable[[float], bool] | None = None,
 ) -> tuple[float, float]:
-    """Return two numbers, from one for both or from a pair, for which `inside` holds, or for the
-    second one `inside_second`.
+    """Return two numbers, from a pair or one for both, each checked by `inside`, the second by
+    `inside_second` if given.
     """
     first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,) * 2
     return (

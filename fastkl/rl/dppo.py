@@ -78,7 +78,7 @@ def divergence_mask(
         "pass 0.15, for instance",
     )
     now, old, advantages, *_ = loss_tensors(
-        logprob, old_logprob, advantages, None, cu_seqlens, needed=False
+        logprob, old_logprob, advantages, None, cu_seqlens, boundaries_needed=False
     )
     divergence = binary_divergence(old, now.detach(), kind=kind)
     return ~torch.where(

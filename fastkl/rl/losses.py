@@ -97,7 +97,7 @@ def ppo_loss(  # noqa: PLR0913
         advantages,
         mask,
         cu_seqlens,
-        needed=reduction == "sequence_mean",
+        boundaries_needed=reduction == "sequence_mean",
     )
     _checks.normalizer(normalizer, reduction, logprob.device)
     loss = surrogate.losses(now - old, now, advantages)
@@ -234,7 +234,7 @@ def grpo_loss(  # noqa: PLR0913
         advantages,
         mask,
         cu_seqlens,
-        needed=reduction in ("grpo", "dr_grpo") or level == "sequence",
+        boundaries_needed=reduction in ("grpo", "dr_grpo") or level == "sequence",
     )
     _checks.expect(
         reduction not in ("none", "sum") or normalizer is None,

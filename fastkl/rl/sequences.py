@@ -67,16 +67,16 @@ def loss_tensors(
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
-    needed: bool,
+    boundaries_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
     """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask,
-    sequences); needed: whether the loss asks for boundaries.
+    sequences), in the type to compute in, and 0 where the token does not count.
 
-    They are in the type to compute in, and 0 where the token does not count.
+    boundaries_needed: whether the loss must know which sequence a token is in.
     """
     _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
     _checks.expect(
-        cu_seqlens is not None or logprob.dim() > 1 or not needed,
+        cu_seqlens is not None or logprob.dim() > 1 or not boundaries_needed,
         "cu_seqlens",
         "the boundaries of the sequences packed into logprob, for this reduction or level, which "
         "ask what sequence a token is in",

@@ -46,7 +46,7 @@ def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
                 "characters",
             ):
                 found, chat = _entry(json.loads(line), tokenizer)
-                found.encode()  # no half of a character
+                found.encode()  # raises on a lone surrogate
             yield f"#{number}", found, chat
 
 
@@ -116,7 +116,7 @@ def shared_vocabulary(
     """Choose the tokens with the same id in both tokenizers; one alone is taken for both models.
 
     rows: of each lm_head. Tokens of a lone tokenizer for which the other lm_head has no rows are
-    left out. An error where ids differ of tokens that nobody added.
+    left out. Raises UseError where a token that was not added to both tokenizers has two ids.
     """
     ids = {letter: tokenizer.ids for letter, tokenizer in tokenizers.items()}
     for letter in {*"AB"} - {*ids}:
@@ -159,34 +159,35 @@ def read_document(
     lacks one of its tokens.
     """
     # A chat template writes the special tokens, or none.
-    read = {
+    encoded = {
         letter: tokenizer.encode(text, [] if chat else tokenizer.prefix)
         for letter, tokenizer in tokenizers.items()
     }
-    for letter, (ids, _, _) in read.items():
-        alone = [at for at in ids if at >= vocabulary.size or at in vocabulary.unshared]
-        if alone:
-            label = tokenizers[letter].label(alone[0])
+    for letter, (ids, _, _) in encoded.items():
+        foreign = [at for at in ids if at >= vocabulary.size or at in vocabulary.unshared]
+        if foreign:
+            label, other = tokenizers[letter].label(foreign[0]), "B" if letter == "A" else "A"
             raise UseError(
                 "--text",
                 "text in tokens that both models have",
-                f"{label!r} in {name!r}, the token {alone[0]} of {letter} alone",
-                f"leave it out of the text, or read it with --tokenizer {'AB'[letter == 'A']}",
+                f"{label!r} in {name!r}, the token {foreign[0]} of {letter} alone",
+                f"leave it out of the text, or read it with --tokenizer {other}",
             )
-    (ids, texts, starts), first = next(iter(read.values())), next(iter(tokenizers.values()))
-    for pair in itertools.zip_longest(*(ids for ids, _, _ in read.values())):
+    ids, texts, starts = next(iter(encoded.values()))
+    first = next(iter(tokenizers.values()))
+    for pair in itertools.zip_longest(*(ids for ids, _, _ in encoded.values())):
         if pair[0] != pair[-1]:
             in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
             raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
     newlines = [at for at, character in enumerate(text) if character == "\n"]
-    context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
+    specials = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
     return pd.DataFrame(
         {
             "document": name,
             "id": ids,
             "line": 1 + np.searchsorted(newlines, starts),
             "text": texts,
-            "scored": np.arange(len(ids)) >= max(1, context),
+            "scored": np.arange(len(ids)) >= max(1, specials),
         }
     )
 
@@ -196,7 +197,7 @@ def read(
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
 ) -> tuple[list[pd.DataFrame], list[Path]]:
-    """Return the documents of at least 2 tokens, and the files that hold none."""
+    """Return the documents with a token to score, and the files without one."""
     tokenizer, found, skipped = next(iter(tokenizers.values())), [], []
     base = os.path.commonpath([p.absolute().parent for p in paths if p != STDIN] or [Path()])
     for path in paths:
@@ -205,9 +206,9 @@ def read(
             read_document(name + suffix, text, chat, tokenizers, vocabulary)
             for suffix, text, chat in documents(path, tokenizer.own)
         ]
-        long = [document for document in made if document["scored"].any()]
-        found += long
-        skipped += [] if long else [path]
+        kept = [document for document in made if document["scored"].any()]
+        found += kept
+        skipped += [] if kept else [path]
     if not found:
         raise UseError(
             "--text",
