@@ -55,6 +55,20 @@ def test_identical_rows_give_exactly_zero(shift) -> None:
     assert float(torch.stack(grads).abs().max()) <= (0.0 if shift == 0.0 else 1e-7)
 
 
+# Autograd through the definition, which its second derivatives need, beside entries without
+# probability in both models.
+def test_autograd_of_holes() -> None:
+    p, q = (side.double() for side in testing.pair("normal3", 3, V, 0.3))
+    p[1:, ::3] = q[1:, ::3] = -torch.inf
+    leaves, ones = (testing.leaf(p), testing.leaf(q)), torch.ones(3)
+    result = reference.row_statistics(*leaves)
+    grads = torch.autograd.grad((result.kl + result.ref_kl).sum(), leaves)
+    upstream = {"upstream": {"kl": ones, "ref_kl": ones}, "wrt_p": True, "wrt_q": True}
+    expected = reference.row_gradients(p, q, None, 1.0, result.saved.detach(), **upstream)
+    for grad, value in zip(grads, expected, strict=True):
+        testing.assert_near(grad, value, 1e-9, 1e-12, "gradient")
+
+
 @pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
 @pytest.mark.parametrize("kind", testing.KINDS)
