@@ -114,10 +114,7 @@ def _log_ratio(
 
 
 def _about_mean(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """Compute d - E[d] under the probabilities `weight`, relative to d at the most probable entry:
-    on a peaked row the result is far smaller there than d.
-    """
-    d = d - d.gather(-1, weight.argmax(-1, keepdim=True))
+    """Compute d - E[d] under the probabilities `weight`."""
     return d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
 
 

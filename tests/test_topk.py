@@ -377,7 +377,7 @@ def test_holes(implementation, hole) -> None:
     lists = torch.full((3, 2), -math.log(2)), torch.tensor([[0, 1]] * 3)
     temperature = torch.tensor([0.7, 2.0, 0.0], device=leaf.device)
     listed = [each.to(leaf.device) for each in (*lists, mask)]
-    for direction in DIRECTIONS[1:]:
+    for direction in ("student||teacher", "js"):
         with torch.autograd.detect_anomaly():
             stats = fastkl.topk_stats(leaf, *listed, direction=direction, temperature=temperature)
             (grad,) = torch.autograd.grad(stats.kl.sum(), leaf)

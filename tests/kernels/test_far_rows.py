@@ -278,6 +278,14 @@ SINGLE = {
         torch.tensor([[5.0, 0.0, 1.0]]),
         torch.tensor([[-math.inf, 0.0, 1.0]]),
     ),
+    # E_q[d] is nearly d at Q's peak: the gradient to Q has no digits but from d relative to it.
+    **{
+        f"a sure token masked by {fill:.0e}": (
+            torch.tensor([[fill, 0.0, 0.5]]),
+            torch.tensor([[30.0, 0.0, 0.5]]),
+        )
+        for fill in (-1e9, -BIG / 2)
+    },
     "certain tokens": certain(),
     "a peak that rounds up": rounding_up(),
     "few far entries": few_far_entries(),
