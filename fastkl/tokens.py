@@ -120,7 +120,8 @@ def token_stats(
             models are restricted to them and normalised again, as by logits of -inf elsewhere. Ids
             outside 0 … V-1 pad, repeated ones count once. A token outside the support has a
             log-probability of -inf and no gradient; a row without support is masked. Computed in
-            float64 from K logits a row; only their gradient has V entries.
+            float64 from K logits a row; only their gradient has V entries, NaN in a row whose KL is
+            infinite.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
