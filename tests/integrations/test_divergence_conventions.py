@@ -84,7 +84,7 @@ def test_torch_kl_div(alpha) -> None:
     )
 
 
-# scipy's is the square root of the JSD of equal shares, and scipy.stats.entropy(p, q) is KL(P‖Q).
+# scipy's is the square root of the JSD of equal shares.
 def test_scipy() -> None:
     distance = pytest.importorskip("scipy.spatial.distance")
     p, q = logits()
