@@ -104,6 +104,37 @@ def outside_sum(
     return peak, tl.sum(total, 0)
 
 
+@triton.jit
+def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_log2, scale_lo):
+    """Write a row's results and saved values from its peak and sum, as of outside_sum."""
+    offs_saved = tl.arange(0, 16)
+    origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
+    huge = tl.abs(origin) > LARGEST_LOG2_SUM
+    # peak·s·LOG2E - (origin + origin_lo); in a huge row as it was rounded in the sum.
+    wide_scale = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
+    above = tl.where(
+        huge,
+        (tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -origin)) - origin_lo).to(tl.float64),
+        peak.to(tl.float64) * wide_scale - origin.to(tl.float64) - origin_lo.to(tl.float64),
+    )
+    # In float64, whatever type a bare constant has.
+    log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
+    empty = total == 0.0
+    tl.store(log_sum_ptr, tl.where(empty, float("-inf"), log_sum))
+    tl.store(peak_ptr, tl.where(empty, float("-inf"), peak.to(tl.float64)))
+    marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    fallback_saved = tl.where(offs_saved == 0, peak, marked.to(tl.float32, bitcast=True))
+    # Backward multiplies by the rounded scale: let it be right at the peak. Add 1, because a
+    # negative log2_S would mark a fallback row.
+    rounding = peak.to(tl.float64) * (wide_scale - (scale * LOG2E).to(tl.float64))
+    log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
+    saved = tl.where(offs_saved == 0, origin + origin_lo - 1.0, log2_S)
+    saved = tl.where(huge, fallback_saved, saved)
+    # Of an empty rest a log-sum-exp so high that every probability is 0.
+    saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
+    tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)
+
+
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
 # cause a recompile.
 @triton.jit(
@@ -131,7 +162,7 @@ def outside_sum(
         "saved_ptr",
     ],
 )
-def row_outside(  # noqa: PLR0913, PLR0915
+def row_outside(  # noqa: PLR0913
     p_ptr,
     mask_ptr,
     temperature_ptr,  # as in row_forward
@@ -177,13 +208,12 @@ def row_outside(  # noqa: PLR0913, PLR0915
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     saved_ptr += row * SAVED
-    offs_saved = tl.arange(0, 16)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
                 tl.store(log_sum_ptr + row, 0.0)
                 tl.store(peak_ptr + row, 0.0)
-                tl.store(saved_ptr + offs_saved, 0.0, mask=offs_saved < SAVED)
+                tl.store(saved_ptr + tl.arange(0, 16), 0.0, mask=tl.arange(0, 16) < SAVED)
             return
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, 0.0, False)
@@ -219,28 +249,6 @@ def row_outside(  # noqa: PLR0913, PLR0915
         origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
         origins, lows = whole_exponent(peaks.to(tl.float32), scale_log2, scale_lo)
         total = tl.sum(totals * tl.exp2((origins - origin) + (lows - origin_lo)).to(tl.float64), 0)
-    origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
-    huge = tl.abs(origin) > LARGEST_LOG2_SUM
-    # peak·s·LOG2E - (origin + origin_lo); in a huge row as it was rounded in the sum.
-    wide_scale = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
-    above = tl.where(
-        huge,
-        (tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -origin)) - origin_lo).to(tl.float64),
-        peak.to(tl.float64) * wide_scale - origin.to(tl.float64) - origin_lo.to(tl.float64),
+    store_outside(
+        log_sum_ptr + row, peak_ptr + row, saved_ptr, peak, total, scale, scale_log2, scale_lo
     )
-    # In float64, whatever type a bare constant has.
-    log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
-    empty = total == 0.0
-    tl.store(log_sum_ptr + row, tl.where(empty, float("-inf"), log_sum))
-    tl.store(peak_ptr + row, tl.where(empty, float("-inf"), peak.to(tl.float64)))
-    marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    fallback_saved = tl.where(offs_saved == 0, peak, marked.to(tl.float32, bitcast=True))
-    # Backward multiplies by the rounded scale: let it be right at the peak. Add 1, because a
-    # negative log2_S would mark a fallback row.
-    rounding = peak.to(tl.float64) * (wide_scale - (scale * LOG2E).to(tl.float64))
-    log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
-    saved = tl.where(offs_saved == 0, origin + origin_lo - 1.0, log2_S)
-    saved = tl.where(huge, fallback_saved, saved)
-    # Of an empty rest a log-sum-exp so high that every probability is 0.
-    saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
-    tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)
