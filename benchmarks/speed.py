@@ -21,6 +21,7 @@ import torch
 from torch.utils import collect_env
 
 from benchmarks import linear_cases, processes, providers, record, timing
+from benchmarks.peers import LINEAR_PEERS, PEERS
 from benchmarks.suites import ALL, SUITES
 
 CHILD = processes.Child
@@ -192,7 +193,9 @@ def main(argv=None):
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
     states = (f"{name}: {section['status']}" for name, section in sections.items())
     print("", *states, *map(said, bad), sep="\n")
-    return 1 if bad or any(section["status"] != "ok" for section in sections.values()) else 0
+    # A peer that is wrong has no time, and is no fault of this package.
+    ours = [row for row in bad if row["provider"] not in {**PEERS, **LINEAR_PEERS}]
+    return 1 if ours or any(section["status"] != "ok" for section in sections.values()) else 0
 
 
 if __name__ == "__main__":

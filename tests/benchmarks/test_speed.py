@@ -48,6 +48,18 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
         assert phase in ("forward", "both") and "ratio_to_floor" not in bare
 
 
+# A peer that is wrong gets no time; the command fails for this package's rows alone.
+@pytest.mark.parametrize("provider, code", [("Liger JSD", 0), ("liger chunked", 0), ("fastkl", 1)])
+def test_whose_fault_it_is(provider, code, monkeypatch) -> None:
+    row = {"provider": provider, "status": "wrong", "reason": "far off", "workload": {"name": "js"}}
+    section = {"status": "ok", "rows": [row]}
+    monkeypatch.setattr(
+        speed, "run_section", lambda run, name: run.results["sections"].update({name: section})
+    )
+    monkeypatch.setattr(speed, "said", str)
+    assert speed.main(["--check", "--suite", "smoke"]) == code
+
+
 # Processes that crash or break the context
 
 DIED, BROKEN = "RuntimeError: died", {"context": "broken"}
