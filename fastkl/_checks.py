@@ -299,9 +299,9 @@ def temperature(
             floats = hasattr(value, "__float__")
             remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
             expect(False, name, what, value, remedy, TypeError)
-        what = "a positive finite number within 2^-126 … 2^126"
-        inside = LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
-        expect(inside, name, what, value, "pass 1.0, which leaves the logits as they are")
+        if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
+            what = "a positive finite number within 2^-126 … 2^126"
+            expect(False, name, what, value, "pass 1.0, which leaves the logits as they are")
 
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:

@@ -23,14 +23,8 @@ from ._checks import (
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """Check for a tensor of one of FLOAT_TYPES that this process holds whole."""
-    expect(
-        isinstance(value, torch.Tensor),
-        name,
-        f"a tensor, {what}",
-        value,
-        "pass the model's own",
-        TypeError,
-    )
+    if not isinstance(value, torch.Tensor):
+        expect(False, name, f"a tensor, {what}", value, "pass the model's own", TypeError)
     plain(
         name,
         value,
@@ -43,13 +37,12 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
             f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
             f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()")
         )
-    expect(
-        value.shape != (0,) or name.endswith("hidden"),
-        name,
-        what,
-        "shape (0,), as of a parameter that ZeRO-3 keeps in parts",
-        f"gather it around forward and backward: with deepspeed.zero.GatheredParameters([{name}])",
-    )
+    if value.shape == (0,) and not name.endswith("hidden"):
+        raise ValueError(
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in "
+            f"parts; gather it around forward and backward: "
+            f"with deepspeed.zero.GatheredParameters([{name}])"
+        )
 
 
 class Names(NamedTuple):
@@ -68,25 +61,16 @@ def head(
     """
     name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
-    expect(
-        hidden.dim() > 0 and hidden.shape[-1] > 0,
-        name,
-        "hidden states [..., H] with H of at least 1",
-        f"shape {tuple(hidden.shape)}",
-        "pass the model's last hidden states",
-    )
-    _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
-    expect(
-        weight.dim() != 2 or weight.shape[0] > 0,
-        names.weight,
-        "a vocabulary of at least one entry",
-        tuple(weight.shape),
-        "pass the whole weight",
-    )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(
-            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, "
-            f"got {tuple(weight.shape)}; "
+            f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
+            f"{tuple(hidden.shape)}; pass the model's last hidden states"
+        )
+    _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{names.weight}: expected [V, {hidden.shape[-1]}] with V of at least 1, the last "
+            f"dimension that of {name}, got {tuple(weight.shape)}; "
             + (
                 packed_remedy(names.weight, weight)
                 or "pass lm_head.weight as it is, not transposed"
@@ -107,7 +91,7 @@ def head(
                 f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
                 f"one with .to(), or use torch.autocast"
             )
-        if value is not None:
+        if value is not None and value.device != hidden.device:
             same_device(other, value, name, hidden)
 
 
@@ -152,21 +136,17 @@ def second_head(
     """
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = first, second
     head(names[1], ref_hidden, ref_weight, ref_bias)
-    expect(
-        ref_weight is not weight or own_bias or (bias is None) == (ref_bias is None),
-        "ref_bias",
-        f"{'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share "
-        f"one lm_head",
-        "None" if ref_bias is None else "a tensor",
-        f"pass ref_bias={names[0].bias}",
-    )
-    expect(
-        ref_hidden.shape[:-1] == hidden.shape[:-1],
-        "ref_hidden",
-        f"the leading shape of hidden, {tuple(hidden.shape[:-1])}",
-        tuple(ref_hidden.shape[:-1]),
-        "align the batch and time dimensions",
-    )
+    if ref_weight is weight and not own_bias and (bias is None) != (ref_bias is None):
+        raise ValueError(
+            f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
+            f"where both models share one lm_head, got {'None' if ref_bias is None else 'a tensor'}"
+            f"; pass ref_bias={names[0].bias}"
+        )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
+        )
     if ref_weight.shape[0] != weight.shape[0]:
         own, second = (
             (each.weight,) if value is None else (each.weight, each.bias)

@@ -121,13 +121,14 @@ def prepare(
         )
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
-    _head_checks.options(given.logits_dtype, given.chunk_size, given.recompute)
     logits_dtype = (
         hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     )
-    _head_checks.logits_dtype_for(given.logits_dtype, logits_dtype)
-    references = [each for each in (ref_hidden, given.ref_logits) if each is not None]
-    engine = backend.select(hidden, *references, read_rows=False)
+    if (given.logits_dtype, given.chunk_size, given.recompute) != (None, None, None):
+        _head_checks.options(given.logits_dtype, given.chunk_size, given.recompute)
+        _head_checks.logits_dtype_for(given.logits_dtype, logits_dtype)
+    reference = given.ref_logits if ref_hidden is None else ref_hidden
+    engine = backend.select(hidden, hidden if reference is None else reference, read_rows=False)
     if swapped:
         scales = scales[::-1]
         if given.ref_logits is None:
@@ -137,9 +138,10 @@ def prepare(
     dtype = result_dtype(hidden)
     temperatures, temperature = per_token(first.divisor(dtype))
     ratios, ratio = per_token(other.ratio_to(first, dtype))
-    _head_checks.number(
-        "ref_temperature", "the quotient of both models' temperature / logit_scale", ratio
-    )
+    if ratio != 1:
+        _head_checks.number(
+            "ref_temperature", "the quotient of both models' temperature / logit_scale", ratio
+        )
     return LinearInputs(
         policy[0],
         policy[1],
@@ -254,8 +256,9 @@ def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> lis
     for name, scale in zip(("weight", "ref_weight"), scales, strict=True):
         for what, value in (("softcap", scale.softcap or 1.0), ("temperature", scale.temperature)):
             if scale.factor != 1 and not isinstance(value, torch.Tensor):
-                what, quotient = f"{what} / logit_scale", value / scale.factor
-                _head_checks.number(f"{name}.logit_scale", what, quotient)
+                _head_checks.number(
+                    f"{name}.logit_scale", f"{what} / logit_scale", value / scale.factor
+                )
     return scales
 
 

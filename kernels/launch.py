@@ -281,13 +281,15 @@ def forward(
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
     """Return whether gradients' rows, `stride` apart, start in blocks where the logits' rows do."""
     return all(
-        grad is None
-        or layout.p.same_blocks(
-            Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
-            layout.inner,
-            layout.outer,
-        )
-        for grad in grads
+        [
+            grad is None
+            or layout.p.same_blocks(
+                Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
+                layout.inner,
+                layout.outer,
+            )
+            for grad in grads
+        ]
     )
 
 

@@ -261,19 +261,46 @@ def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
 # ---- what a call takes
 
 
-def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
-    """With a few rows a step takes as long as its Python does, which calls in Python and C count
-    without a clock: 224 when this was written, no more than 240.
-    """
+# With a few rows a step takes as long as its Python does, which calls count without a clock.
+STEPS = {
+    "kl": (
+        lambda d: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], torch.ones(3)),
+        60,
+    ),
+    "linear_mean": (
+        lambda d: torch.autograd.grad(linear_kl(d, reduction="mean"), d["hidden"]),
+        110,
+    ),
+}
+
+
+@pytest.mark.parametrize("step, most", STEPS.values(), ids=STEPS)
+def test_python_calls_of_a_step(monkeypatch, step, most) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.overhead import python_calls
+    from fastkl import backend
+    from fastkl.kernels import launch
+
+    monkeypatch.setattr(launch.Variant, "start", lambda *arguments: None)
+    monkeypatch.setattr(backend, "_interpreting", lambda: True)
+    d = data("cpu")
+    d["weight"].requires_grad_(False)
+    with fastkl.use_backend("triton"):
+        step(d), step(d)
+        assert 20 < python_calls(lambda: step(d)) <= most
+
+
+def test_all_calls_of_a_kl_step(monkeypatch) -> None:
+    """Those in C too: 224 when this was written."""
     pytest.importorskip("triton")
     from fastkl import backend
     from fastkl.kernels import launch
 
     monkeypatch.setattr(launch.Variant, "start", lambda *arguments: None)
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
-    d, upstream = data("cpu"), torch.ones(3)
+    d = data("cpu")
     with fastkl.use_backend("triton"):
         for _ in range(3):
             with cProfile.Profile() as profile:
-                torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)
+                STEPS["kl"][0](d)
     assert sum(one.callcount for one in profile.getstats()) <= 240
