@@ -124,7 +124,7 @@ def prepare(
     logits_dtype = (
         hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     )
-    if (given.logits_dtype, given.chunk_size, given.recompute) != (None, None, None):
+    if not (given.logits_dtype is None and given.chunk_size is None and given.recompute is None):
         _head_checks.options(given.logits_dtype, given.chunk_size, given.recompute)
         _head_checks.logits_dtype_for(given.logits_dtype, logits_dtype)
     reference = given.ref_logits if ref_hidden is None else ref_hidden

@@ -13,7 +13,7 @@ from . import _checks, _modes, _value_checks, backend, f_divergences
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
-from .ops.topk_op import CellInputs, cells
+from .ops.topk_op import CellInputs, absent_entries, cells
 
 
 class TokenStats(NamedTuple):
@@ -160,8 +160,8 @@ def token_stats(
 
 
 class Support(NamedTuple):
-    """The increasing ids [..., K] that both models are restricted to, the vocabulary's size for an
-    absent one, which are absent, which rows count, and whether values are checked.
+    """The sorted ids [..., K] that both models are restricted to, which of them are absent as in
+    topk_op.CellInputs, which rows count, the vocabulary's size, and whether values are checked.
     """
 
     ids: torch.Tensor
@@ -179,12 +179,12 @@ class Support(NamedTuple):
         device: torch.device,
         chosen: str,
     ) -> Support:
-        """Check the ids for logits of a shape and sort them; of repeated ones one is left."""
+        """Check the ids for logits of a shape and sort them."""
         *leading, vocabulary = shape
         entries = _checks.entries("support", ids, leading)
         _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
-        ids = increasing(ids.long(), vocabulary)
-        absent = ids == vocabulary
+        ids = sorted_ids(ids.long(), vocabulary)
+        absent = absent_entries(ids, vocabulary)
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
         # Graphs and transforms have no branch on values: bad ones give NaN there.
         checks = ENGINES[chosen].checks_values and _modes.eager(ids)
@@ -313,18 +313,14 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     dtype = result_dtype(logits)
     if not ids.shape[-1]:
         return logits.gather(-1, ids).to(dtype)
-    unique = increasing(ids, vocabulary)
+    in_order = sorted_ids(ids, vocabulary)
     # An id beyond the last finds the place of the rest, and becomes NaN below.
-    listed, rest, *_ = cells(CellInputs(logits, unique, None, None, 1.0, chosen, dtype))
+    listed, rest, *_ = cells(CellInputs(logits, in_order, None, None, 1.0, chosen, dtype))
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
-    values = logprobs.gather(-1, torch.searchsorted(unique, ids.contiguous())).to(dtype)
+    values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)
     return values.masked_fill((ids < 0) | (ids >= vocabulary), torch.nan)
 
 
-def increasing(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Sort each row of ids [..., K]; `vocabulary` replaces those outside it and all but one of
-    repeated ones.
-    """
-    ids = ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]
-    repeated = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
-    return ids.masked_fill(repeated, vocabulary).sort(-1)[0]
+def sorted_ids(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Sort each row of ids [..., K]; `vocabulary` replaces those outside it."""
+    return ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]

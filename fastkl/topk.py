@@ -12,7 +12,7 @@ from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
-from .ops.topk_op import CellInputs, cells
+from .ops.topk_op import CellInputs, absent_entries, cells
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
@@ -220,8 +220,8 @@ class _How(NamedTuple):
 
 
 class _Teacher(NamedTuple):
-    """A teacher's list: increasing ids [..., K], the vocabulary's size for an absent entry, their
-    log-probs in float64, which rows count, and the vocabulary's size.
+    """A teacher's list: sorted ids [..., K] as in topk_op.CellInputs, their log-probs in float64,
+    which rows count, and the vocabulary's size.
     """
 
     ids: torch.Tensor
@@ -291,7 +291,7 @@ def _divergence(
     student_mass = log_q[..., :-1].detach().exp().sum(-1)
     if how.tail == "bucket":
         # Where all V tokens are listed no token is left for what rounding leaves of the mass.
-        complete = (ids < vocabulary).sum(-1, keepdim=True) == vocabulary
+        complete = (~absent_entries(ids, vocabulary)).sum(-1, keepdim=True) == vocabulary
         log_p = torch.cat([log_p, _log1mexp(mass).masked_fill(complete, -torch.inf)], -1)
         if how.direction == "student||teacher":
             # A rest that the teacher lacks adds nothing.
@@ -327,24 +327,20 @@ def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
 def _merged(
     ids: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor | None, vocabulary: int
 ) -> _Teacher:
-    """Return the teacher of a list; absent entries come last. Of equal ids one is left, with the
-    sum of their probabilities. A row without entries does not count.
+    """Return the teacher of a list. The first of equal ids gets the sum of their probabilities, the
+    others none. A row without entries does not count.
     """
     ids, log_p = ids.long(), logprobs.detach().double()
     absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
-    ids, log_p = ids.masked_fill(absent, vocabulary), log_p.masked_fill(absent, -torch.inf)
-    ids, order = ids.sort(-1)
-    log_p, different = log_p.gather(-1, order), ids[..., 1:] != ids[..., :-1]
-    first = torch.nn.functional.pad(different, (1, 0), value=True)
-    number = first.cumsum(-1) - 1
-    sums, counts = torch.zeros_like(log_p), torch.zeros_like(ids)
-    sums = sums.scatter_add(-1, number, log_p.exp()).gather(-1, number)
-    counts = counts.scatter_add(-1, number, torch.ones_like(ids)).gather(-1, number)
-    log_p = torch.where(counts > 1, sums.log(), log_p).masked_fill(~first, -torch.inf)
-    ids, order = ids.masked_fill(~first, vocabulary).sort(-1)
+    ids, order = ids.masked_fill(absent, vocabulary).sort(-1)
+    log_p = log_p.masked_fill(absent, -torch.inf).gather(-1, order)
+    first = torch.searchsorted(ids, ids)
+    sums = torch.zeros_like(log_p).scatter_add(-1, first, log_p.exp())
+    several = torch.searchsorted(ids, ids, right=True) > first + 1
+    absent = absent_entries(ids, vocabulary)
+    log_p = torch.where(several, sums.log(), log_p).masked_fill(absent, -torch.inf)
     counted = ids[..., 0] < vocabulary
-    counted = counted if mask is None else counted & mask
-    return _Teacher(ids, log_p.gather(-1, order), counted, vocabulary)
+    return _Teacher(ids, log_p, counted if mask is None else counted & mask, vocabulary)
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:

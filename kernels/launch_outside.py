@@ -42,7 +42,7 @@ def outside(
     saved: torch.Tensor,
 ) -> None:
     """Fill peak and log_sum, [N] float64, with the largest of each row's entries that are not in
-    `ids` [N, K], increasing in each row, and the log-sum-exp of these entries relative to it, and
+    `ids` [N, K], sorted in each row, and the log-sum-exp of these entries relative to it, and
     `saved` [N, 10] as launch.forward does for them alone.
     """
     p, _, _, mask, temperatures, _ = _tensors(problem)

@@ -166,7 +166,7 @@ def row_outside(  # noqa: PLR0913
     p_ptr,
     mask_ptr,
     temperature_ptr,  # as in row_forward
-    ids_ptr,  # [N, K] int64, each row increasing; V for an absent one
+    ids_ptr,  # [N, K] int64, each row sorted; V for an absent one
     totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     log_sum_ptr,  # [N] float64

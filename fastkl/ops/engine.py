@@ -84,7 +84,7 @@ class Engine(abc.ABC):
     def outside(
         self, args: RowArgs, ids: torch.Tensor, others: Outside, reference_dtype: torch.dtype
     ) -> None:
-        """Fill `others` for the entries that are not in ids [N, K], increasing in each row; zeros
+        """Fill `others` for the entries that are not in ids [N, K], sorted in each row; zeros
         for a masked row.
 
         reference_dtype: of the reference's exponentials. The kernels' are float32; both sum in

@@ -32,6 +32,7 @@ from .row_op import (
     wanted,
 )
 from .topk_op import (
+    absent_entries,
     empty_cells,
     fill_cell_gradients,
     fill_cells,
@@ -87,7 +88,7 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
         for value in others:
             value.zero_()
         others.peak.fill_(-math.inf)
-        absent, x = ids >= len(inputs.weight), _listed(heads, ids).logits()
+        absent, x = absent_entries(ids, len(inputs.weight)), _listed(heads, ids).logits()
         fill_listed(heads.engine, heads.args, absent, x, listed, others)
     else:
         heads.each_chunk(fill, keep)
@@ -114,7 +115,7 @@ def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: boo
         args, listed = heads.args, _listed(heads, ids)
         x = listed.logits() if args.scaling.softcap else None
         # An absent entry's logit is the constant -inf; a masked row's may be NaN.
-        absent = ids >= len(inputs.weight)
+        absent = absent_entries(ids, len(inputs.weight))
         if args.mask is not None:
             absent |= ~args.mask[:, None]
         upstream = listed_gradient(heads.engine, args, x, g_listed).masked_fill(absent, 0.0)

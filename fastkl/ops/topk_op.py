@@ -16,8 +16,9 @@ from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temper
 
 
 class CellInputs(NamedTuple):
-    """Arguments of cells: logits [..., V], int64 ids [..., K], each row's increasing, V for an
-    absent one, mask and temperature as in row_op.RowInputs, dtype as in Engine.outside.
+    """Arguments of cells: logits [..., V], int64 ids [..., K], each row's sorted, mask and
+    temperature as in row_op.RowInputs, dtype as in Engine.outside. V, and all but the first of
+    equal ids, stand for absent entries.
     """
 
     logits: Tensor
@@ -47,6 +48,12 @@ class CellGradientInputs(NamedTuple):
     backend: str
 
 
+def absent_entries(ids: Tensor, vocabulary: int) -> Tensor:
+    """Return which of the sorted ids [..., K] are absent, as in CellInputs."""
+    repeated = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+    return repeated | (ids >= vocabulary)
+
+
 def fill_cells(
     engine: Engine,
     args: RowArgs,
@@ -58,9 +65,10 @@ def fill_cells(
     """Fill listed [N, K], float64, with (x - peak)/T at the ids, -inf at an absent one, and
     `others` relative to the same peak: the row's largest listed x, the soft-capped logit.
     """
-    x = _at(args.p, ids.masked_fill(ids >= args.p.shape[-1], 0))
+    absent = absent_entries(ids, args.p.shape[-1])
+    x = _at(args.p, ids.masked_fill(absent, 0))
     engine.outside(args, ids, others, dtype)
-    fill_listed(engine, args, ids >= args.p.shape[-1], x, listed, others)
+    fill_listed(engine, args, absent, x, listed, others)
 
 
 def fill_listed(
@@ -106,7 +114,7 @@ def fill_cell_gradients(
     overwritten. The peak counts as a constant: it cancels in log-probabilities.
     """
     g_listed, g_log_sum = upstream
-    absent = ids >= args.p.shape[-1]
+    absent = absent_entries(ids, args.p.shape[-1])
     if args.mask is not None:
         absent |= ~args.mask[:, None]
     # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
