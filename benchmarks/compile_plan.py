@@ -10,6 +10,7 @@ import torch
 from fastkl.kernels import launch, launch_fused, launch_outside
 from fastkl.kernels.layout import layout
 from fastkl.kernels.series import KINDS, KL
+from fastkl.kernels.variant import FALLBACK_BLOCK, FALLBACK_THREADS
 
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
@@ -122,7 +123,7 @@ def plan(dtype, aligned, arch):
     def add(name, variant, segment=0, grad_dtype=dtype):
         parameters = inspect.signature(variant.kernel.fn).parameters
         constants, options = variant.constants, dict(variant.options)
-        pairs = launch.FALLBACK_BLOCK // launch.FALLBACK_THREADS
+        pairs = FALLBACK_BLOCK // FALLBACK_THREADS
         if "GROUPS" in constants:
             pairs = constants["GROUPS"] * constants["LANES"]
         signature = {

@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from .estimators import binary_divergence, estimate_kl, sampled_kl_loss
     from .linear import Head, linear_token_stats
     from .linear_divergences import linear_divergence, linear_kl_divergence
+    from .parallel import VocabShard
     from .penalty import KLPenalty, LinearKLPenalty
     from .tokens import TokenStats, entropy_from_logits, selective_log_softmax, token_stats
     from .topk import TopKStats, linear_topk_kl_divergence, topk_kl_divergence, topk_stats
@@ -35,6 +36,7 @@ __all__ = [
     "LinearKLPenalty",
     "TokenStats",
     "TopKStats",
+    "VocabShard",
     "binary_divergence",
     "entropy_from_logits",
     "estimate_kl",
@@ -69,6 +71,7 @@ _HOMES = {
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
     "TopKStats": "topk",
+    "VocabShard": "parallel",
     "binary_divergence": "estimators",
     "entropy_from_logits": "tokens",
     "estimate_kl": "estimators",

@@ -176,7 +176,7 @@ class DistillationLoss(_Distillation):
         return self._combine(
             *(logits, logits.shape[-1], labels, normalizer, (teacher_logits,)),
             functools.partial(token_stats, logits),
-            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None).of(*self._of),
+            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None, None).of(*self._of),
         )
 
     if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
+from .parallel import NONE, Shards, prepared
 
 
 class TokenStats(NamedTuple):
@@ -59,6 +60,7 @@ def token_stats(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     support: torch.Tensor | None = None,
+    shard: Shards = None,
 ) -> PairedTokenStats: ...
 @overload
 def token_stats(
@@ -69,6 +71,7 @@ def token_stats(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     support: torch.Tensor | None = None,
+    shard: Shards = None,
 ) -> PolicyTokenStats: ...
 @overload
 def token_stats(
@@ -79,6 +82,7 @@ def token_stats(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     support: torch.Tensor | None = None,
+    shard: Shards = None,
 ) -> TokenStats: ...
 def token_stats(
     logits: torch.Tensor,
@@ -88,6 +92,7 @@ def token_stats(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     support: torch.Tensor | None = None,
+    shard: Shards = None,
 ) -> TokenStats:
     """Compute each token's statistics for a policy-gradient step, from one read of the logits.
 
@@ -122,6 +127,8 @@ def token_stats(
             log-probability of -inf and no gradient; a row without support is masked. Computed in
             float64 from K logits a row; only their gradient has V entries, NaN in a row whose KL is
             infinite.
+        shard: as in kl_divergence; tokens and support are ids of the whole vocabulary. With
+            support= all logits are gathered.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
@@ -144,18 +151,25 @@ def token_stats(
         tokens = tokens.long()
     if ref_logits is not None:
         _checks.logits("ref_logits", ref_logits)
-        _checks.same_shape("ref_logits", ref_logits, "logits", logits)
+        if shard is None:
+            _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    both = (logits,) if ref_logits is None else (logits, ref_logits)
-    chosen = backend.select(*both)
+    both = [logits] if ref_logits is None else [logits, ref_logits]
+    chosen, cut = backend.select(*both), NONE
+    if shard is not None:
+        native = chosen == "triton" and support is None
+        both, cut = prepared(shard, native, dict(zip(("logits", "ref_logits"), both, strict=False)))
+        logits, ref_logits = both[0], None if ref_logits is None else both[1]
     if support is not None:
         kept = Support.of(support, mask, logits.shape, logits.device, chosen)
         within, divisor = kept.ids.masked_fill(kept.absent, 0), kept.divisor(temperature)
         models = [(each.gather(-1, within).double() / divisor, 0.0) for each in both]
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
-    inputs = RowInputs(logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen)
+    inputs = RowInputs(
+        logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen, **cut._asdict()
+    )
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
 
@@ -245,6 +259,7 @@ def entropy_from_logits(
     mask: torch.Tensor | None = None,
     *,
     temperature: float | torch.Tensor = 1.0,
+    shard: Shards = None,
 ) -> torch.Tensor:
     """Compute the entropy of every row.
 
@@ -265,12 +280,17 @@ def entropy_from_logits(
     _checks.temperature(temperature, logits.shape[:-1], logits.device)
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
-    inputs = RowInputs(logits, None, None, mask, *per_token(temperature), "entropy", chosen)
+    (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
+    inputs = RowInputs(
+        logits, None, None, mask, *per_token(temperature), "entropy", chosen, **cut._asdict()
+    )
     entropy: torch.Tensor = row_statistics(inputs)[1]
     return entropy
 
 
-def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def selective_log_softmax(
+    logits: torch.Tensor, index: torch.Tensor, *, shard: Shards = None
+) -> torch.Tensor:
     """Compute log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the
     function of that name in trainers.
 
@@ -286,6 +306,8 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
             An id outside 0 … V-1 (-100 included) is an error on the reference backend; it gives NaN
             on a GPU and, for K ids per row, in torch.compile and vmap.
+        shard: as in kl_divergence; index holds ids of the whole vocabulary. For K ids per row all
+            logits are gathered.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -301,13 +323,16 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         logits.device,
         "index",
     )
-    chosen, ids, vocabulary = backend.select(logits), index.long(), logits.shape[-1]
+    chosen, ids = backend.select(logits), index.long()
+    native = chosen == "triton" and not several
+    (logits,), cut = prepared(shard, native, {"logits": logits})
+    vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut._asdict())
         )[0]
         return logprob
     dtype = result_dtype(logits)

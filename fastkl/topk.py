@@ -13,6 +13,7 @@ from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
+from .parallel import Shards, prepared
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
@@ -44,6 +45,7 @@ def topk_kl_divergence(  # noqa: PLR0913
     weights: torch.Tensor | None = None,
     reduction: Reduction = "none",
     normalizer: float | torch.Tensor | None = None,
+    shard: Shards = None,
 ) -> torch.Tensor:
     """Compute the divergence of a student from a teacher whose log-probabilities of K tokens are
     known, from one read of the student's logits.
@@ -81,6 +83,8 @@ def topk_kl_divergence(  # noqa: PLR0913
         clip: an upper bound of each token's term, whose gradient is 0 where it is reached.
         temperature: divides the student's logits only: the teacher's log-probs have theirs already.
         weights, reduction, normalizer: as in kl_divergence.
+        shard: as in kl_divergence; topk_ids are ids of the whole vocabulary. All logits are
+            gathered.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats; ≥ 0 but for "ignore" and clip.
@@ -102,7 +106,7 @@ def topk_kl_divergence(  # noqa: PLR0913
     """
     how = _How(direction, beta, tail, clip, temperature)
     return _reduced(
-        _topk(logits, topk_logprobs, topk_ids, mask, how), weights, reduction, normalizer
+        _topk(logits, topk_logprobs, topk_ids, mask, how, shard), weights, reduction, normalizer
     )
 
 
@@ -196,6 +200,7 @@ def topk_stats(  # noqa: PLR0913
     tail: Tail = "bucket",
     clip: float | None = None,
     temperature: float | torch.Tensor = 1.0,
+    shard: Shards = None,
 ) -> TopKStats:
     """Compute topk_kl_divergence per token beside the mass of the listed tokens in both models.
 
@@ -204,9 +209,8 @@ def topk_stats(  # noqa: PLR0913
 
     Arguments, Gradient, Special values, Raises, Source: as topk_kl_divergence.
     """
-    return _topk(
-        logits, topk_logprobs, topk_ids, mask, _How(direction, beta, tail, clip, temperature)
-    )[0]
+    how = _How(direction, beta, tail, clip, temperature)
+    return _topk(logits, topk_logprobs, topk_ids, mask, how, shard)[0]
 
 
 class _How(NamedTuple):
@@ -248,14 +252,17 @@ def _topk(
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     how: _How,
+    shard: Shards,
 ) -> tuple[TopKStats, torch.Tensor]:
     """Return the statistics of logits, and which rows count."""
     _checks.logits("logits", logits)
-    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    leading = logits.shape[:-1]
     _check(leading, logits.device, logprobs, ids, how)
     _checks.temperature(how.temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    chosen, teacher = backend.select(logits), _merged(ids, logprobs, mask, vocabulary)
+    chosen = backend.select(logits)
+    (logits,), _ = prepared(shard, False, {"logits": logits})
+    teacher = _merged(ids, logprobs, mask, logits.shape[-1])
     inputs = CellInputs(logits, teacher.ids, teacher.counted, *per_token(how.temperature), chosen)
     listed, rest, *_ = cells(inputs)
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))

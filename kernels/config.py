@@ -147,19 +147,20 @@ TABLE = (
 LONGEST_SEGMENT = 32768
 
 
-def segment_length(vocabulary: int, preferred: int) -> int:
+def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
     """Return the length of a row's segments in forward, near `preferred` but at least V/16; the
     last may be shorter.
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
     part of it holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, …
-    parts instead.
+    parts instead. width: of a shard, to hold whole segments, so that all degrees of parallelism sum
+    the same ones.
     """
     parts = 16
     while vocabulary > parts * LONGEST_SEGMENT:
         parts *= 2
     part = max(8, -(-vocabulary // (8 * parts)) * 8)
-    while parts > 1 and 2 * part <= preferred:
+    while parts > 1 and 2 * part <= preferred and not width % (2 * part):
         part, parts = 2 * part, parts // 2
     return part
 

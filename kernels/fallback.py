@@ -71,12 +71,19 @@ def peak_ratios(stats, scale, q_scale):
 
 @triton.jit
 def fallback_statistics(
-    row, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr, reading: tl.constexpr
+    row,
+    scale,
+    q_scale,
+    BLOCK: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    reading: tl.constexpr,
+    PART: tl.constexpr = False,
 ):
     """Compute the Fallback of a row, for float64 scales 1/T and ratio/T.
 
     An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A
-    NaN makes all NaN.
+    NaN makes all NaN, and so do logits that are all -inf, except in a PART of a row: there they
+    have a peak of -inf and, for merge_parts, a log_sum of 0.
     """
     V = row.V
     SOFTCAP: tl.constexpr = reading.softcap
@@ -89,6 +96,10 @@ def fallback_statistics(
             y_largest = tl.maximum(y_largest, load_entries(row.q, start, V, BLOCK, REF_SOFTCAP))
     x_peak = tl.max(x_largest, 0)
     y_peak = tl.max(y_largest, 0)
+    x_empty = (x_peak == float("-inf")) & PART
+    y_empty = (y_peak == float("-inf")) & PART
+    x_peak = tl.where(x_empty, 0.0, x_peak)
+    y_peak = tl.where(y_empty, 0.0, y_peak)
     x_weights = tl.zeros([BLOCK], tl.float64)
     y_weights = x_weights
     y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
@@ -101,10 +112,10 @@ def fallback_statistics(
             y_weights += tl.exp((y - y_peak) * q_scale)
             y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
             x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
-    log_sum = tl.log(tl.sum(x_weights, 0))
+    log_sum = tl.log(tl.where(x_empty, 1.0, tl.sum(x_weights, 0)))
     log_sum_ratio = log_sum * 0.0
     if WITH_KL:
-        log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
+        log_sum_ratio = tl.log(tl.where(y_empty, 1.0, tl.sum(y_weights, 0))) - log_sum
     # The means and the entropy follow below; peak_ratios reads none of them.
     stats = Fallback(
         x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum,
@@ -128,8 +139,8 @@ def fallback_statistics(
             sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
     return Fallback(
-        x_peak,
-        y_peak,
+        tl.where(x_empty, float("-inf"), x_peak),
+        tl.where(y_empty, float("-inf"), y_peak),
         log_sum,
         log_sum_ratio,
         stats.y_at_x_peak,
@@ -287,12 +298,11 @@ def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
 
 @triton.jit
 def store_fallback(
-    out, row, formula, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr
+    out, row, stats, formula, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr
 ):
-    """Compute a row in float64 and write its saved values and fields."""
+    """Write a row's saved values and fields from its Fallback."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
-    stats = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
     save_stats(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     if want.kind.name > OF_KL:

@@ -1,133 +1,48 @@
 """Launchers: allocate, choose a configuration, launch. Callers have checked the arguments."""
 
-import contextlib
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from . import config
-from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows
+from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem, grads_in_blocks
 from .layout import architecture as architecture  # these two for fastkl.ops
 from .layout import layout as layout
 from .row_backward import row_backward, row_divergence_backward
 from .row_divergence import row_divergence
-from .row_fallback import row_fallback
 from .row_forward import row_forward
 from .row_gradient import Upstream
 from .row_math import RENYI, SKEW_KL, STATE
 from .series import KL, Series
+from .variant import FALLBACK_ROWS, Variant, current, fallback_variant, row_variant, tensors
 
-# Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler
-# fuses; Triton's own default varies by version.
-OPTIONS = {"enable_fp_fusion": False}
 FIELDS = Upstream._fields
 # Arguments of row_forward, in its order, by the names of `outputs`.
 POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
-# Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
-# rows spread over a GPU, but enough that all programs of 8192 rows are resident.
-FALLBACK_ROWS = 4
-FALLBACK_THREADS = 128
-FALLBACK_BLOCK = 512
-FALLBACK_REGISTERS = 168
 # Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
+# float64 values of a part of a fallback row.
+PART = 9
+# Finished segments of a shard's row at first, so that no program is the last.
+NEVER_LAST = -(2**30)
 # Tests set it to False: fallback rows then keep a NaN as their first saved value.
 RUN_FALLBACK = True
-_HERE = contextlib.nullcontext()
-Grads = tuple[torch.dtype | None, ...]
 
 
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's device current: kernels start on its current stream."""
-    return (
-        torch.cuda.device(tensor.device)
-        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-        else _HERE
-    )
-
-
-class Variant:
-    """A kernel with its compile-time values and compiler options, for one device and one set of
-    tensor types. It compiles at its first start: call it once before capturing a CUDA graph.
-
-    From the second start on the compiled kernel is started directly. Triton's launch path takes
-    tens of microseconds, most of a call with few rows; it also checks globals and runs pre-run
-    hooks, which are skipped.
+class Shard(NamedTuple):
+    """A vocabulary split over processes: its size, the width of all shards but the last, and the
+    number of ranks, 0 for one that is not. merges: whether the launch merges the states of all.
     """
 
-    def __init__(
-        self, kernel: Any, constants: dict[str, object], options: dict[str, object]
-    ) -> None:
-        self.kernel, self.constants, self.options = kernel, constants, options
-        self.compiled: Any = None
-
-    def start(self, programs: int, arguments: dict[str, object]) -> None:
-        """Launch `programs` programs with arguments in the order of the kernel's signature,
-        compile-time values last.
-
-        Numbers have fixed types there, so that tensors' types and compile-time values alone select
-        a compilation.
-        """
-        if self.compiled is None:  # in the interpreter always: it compiles nothing
-            self.compiled = self.kernel[programs, 1, 1](
-                **arguments, **self.constants, **self.options
-            )
-        else:
-            self.compiled[programs, 1, 1](*arguments.values(), *self.constants.values())
+    vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
+    merges: bool = False
 
 
-@functools.cache
-def _variant(
-    kernel: Any,
-    case: Case,
-    grads: Grads,
-    constants: frozenset[Any],
-    num_warps: int,
-    registers: int | None,
-) -> Variant:
-    """Return the one Variant of a kernel for tensors of `case`, gradients of the types `grads`, and
-    compile-time values beside the case's own.
-    """
-    known = {**case.constants, **dict(constants)}
-    in_order = {
-        name: known[name] for name in inspect.signature(kernel.fn).parameters if name in known
-    }
-    limit = {} if registers is None or case.arch.startswith("gfx") else {"maxnreg": registers}
-    return Variant(kernel, in_order, {"num_warps": num_warps, **limit, **OPTIONS})
-
-
-def row_variant(
-    kernel: Any, case: Case, chosen: config.RowConfig, grads: Grads, limited: bool, **constants: Any
-) -> Variant:
-    """Return a kernel's Variant for a configuration; not limited: ptxas chooses the registers."""
-    constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
-    registers = chosen.registers(case.needs_registers) if limited else None
-    warps = max(1, chosen.threads // case.warp)
-    return _variant(kernel, case, grads, frozenset(constants.items()), warps, registers)
-
-
-def fallback_variant(case: Case, grads: Grads, **constants: Any) -> Variant:
-    """Return row_fallback's Variant; it takes no part in the configuration table."""
-    constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
-    warps = FALLBACK_THREADS // case.warp
-    items = frozenset(constants.items())
-    return _variant(row_fallback, case, grads, items, warps, FALLBACK_REGISTERS)
-
-
-def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return p, q, tokens, mask, temperatures and ratios; p stands in for an unused pointer."""
-    p, q, _, tokens, mask, _, temperatures, ratios = problem
-    return (
-        p,
-        p if q is None else q,
-        p if tokens is None else tokens,
-        p if mask is None else mask,
-        p if temperatures is None else temperatures,
-        p if ratios is None else ratios,
-    )
+WHOLE = Shard()
 
 
 class ForwardPlan(NamedTuple):
@@ -151,13 +66,16 @@ def forward_plan(
     with_lse: bool,
     divergence: tuple[tuple[str, Any], ...],
     overridden: tuple[Any, ...],
+    shard: Shard = WHOLE,
 ) -> ForwardPlan:
     """Return the plan; divergence: its Series.constants. `overridden` is part of the cache's key:
     tests and the tuner override configurations.
     """
-    chosen = config.select("forward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
-    segment = config.segment_length(layout.vocabulary, chosen.segment)
-    splits = max(1, -(-layout.vocabulary // segment))
+    vocabulary = shard.vocabulary or layout.vocabulary
+    chosen = config.select("forward", layout.case.arch, layout.p.itemsize, vocabulary)
+    segment = config.segment_length(vocabulary, chosen.segment, shard.width)
+    splits = max(1, -(-(shard.width or vocabulary) // segment))
+    states = splits * shard.ranks if shard.merges else splits
     row_bytes = layout.vocabulary * sum(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
@@ -177,13 +95,22 @@ def forward_plan(
         chosen,
         (),
         case.q_in_blocks,
-        SPLITS=triton.next_power_of_2(splits),
+        # Above 1, a program stores its state.
+        SPLITS=max(2 if shard.ranks else 1, triton.next_power_of_2(states)),
+        MERGE=shard.merges,
         REALIGN=case.realign,
-        PREFETCH=config.prefetches(case.arch),
+        PREFETCH=config.prefetches(case.arch) and not shard.merges,
         KIND=kind if kind == RENYI.value else 0,
         **wanted,
     )
-    fallback = fallback_variant(case, (), KIND=kind, **wanted)
+    fallback = fallback_variant(
+        case,
+        (),
+        KIND=kind,
+        PART=shard.ranks > 0 and not shard.merges,
+        RANKS=triton.next_power_of_2(shard.ranks) if shard.merges else 0,
+        **wanted,
+    )
     second = row_variant(
         row_divergence,
         case,
@@ -205,28 +132,27 @@ def forward(
     outputs: dict[str, torch.Tensor],
     saved: torch.Tensor,
     divergence: Series = KL,
+    shard: Shard = WHOLE,
+    state: torch.Tensor | None = None,
 ) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` ([N] float32 each).
 
     `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are, and ref_lse
     beside lse if q is given. Another divergence is written in place of the KL, without other
     fields.
+
+    shard: of a vocabulary split over processes, for KLs. Without `merges` fill `state`, which
+    starts with [N, splits, 8], alone. With it fill all but fallback rows from those of all ranks;
+    problem: of one logit a row, that of its token, whose id is 0, or -1 outside the vocabulary.
     """
-    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    layout = problem.layout
-    plan = forward_plan(
-        layout,
-        "entropy" in outputs,
-        "ref_kl" in outputs,
-        "lse" in outputs,
-        divergence.constants(),
-        tuple(config._override.items()),
-    )
+    p, q, tokens, mask, temperatures, ratios = tensors(problem)
+    layout, plan = problem.layout, plan_for(problem, outputs, divergence, shard)
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
-    places, temperature = layout.places, float(problem.temperature)
-    with _on(p):
-        state = counters = saved
-        if plan.splits > 1:
+    with current(p):
+        counters = saved
+        if shard.ranks and not shard.merges:
+            counters = torch.full((layout.rows,), NEVER_LAST, dtype=torch.int32, device=p.device)
+        elif plan.splits > 1 and not shard.ranks:
             state = torch.empty(
                 layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device
             )
@@ -240,56 +166,93 @@ def forward(
             temperature_ptr=temperatures,
             ratio_ptr=ratios,
             tokens_ptr=tokens,
-            state_ptr=state,
+            state_ptr=saved if state is None else state,
             counter_ptr=counters,
             **fields,
-            temperature=temperature,
-            **places,
+            temperature=float(problem.temperature),
+            **layout.places,
             V=layout.vocabulary,
             segment=plan.segment,
             splits=plan.splits,
             prefetching=plan.prefetching,
             gamma=1.0 - divergence.share,
         )
-        plan.forward.start(layout.rows * plan.splits, arguments)
-        if RUN_FALLBACK:
-            plan.fallback.start(
-                -(-layout.rows // FALLBACK_ROWS),
-                dict(
-                    p_ptr=p,
-                    q_ptr=q,
-                    temperature_ptr=temperatures,
-                    ratio_ptr=ratios,
-                    tokens_ptr=tokens,
-                    **fields,
-                    grad_ptr=saved,
-                    weight_ptr=saved,
-                    temperature=temperature,
-                    **places,
-                    stride_grad=0,
-                    V=layout.vocabulary,
-                    n_rows=layout.rows,
-                    share=divergence.share,
-                    rest=1.0 - divergence.share,
-                ),
-            )
+        programs = layout.rows * (1 if shard.merges else plan.splits)
+        stride = 0 if state is None else state.stride(0)
+        plan.forward.start(programs, {**arguments, **dict(ranks=shard.ranks, stride_rank=stride)})
+        if RUN_FALLBACK and not shard.ranks:
+            _start_fallback(plan.fallback, problem, fields, share=divergence.share)
         if divergence.forward:
-            numbers = divergence.numbers(divergence.forward)
-            plan.second.start(layout.rows * plan.splits, {**arguments, **numbers})
+            plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
 
-def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
-    """Return whether gradients' rows, `stride` apart, start in blocks where the logits' rows do."""
-    return all(
-        [
-            grad is None
-            or layout.p.same_blocks(
-                Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
-                layout.inner,
-                layout.outer,
-            )
-            for grad in grads
-        ]
+def plan_for(
+    problem: Problem,
+    outputs: dict[str, torch.Tensor],
+    divergence: Series = KL,
+    shard: Shard = WHOLE,
+) -> ForwardPlan:
+    """Return the cached plan of a forward."""
+    return forward_plan(
+        problem.layout,
+        "entropy" in outputs,
+        "ref_kl" in outputs,
+        "lse" in outputs,
+        divergence.constants(),
+        tuple(config._override.items()),
+        shard,
+    )
+
+
+def fallback(
+    problem: Problem,
+    outputs: dict[str, torch.Tensor],
+    saved: torch.Tensor,
+    shard: Shard,
+    parts: torch.Tensor,
+) -> None:
+    """Fill the parts [N, 9] float64 of a shard's fallback rows, which forward has marked; with
+    `merges` the rows from the parts [ranks, N, 9] of all ranks.
+    """
+    fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
+    variant = plan_for(problem, outputs, shard=shard).fallback
+    with current(saved):
+        _start_fallback(variant, problem, fields, parts=parts, ranks=shard.ranks)
+
+
+def _start_fallback(
+    variant: Variant,
+    problem: Problem,
+    fields: dict[str, torch.Tensor],
+    *,
+    share: float = 0.0,
+    parts: torch.Tensor | None = None,
+    ranks: int = 0,
+) -> None:
+    """Start row_fallback without gradients."""
+    p, q, tokens, _, temperatures, ratios = tensors(problem)
+    saved = fields["saved_ptr"]
+    variant.start(
+        -(-problem.layout.rows // FALLBACK_ROWS),
+        dict(
+            p_ptr=p,
+            q_ptr=q,
+            temperature_ptr=temperatures,
+            ratio_ptr=ratios,
+            tokens_ptr=tokens,
+            **fields,
+            grad_ptr=saved,
+            weight_ptr=saved,
+            part_ptr=saved if parts is None else parts,
+            temperature=float(problem.temperature),
+            **problem.layout.places,
+            stride_grad=0,
+            V=problem.layout.vocabulary,
+            n_rows=problem.layout.rows,
+            share=share,
+            rest=1.0 - share,
+            ranks=ranks,
+        ),
     )
 
 
@@ -346,7 +309,7 @@ def backward(
     They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
     row may be read again while it is written.
     """
-    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
+    p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
     if len(fields) == 1:
         stacked = upstream[fields[0]].to(torch.float32).contiguous()
@@ -365,7 +328,7 @@ def backward(
         None if grad_q is None else (grad_q.dtype, grad_q.data_ptr() % ADDRESSES),
         tuple(config._override.items()),
     )
-    with _on(p):
+    with current(p):
         variant.start(
             layout.rows * chunks,
             dict(

@@ -7,19 +7,18 @@ import torch
 import triton
 
 from . import config
-from .launch import (
+from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem, grads_in_blocks
+from .row_fused import row_fused, scale_gradient
+from .row_math import STATE
+from .variant import (
     FALLBACK_ROWS,
     OPTIONS,
     Variant,
-    _on,
-    _tensors,
+    current,
     fallback_variant,
-    grads_in_blocks,
     row_variant,
+    tensors,
 )
-from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem
-from .row_fused import row_fused, scale_gradient
-from .row_math import STATE
 
 # Entries that a program of scale_gradient takes at a time, and programs that share a GPU.
 SCALE_BLOCK = 2048
@@ -73,6 +72,8 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
         WITH_REF_KL=False,
         WITH_LSE=False,
         KIND=0,
+        PART=False,
+        RANKS=0,
     )
     return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, phases, fallback)
 
@@ -100,7 +101,7 @@ def fused(
     """Fill kl [N], saved [N, 10], and grad_p [N, V] with the gradient of Σ weights·kl to P, which
     may be P itself; see `fuses`.
     """
-    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
+    p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout = problem.layout
     plan = fused_plan(layout, grad_p.dtype, tuple(config._override.items()))
     shared = dict(
@@ -109,7 +110,7 @@ def fused(
         stride_grad=grad_p.stride(0),
         V=layout.vocabulary,
     )
-    with _on(p):
+    with current(p):
         state = torch.empty(
             layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device
         )
@@ -154,10 +155,12 @@ def fused(
                 ref_lse_ptr=kl,
                 grad_ptr=grad_p,
                 weight_ptr=weights,
+                part_ptr=kl,
                 **shared,
                 n_rows=layout.rows,
                 share=0.0,
                 rest=1.0,
+                ranks=0,
             ),
         )
 
@@ -172,7 +175,7 @@ def _scaler(device: torch.device, dtype: torch.dtype) -> Variant:
 
 def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply a contiguous gradient [n] in place by factor [1], which stays on the device."""
-    with _on(gradient):
+    with current(gradient):
         _scaler(gradient.device, gradient.dtype).start(
             min(SCALE_PROGRAMS, -(-gradient.numel() // SCALE_BLOCK)),
             dict(grad_ptr=gradient, factor_ptr=factor.to(torch.float32), n=gradient.numel()),

@@ -7,9 +7,9 @@ import torch
 import triton
 
 from . import config
-from .launch import Variant, _on, _tensors, row_variant
 from .layout import CACHE_SIZE, Layout, Problem
 from .row_outside import row_outside
+from .variant import Variant, current, row_variant, tensors
 
 
 @functools.lru_cache(CACHE_SIZE)
@@ -45,10 +45,10 @@ def outside(
     `ids` [N, K], sorted in each row, and the log-sum-exp of these entries relative to it, and
     `saved` [N, 10] as launch.forward does for them alone.
     """
-    p, _, _, mask, temperatures, _ = _tensors(problem)
+    p, _, _, mask, temperatures, _ = tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
     segment, splits, variant = outside_plan(layout, count, tuple(config._override.items()))
-    with _on(p):
+    with current(p):
         state = counters = saved
         if splits > 1:
             state = torch.empty(layout.rows * splits * 2, dtype=torch.float64, device=p.device)

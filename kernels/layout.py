@@ -167,3 +167,18 @@ def layout(
     arch, warp = arch_and_warp
     case = Case(device, arch, warp, types, has_mask, realign, in_blocks, *scaling)
     return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
+
+
+def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
+    """Return whether gradients' rows, `stride` apart, start in blocks where the logits' rows do."""
+    return all(
+        [
+            grad is None
+            or layout.p.same_blocks(
+                Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
+                layout.inner,
+                layout.outer,
+            )
+            for grad in grads
+        ]
+    )

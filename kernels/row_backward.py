@@ -20,11 +20,7 @@ from .row_gradient import (
     write_tile,
 )
 from .row_load import Reading, Tiling, load_logit, row_offset, row_pad, row_ratio, row_scale
-from .row_math import OF_KL, Kind, scale_reference, soft_cap_slope
-
-# Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
-# of q·(d - E_q[d]).
-LARGEST_MEAN_GAP = tl.constexpr(1.0)
+from .row_math import LARGEST_MEAN_GAP, OF_KL, Kind, scale_reference, soft_cap_slope
 
 
 @triton.jit

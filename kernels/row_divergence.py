@@ -180,7 +180,8 @@ def row_divergence(  # noqa: PLR0913
         # row_forward has counted `splits` programs.
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != 2 * splits - 1:
             return
-        states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
+        index = tl.arange(0, SPLITS)
+        states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
         moment, value, p_above = tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
     # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation.
     factor = terms.factor_p * D_FACTOR

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .divergence_math import Formula
-from .fallback import GradientRow, store_fallback, write_fallback
+from .fallback import GradientRow, fallback_statistics, store_fallback, write_fallback
+from .fallback_parts import load_parts, merge_parts, store_part
 from .row_finish import SAVED, Outputs, Row, row_outputs
 from .row_gradient import Asked, Upstream
 from .row_load import Reading, row_offset, row_ratio, row_scale
@@ -26,6 +27,7 @@ from .row_math import Kind, Want
         "V",
         "share",
         "rest",
+        "ranks",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -43,6 +45,7 @@ from .row_math import Kind, Want
         "ref_lse_ptr",
         "grad_ptr",
         "weight_ptr",
+        "part_ptr",
     ],
 )
 def row_fallback(  # noqa: PLR0913
@@ -61,6 +64,7 @@ def row_fallback(  # noqa: PLR0913
     ref_lse_ptr,  # written by row_forward
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
+    part_ptr,  # [N, 9] float64 with PART, [ranks, N, 9] with RANKS; else any pointer
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -72,6 +76,7 @@ def row_fallback(  # noqa: PLR0913
     n_rows: tl.int32,
     share: tl.float32,  # as in row_divergence; Rényi's order alpha
     rest: tl.float32,
+    ranks: tl.int32,
     ROWS: tl.constexpr,  # rows of a program
     BLOCK: tl.constexpr,  # entries of a row that it reads at a time
     HAS_TOKENS: tl.constexpr,
@@ -85,6 +90,8 @@ def row_fallback(  # noqa: PLR0913
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     KIND: tl.constexpr,  # of a divergence in place of the KL
+    PART: tl.constexpr,  # the rows are parts of longer ones: write their Fallback alone
+    RANKS: tl.constexpr,  # a power of two, at least ranks: read no logits, merge the parts; or 0
 ):
     """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
@@ -133,7 +140,22 @@ def row_fallback(  # noqa: PLR0913
                 )
                 out = row_outputs(outputs, row)
                 whole = Row(p_row, q_row, V, token, scale, ratio)
-                store_fallback(out, whole, formula, BLOCK, want, reading)
+                wide_scale = scale.to(tl.float64)
+                q_scale = wide_scale * ratio.to(tl.float64)
+                if RANKS > 0:
+                    rank = tl.arange(0, RANKS)
+                    parts = load_parts(
+                        part_ptr + (rank * n_rows.to(tl.int64) + row) * 9, rank < ranks
+                    )
+                    stats = merge_parts(parts, wide_scale, q_scale, WITH_KL)
+                else:
+                    stats = fallback_statistics(
+                        whole, wide_scale, q_scale, BLOCK, WITH_KL, reading, PART
+                    )
+                if PART:
+                    store_part(part_ptr + row * 9, stats)
+                else:
+                    store_fallback(out, whole, stats, formula, BLOCK, want, reading)
                 if WITH_GRADIENT:
                     # Make the saved values, stored by one thread, visible to all threads before
                     # write_fallback loads them.

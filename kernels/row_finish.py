@@ -13,7 +13,6 @@ from .row_math import (
     LOG2E,
     LOWEST,
     RENYI,
-    STATE,
     State,
     kl_of_means,
     log1p,
@@ -51,9 +50,9 @@ Saved = namedtuple(
 
 # Statistics of a row, and whether the float32 sums could represent it (valid).
 #
-# unshifted: the Saved with y - shift, the shift taken away (row_load.row_shift), in place of y; its
-# entropy may be below 0 by rounding.
-Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
+# unshifted: the Saved with y - shift in place of y (row_load.segment_shift); its entropy may be
+# below 0 by rounding.
+Statistics = namedtuple("Statistics", "unshifted shift kl ref_kl valid")
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def row_outputs(first, row):
 
 @triton.jit
 def store_state(state_ptr, state, want: tl.constexpr):
-    """Write a scalar state [7]."""
+    """Write a scalar state [8]."""
     tl.store(state_ptr, state.origin)
     tl.store(state_ptr + 1, state.S)
     if want.entropy:
@@ -82,6 +81,8 @@ def store_state(state_ptr, state, want: tl.constexpr):
         tl.store(state_ptr + 3, state.W)
         tl.store(state_ptr + 4, state.U)
         tl.store(state_ptr + 6, state.centre)
+        if want.compensated:
+            tl.store(state_ptr + 7, state.shift)
     if want.ref_kl or want.kind.name >= RENYI:
         tl.store(state_ptr + 5, state.R)
 
@@ -99,13 +100,8 @@ def load_sums(ptr, mask, empty, WANTED: tl.constexpr):
 
 
 @triton.jit
-def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
-    """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond
-    `splits` are empty.
-    """
-    index = tl.arange(0, SPLITS)
-    mask = index < splits
-    state_ptr += index * STATE
+def load_states(state_ptr, mask, want: tl.constexpr):
+    """Load the states at a vector of addresses, as vectors; masked ones are empty."""
     return State(
         load_sums(state_ptr, mask, LOWEST, True),
         load_sums(state_ptr + 1, mask, 0.0, True),
@@ -114,6 +110,7 @@ def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
         load_sums(state_ptr + 4, mask, 0.0, want.kl),
         load_sums(state_ptr + 5, mask, 0.0, want.ref_kl or want.kind.name >= RENYI),
         load_sums(state_ptr + 6, mask, 0.0, want.kl),
+        load_sums(state_ptr + 7, mask, 0.0, want.kl and want.compensated),
     )
 
 
@@ -138,11 +135,11 @@ def q_partition(state, log2_S, log_ratio, mean_q_d, scale):
 
 
 @triton.jit
-def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
+def row_statistics(states, scale, gamma, want: tl.constexpr):
     """The Statistics of a row from the vector of its partial states. Rényi's divergence, if
     requested, is in place of the KL, and log Z in place of the two means.
     """
-    state = merge(states, gamma, want)
+    state = merge(states, scale, gamma, want)
     valid = (state.S > 0.0) & (
         state.S + tl.abs(state.A) + tl.abs(state.W) + tl.abs(state.U) + tl.abs(state.R)
         < LARGEST_SUM
@@ -155,7 +152,7 @@ def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
         unshifted = Saved(
             state.origin, log2_S, log2_S, zero, state.centre, zero, zero, zero, zero, entropy
         )
-        return Statistics(unshifted, zero, zero, valid)
+        return Statistics(unshifted, zero, zero, zero, valid)
     else:
         # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
         # plain division may be off by 2 ulp.
@@ -175,7 +172,7 @@ def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
             valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
         log1p_t = log1p(mean_h + mean_p_d)
         lse_q, lse_q_lo = q_partition(state, log2_S, log1p_t, mean_q_d, scale)
-        apart = tl.abs(tl.fma(shift, scale, state.centre))
+        apart = tl.abs(tl.fma(state.shift, scale, state.centre))
         valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
         if not want.compensated:
             valid = valid & (apart < scale * LARGEST_DIFFERENCE)
@@ -188,7 +185,7 @@ def row_statistics(states, shift, scale, gamma, want: tl.constexpr):
             state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
             entropy,
         )  # fmt: skip
-        return Statistics(unshifted, kl, ref_kl, valid)
+        return Statistics(unshifted, state.shift, kl, ref_kl, valid)
 
 
 @triton.jit
@@ -242,8 +239,10 @@ def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
 
 
 @triton.jit
-def saved_values(unshifted, shift, scale):
-    """The Saved of a row from that of y - shift."""
+def saved_values(statistics, scale):
+    """The Saved of a row from its Statistics."""
+    unshifted = statistics.unshifted
+    shift = statistics.shift
     lse_q, lse_q_lo = add_product(unshifted.lse_q, unshifted.lse_q_lo, shift, scale * LOG2E)
     centre, centre_lo = add_product(unshifted.centre, unshifted.centre_lo, shift, scale)
     # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
@@ -264,13 +263,13 @@ def saved_values(unshifted, shift, scale):
 
 
 @triton.jit
-def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: tl.constexpr):
+def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: tl.constexpr):
     """Write the saved values and the fields of a row; a NaN as the first saved value marks a
     fallback row.
     """
     unshifted = statistics.unshifted
-    saved = saved_values(unshifted, shift, row.scale)
-    tl.store(out.saved, tl.where(statistics.valid, saved.origin, float("nan")))
+    saved = saved_values(statistics, row.scale)
+    tl.store(out.saved, tl.where(valid, saved.origin, float("nan")))
     for i in tl.static_range(1, SAVED):
         tl.store(out.saved + i, saved[i])
     store_fields(
@@ -291,7 +290,7 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
         tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
         if want.kl:
             y, y_lo = scale_reference(y, row.ratio, reading.ratio)
-            y, more = two_sum(y, -shift)
+            y, more = two_sum(y, -statistics.shift)
             half_q = tl.fma(y, half_scale, unshifted.lse_q * -0.5) - unshifted.lse_q_lo * 0.5
             half_q = tl.fma(y_lo + more, half_scale, half_q)
             tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))

@@ -26,9 +26,9 @@ from .row_load import (
     row_pad,
     row_ratio,
     row_scale,
-    row_shift,
+    segment_shift,
 )
-from .row_math import LOG2E, STATE, Kind, State, Want
+from .row_math import LARGEST_MEAN_GAP, LOG2E, STATE, Kind, State, Want
 from .row_segment import segment_sums
 
 
@@ -47,6 +47,8 @@ from .row_segment import segment_sums
         "splits",
         "prefetching",
         "gamma",
+        "ranks",
+        "stride_rank",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -67,14 +69,14 @@ from .row_segment import segment_sums
         "ref_lse_ptr",
     ],
 )
-def row_forward(  # noqa: PLR0913
+def row_forward(  # noqa: PLR0913, PLR0915
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     ratio_ptr,  # [N] float32, Q's inverse temperature over P's; any pointer without HAS_RATIO
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
-    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
+    state_ptr,  # [N, splits, 8] float32: a row_math.State each; any pointer if splits is 1
     counter_ptr,  # [N] int32, zeros at first: finished segments; any pointer if splits is 1
     saved_ptr,  # [N, 10] float32: a row_finish.Saved per row
     logprob_ptr,  # [N] float32, like the six below; any pointer without HAS_TOKENS
@@ -95,7 +97,10 @@ def row_forward(  # noqa: PLR0913
     splits: tl.int32,
     prefetching: tl.int32,  # 1: prefetch the segment, as few programs do not hide latency
     gamma: tl.float32,  # of Rényi's divergence: 1 - order, not 0
-    SPLITS: tl.constexpr,  # a power of two, at least splits
+    ranks: tl.int32,
+    stride_rank: tl.int64,  # of state_ptr with MERGE
+    SPLITS: tl.constexpr,  # a power of two, at least splits; with MERGE at least ranks · splits
+    MERGE: tl.constexpr,  # read no segment but the states of all ranks, [ranks, N, splits, 8]
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -122,16 +127,18 @@ def row_forward(  # noqa: PLR0913
             program is last.
     Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; three logits of each per
             segment (COMPENSATED) and the token's; nothing of a masked row.
-    Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields
+    Writes: 8 · N · splits float32, read again by the last program; 10 saved values and the fields
             asked for, per row.
+            With MERGE, Grid (N,): p and q are each row's sampled logit, V is 1, and a token is 0,
+            or -1 outside the vocabulary, which is split over processes.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a fallback row (infinities, a
             NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
             64 nats apart), and row_fallback computes it again. A token outside 0 … V-1 reads
             nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
     """
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
+    split = tl.program_id(0) % (1 if MERGE else splits)
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
@@ -169,49 +176,58 @@ def row_forward(  # noqa: PLR0913
     scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     gamma = tl.cast(gamma, tl.float32)
-    shift = tl.full([], 0.0, tl.float32)
-    if WITH_KL and COMPENSATED:
-        shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
-    pad = row_pad(p_row, REALIGN)
-    part = Segment(
-        p_row + first - pad,
-        q_row + first - pad,
-        q_row + first,
-        pad,
-        lane_order(pad, LANES),
-        V - first,
-        shift,
-        doubled_scale,
-        scale_log2,
-        ratio,
-        gamma,
-        gamma,
-    )
-    state = segment_sums(part, length, tiling, want, reading)
-    if SPLITS > 1:
-        store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
-        # Order all threads' stores before the one thread's release.
-        tl.debug_barrier()
-        if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
-            return
-        states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
+    if MERGE:
+        index = tl.arange(0, SPLITS)
+        place = index // splits * stride_rank + (row * splits + index % splits) * STATE
+        states = load_states(state_ptr + place, index < ranks * splits, want)
     else:
-        zeros = tl.zeros([1], tl.float32)
-        states = State(
-            zeros + state.origin,
-            zeros + state.S,
-            zeros + state.A,
-            zeros + state.W,
-            zeros + state.U,
-            zeros + state.R,
-            zeros + state.centre,
+        shift = tl.full([], 0.0, tl.float32)
+        if WITH_KL and COMPENSATED:
+            shift = segment_shift(p_row + first, q_row + first, length, ratio, reading)
+        pad = row_pad(p_row, REALIGN)
+        part = Segment(
+            p_row + first - pad,
+            q_row + first - pad,
+            q_row + first,
+            pad,
+            lane_order(pad, LANES),
+            V - first,
+            shift,
+            doubled_scale,
+            scale_log2,
+            ratio,
+            gamma,
+            gamma,
         )
+        state = segment_sums(part, length, tiling, want, reading)
+        if SPLITS > 1:
+            store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
+            # Order all threads' stores before the one thread's release.
+            tl.debug_barrier()
+            if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
+                return
+            index = tl.arange(0, SPLITS)
+            states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
+        else:
+            zeros = tl.zeros([1], tl.float32)
+            states = State(
+                zeros + state.origin,
+                zeros + state.S,
+                zeros + state.A,
+                zeros + state.W,
+                zeros + state.U,
+                zeros + state.R,
+                zeros + state.centre,
+                zeros + state.shift,
+            )
     token = row
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
     scale = doubled_scale * (1.0 / D_FACTOR)
-    statistics = row_statistics(states, shift, scale, gamma, want)
-    out = row_outputs(outputs, row)
-    store_statistics(
-        out, statistics, Row(p_row, q_row, V, token, scale, ratio), shift, want, reading
-    )
+    statistics = row_statistics(states, scale, gamma, want)
+    valid = statistics.valid
+    if MERGE and WITH_REF_KL:
+        # Else backward would read all of the row for the gradient of KL(Q‖P) to Q.
+        valid = valid & (tl.abs(statistics.unshifted.mean_q_d) <= LARGEST_MEAN_GAP)
+    whole = Row(p_row, q_row, V, token, scale, ratio)
+    store_statistics(row_outputs(outputs, row), statistics, valid, whole, want, reading)

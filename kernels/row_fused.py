@@ -27,7 +27,7 @@ from .row_load import (
     row_offset,
     row_ratio,
     row_scale,
-    row_shift,
+    segment_shift,
 )
 from .row_math import LOG2E, OF_KL, STATE, Kind, Want
 from .row_segment import segment_sums
@@ -72,7 +72,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     mask_ptr,
     temperature_ptr,
     ratio_ptr,  # as in row_forward
-    state_ptr,  # [N, splits, 7] float32
+    state_ptr,  # [N, splits, 8] float32
     # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row are summed
     sync_ptr,
     saved_ptr,
@@ -123,7 +123,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
     Reads:  N·V of p and of q twice, the second time from cache; three entries of each per piece
             (COMPENSATED); nothing of a masked row.
-    Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the
+    Writes: N·V of the gradient, zeros in a masked row; 8·N·splits float32; 10 saved values and the
             KL, per row.
     Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
     Special values: a fallback row gets NaN as its first saved value and no gradient: row_fallback
@@ -184,15 +184,8 @@ def row_fused(  # noqa: PLR0913, PLR0915
         prefetch(q_block, tl.maximum(length, 0), 1)
     state_here = state_ptr + ticket.to(tl.int64) * STATE
     shift = tl.full([], 0.0, tl.float32)
-    if COMPENSATED:
-        # Phase 2 loads the shift from the unused slot of A, where phase 1 stored it: gradients may
-        # lie over the entries of P that row_shift reads.
-        if PHASE == 2:
-            shift = tl.load(state_here + 2)
-        else:
-            shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
-        if PHASE == 1:
-            tl.store(state_here + 2, shift)
+    if COMPENSATED and PHASE != 2:
+        shift = segment_shift(p_row + begin, q_row + begin, length, ratio, reading)
     if PHASE != 2:
         part = Segment(
             p_block,
@@ -221,15 +214,16 @@ def row_fused(  # noqa: PLR0913, PLR0915
         # volatile load is no acquire, so this relies on the hardware's order.
         tl.debug_barrier()
     if PHASE != 1:
-        states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
-        statistics = row_statistics(states, shift, scale, scale, want)  # the KL has no gamma
+        index = tl.arange(0, SPLITS)
+        states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
+        statistics = row_statistics(states, scale, scale, want)  # the KL has no gamma
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
-            store_statistics(out, statistics, whole, shift, want, reading)
+            store_statistics(out, statistics, statistics.valid, whole, want, reading)
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
-            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale), zero)
+            terms = gradient_terms(saved_values(statistics, scale), zero)
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):

@@ -17,13 +17,11 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .row_math import LOWEST, scale_reference, soft_cap, subtract, two_sum
+from .row_math import LARGEST_SHIFT, LOWEST, scale_reference, soft_cap, subtract, two_sum
 
 # The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an
 # infinity and a NaN.
 D_FACTOR = tl.constexpr(2.0)
-# Largest |row_shift|.
-LARGEST_SHIFT = tl.constexpr(4096.0)
 # Largest temperature, and largest inverse temperature.
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
@@ -75,16 +73,17 @@ def entry_difference(p_row, q_row, index, mask, ratio, reading: tl.constexpr):
 
 
 @triton.jit
-def row_shift(p_row, q_row, V, mask, ratio, reading: tl.constexpr):
-    """Return a whole number near the median of y - x at three entries: near the constant between
-    the tensors, if there is one; 0 where it is large or not finite.
+def segment_shift(p_row, q_row, length, ratio, reading: tl.constexpr):
+    """Return a whole number near the median of y - x at three of `length` entries: near the
+    constant between the tensors, if there is one; 0 where it is large or not finite.
 
     Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the
     magnitude of 50. An approximate shift is enough.
     """
-    a = entry_difference(p_row, q_row, V // 4, mask, ratio, reading)
-    b = entry_difference(p_row, q_row, V // 2, mask, ratio, reading)
-    c = entry_difference(p_row, q_row, V - 1 - V // 4, mask, ratio, reading)
+    mask = length > 0
+    a = entry_difference(p_row, q_row, length // 4, mask, ratio, reading)
+    b = entry_difference(p_row, q_row, length // 2, mask, ratio, reading)
+    c = entry_difference(p_row, q_row, length - 1 - length // 4, mask, ratio, reading)
     shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
@@ -248,7 +247,7 @@ Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 #
 # p_block, q_block: the 16-byte boundary `pad` entries before the first one. q_row: Q's first entry.
 # remaining: entries from the first to the end of the row. order: the entry of its group that each
-# lane holds. shift: see row_shift. doubled_scale: D_FACTOR/T; scale_log2: LOG2E/T. gamma: see
+# lane holds. shift: see segment_shift. doubled_scale: D_FACTOR/T; scale_log2: LOG2E/T. gamma: see
 # row_math.Want. second: of an f-divergence its divergence_math.Second. Where a kernel has no Q, no
 # gamma or no Second, any pointer or scalar stands in for it.
 Segment = namedtuple(

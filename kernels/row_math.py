@@ -29,7 +29,7 @@ SMALL_D = tl.constexpr(0.25)
 # Largest sum that counts as finite.
 LARGEST_SUM = tl.constexpr(3.0e38)
 # Numbers of a State in memory, float32.
-STATE = tl.constexpr(7)
+STATE = tl.constexpr(8)
 # Initial origin: finite, so that no difference of origins is (-inf) - (-inf); a whole number like
 # every origin.
 LOWEST = tl.constexpr(-1.0e30)
@@ -40,6 +40,13 @@ REANCHOR_GROWTH = tl.constexpr(8.0)
 # Largest |log2 of a partition function|: beyond it the float32 origin is rounded too coarsely to
 # correct.
 LARGEST_LOG2_SUM = tl.constexpr(4194304.0)
+# Largest |shift|, and largest difference in nats of two segments' shifts: beyond it e^d of one
+# segment's entries, whose |d| may be LARGEST_D, may matter where e underflows in the row.
+LARGEST_SHIFT = tl.constexpr(4096.0)
+LARGEST_GAP = tl.constexpr(8.0)
+# Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
+# of q·(d - E_q[d]).
+LARGEST_MEAN_GAP = tl.constexpr(1.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
 # Largest |d| that the sums can represent. From 87 nats below the peak on e^x underflows to 0, and
@@ -212,8 +219,8 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
 
 # The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
 #
-# Fields that were not requested are zeros.
-State = namedtuple("State", "origin S A W U R centre")
+# Fields that were not requested are zeros. shift: see row_load.segment_shift.
+State = namedtuple("State", "origin S A W U R centre shift")
 
 
 # The divergences, in an order that comparisons rely on: those after Rényi's take a second read.
@@ -261,6 +268,7 @@ def recentre(state, delta, gamma, want: tl.constexpr):
         tl.fma(state.U, shrink, tl.fma(state.S, h, state.W * (h - delta))),
         R,
         state.centre + delta,
+        state.shift,
     )
 
 
@@ -276,17 +284,26 @@ def rescale(state, origin, want: tl.constexpr):
         state.U * shrink if want.kl else state.U,
         state.R * shrink if want.ref_kl or want.kind.name == RENYI else state.R,
         state.centre,
+        state.shift,
     )
 
 
 @triton.jit
-def merge(state, gamma, want: tl.constexpr):
-    """Merge a vector of states (axis 0) into one, with its centre at the mean over all of them.
+def merge(state, scale, gamma, want: tl.constexpr):
+    """Merge a vector of states (axis 0) into one, with its centre at the mean over all of them and
+    the shift of one with the highest origin; U is +inf where shifts are LARGEST_GAP apart.
 
-    A state without weight (S = 0) adds nothing, whatever its centre. All states must use the same
-    shift (row_load.row_shift).
+    A state without weight (S = 0) adds nothing, whatever its centre.
     """
-    state = rescale(state, tl.max(state.origin, 0), want)
+    origin = tl.max(state.origin, 0)
+    shift = tl.max(tl.where(state.origin == origin, state.shift, -LARGEST_SHIFT), 0)
+    if want.compensated:
+        gaps = (state.shift - shift) * scale
+        U = tl.where((tl.abs(gaps) < LARGEST_GAP) | (state.S == 0.0), state.U, float("inf"))
+        state = State(
+            state.origin, state.S, state.A, state.W, U, state.R, state.centre + gaps, shift
+        )
+    state = rescale(state, origin, want)
     total = tl.sum(state.S, 0)
     centre = total * 0.0
     if want.kl:
@@ -304,4 +321,5 @@ def merge(state, gamma, want: tl.constexpr):
         tl.sum(state.U, 0),
         tl.sum(state.R, 0),
         centre,
+        shift,
     )

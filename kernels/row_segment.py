@@ -178,7 +178,7 @@ def path_of(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr):
 
 
 @triton.jit
-def state_of(sums, want: tl.constexpr):
+def state_of(sums, shift, want: tl.constexpr):
     """Return the state of each thread [threads], summed over its lanes, without D_FACTOR."""
     zeros = sums.S * 0.0
     return State(
@@ -191,6 +191,7 @@ def state_of(sums, want: tl.constexpr):
         if want.ref_kl or want.kind.name >= RENYI
         else zeros,
         sums.centre * (1.0 / D_FACTOR),
+        shift,
     )
 
 
@@ -207,7 +208,7 @@ def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.
     """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
     over all entries so far, this tile included.
     """
-    state = state_of(sums, want)
+    state = state_of(sums, part.shift, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
         peak = tl.maximum(peak, tl.max(tile.x[g], 1))
@@ -344,7 +345,7 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
         else:
             sums = absorb(sums, weights, part, 1, want, False)
             group += tiling.threads
-    state = state_of(sums, want)
+    state = state_of(sums, part.shift, want)
     S = tl.sum(state.S, 0)
     U = tl.sum(state.U, 0)
     if want.kl and ANCHORS:
@@ -362,4 +363,5 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
         U,
         tl.sum(state.R, 0),
         state.centre,
+        state.shift,
     )

@@ -59,6 +59,10 @@ RIGHT = {
     "path": "text",
     "mean_kl": lambda: 0.001,
     "closure": lambda: 0.0,
+    "group": None,  # the group of the one process, which the fixture sets
+    "start": 0,
+    "vocab_size": V,
+    "width": V,
 }
 # Right values of one function's arguments, where they differ from the others' of that name.
 OWN: dict[str, Callable[[], object]] = {
@@ -361,6 +365,7 @@ def is_valid(target: str, argument: str, kind: str) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    RIGHT["group"] = dist.group.WORLD
     with pytest.MonkeyPatch.context() as patch, fastkl.use_backend(None):
         patch.chdir(tmp_path_factory.mktemp("wrong"))
         open("text", "w").close()

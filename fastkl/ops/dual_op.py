@@ -26,6 +26,7 @@ _SCHEMA = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
     float: "float",
+    int: "SymInt",
     str: "str",
     bool: "bool",
     torch.dtype: "ScalarType",

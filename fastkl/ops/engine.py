@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import reference_rows
+from . import reference_rows, shard_rows
 from .fields import Divergence, Outside, RowArgs, rows_of, rows_of_each
 from .near_series import near_series
 from .problems import (
@@ -115,6 +115,8 @@ class Kernels(Engine):
     checks_values = False
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+        if args.cut.group:
+            return shard_rows.forward(args, outputs, saved)
         run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])

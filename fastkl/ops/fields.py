@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .. import reference
+from ..parallel import NONE, Cut
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
 # Fields that depend on the policy, and on the reference.
@@ -67,7 +68,8 @@ class RowArgs(NamedTuple):
     """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
 
     q, tokens, mask: None if absent. temperature: a number or a vector. divergence: for another one
-    than the KL, "kl" is the only field.
+    than the KL, "kl" is the only field. cut: of logits that are a shard, whose token ids count in
+    the whole vocabulary.
     """
 
     p: torch.Tensor
@@ -77,10 +79,11 @@ class RowArgs(NamedTuple):
     temperature: float | torch.Tensor = 1.0
     scaling: Scaling = Scaling()
     divergence: Divergence = Divergence()
+    cut: Cut = NONE
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""
-        _, _, tokens, mask, temperature, scaling, divergence = self
+        _, _, tokens, mask, temperature, scaling, divergence, cut = self
         return RowArgs(
             p,
             q,
@@ -91,6 +94,7 @@ class RowArgs(NamedTuple):
             if isinstance(scaling.ratio, torch.Tensor)
             else scaling,
             divergence,
+            cut,
         )
 
 

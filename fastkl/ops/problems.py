@@ -39,7 +39,7 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     """Return pairs (rows, kernels.launch.Problem): one Problem for all rows (None) if the leading
     dimensions merge into two; otherwise those of each index of the first dimension.
     """
-    p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio), _ = args
+    p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio), *_ = args
     launch, other = launchers(), p if q is None else q
     temperatures = temperature if isinstance(temperature, torch.Tensor) else None
     ratios = ratio if isinstance(ratio, torch.Tensor) else None

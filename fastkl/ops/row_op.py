@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
+from ..parallel import Cut
+from . import shard_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result_dtype, row_args
@@ -28,6 +30,7 @@ class RowInputs(NamedTuple):
     string, separated by commas.
 
     temperatures, unless None, replace temperature. divergence, share: as in fields.Divergence.
+    group, start, vocabulary: as in parallel.Cut.
     """
 
     p: Tensor
@@ -40,10 +43,13 @@ class RowInputs(NamedTuple):
     backend: str
     divergence: str = "kl"
     share: float = 0.0
+    group: str = ""
+    start: int = 0
+    vocabulary: int = 0
 
 
 # The gradients of RowInputs' fields after p and q.
-_NO_GRADIENTS = (None,) * 8
+_NO_GRADIENTS = (None,) * 11
 
 
 class RowGradientInputs(NamedTuple):
@@ -68,6 +74,9 @@ class RowGradientInputs(NamedTuple):
     backend: str
     divergence: str = "kl"
     share: float = 0.0
+    group: str = ""
+    start: int = 0
+    vocabulary: int = 0
 
 
 def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -109,6 +118,8 @@ def _statistics(inputs: RowInputs) -> Outputs:
         named = zip(FIELDS, values, strict=True)
         outputs = {name: value for name, value in named if value is not None}
         args = row_args(*inputs[:6], inputs.divergence, inputs.share)
+        if inputs.group:
+            args = args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
         ENGINES[inputs.backend].forward(args, outputs, saved.view(-1, SAVED))
     return results
 
@@ -125,6 +136,11 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
         args = row_args(*inputs[:5], inputs.temperature, inputs.divergence, inputs.share)
+        if inputs.group:
+            args = shard_rows.local(
+                args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
+            )
+            rows = shard_rows.columns(args, rows)
         saved = inputs.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()

@@ -18,6 +18,7 @@ from fastkl.ops.fields import FIELDS
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch, launch_fused, launch_outside
+from fastkl.kernels.variant import row_fallback
 
 # Several segments per row, several tiles per segment, one 16-byte block per thread, one warp.
 CONFIGS = {
@@ -169,7 +170,7 @@ def test_segment_lengths(preferred) -> None:
 
 # ---- compilation
 
-LAUNCHED = launch.row_forward, launch.row_fallback, launch.row_backward
+LAUNCHED = launch.row_forward, row_fallback, launch.row_backward
 ALL_LAUNCHED = (
     *LAUNCHED,
     *(launch.row_divergence, launch.row_divergence_backward),

@@ -12,6 +12,7 @@ from cases import Rows
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch, launch_fused
+from fastkl.kernels import variant as variants
 from fastkl.ops import problems
 from fastkl.ops.fields import FIELDS, Scaling
 
@@ -24,7 +25,7 @@ PLANS = (
 )
 CACHES = (
     *PLANS,
-    launch._variant,
+    variants._variant,
 )
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 

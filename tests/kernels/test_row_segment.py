@@ -19,7 +19,7 @@ from fastkl.ops import engine
 from fastkl.ops.fields import FIELDS, SAVED, RowArgs
 
 pytest.importorskip("triton")
-from fastkl.kernels import config, launch
+from fastkl.kernels import config, launch, variant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOWEST = torch.finfo(torch.bfloat16).min
@@ -272,7 +272,7 @@ def test_launches_of_a_forward(kernels, warp) -> None:
     splits = -(-300 // config.segment_length(300, 160))
     assert splits > 1
     launches = [(call.args[0].kernel, call.args[1]) for call in start.call_args_list]
-    assert launches == [(launch.row_forward, 7 * splits), (launch.row_fallback, 2)]
+    assert launches == [(launch.row_forward, 7 * splits), (variant.row_fallback, 2)]
 
 
 def test_no_row_beyond_the_last(kernels) -> None:

@@ -12,6 +12,7 @@ import call_sites
 import memory
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastkl
 from fastkl.tools import cli
@@ -54,9 +55,12 @@ def names() -> dict[str, object]:
     }
 
 
-def test_python_blocks_run_in_order() -> None:
+def test_python_blocks_run_in_order(request) -> None:
     # The python blocks run one after the other; the one call gives what the user's lines give.
     scope, losses = names(), []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(dist.destroy_process_group)
+    scope["group"] = dist.group.WORLD
     for block in blocks("python"):
         exec(block, scope)
         losses += [scope["loss"]] * (not losses or "import KLPenalty" in block)

@@ -1,0 +1,86 @@
+"""Rows whose vocabulary is split over processes: the kernels' states, and the parts of fallback
+rows, are gathered and merged on every rank. Backward needs no communication.
+"""
+
+from typing import Any
+
+import torch
+
+from .. import parallel
+from .fields import RowArgs
+from .problems import launchers, problems
+
+
+def local(args: RowArgs) -> RowArgs:
+    """Return the arguments with this process's columns that are no padding, and with token ids
+    relative to them, -1 for others.
+    """
+    columns = args.cut.columns(args.p.shape[-1])
+    tokens = args.tokens
+    if tokens is not None:
+        tokens = tokens - args.cut.start
+        tokens = tokens.masked_fill((tokens < 0) | (tokens >= columns), -1)
+    p, q = (None if value is None else value[..., :columns] for value in (args.p, args.q))
+    assert p is not None
+    return args._replace(p=p, q=q, tokens=tokens)
+
+
+def columns(
+    args: RowArgs, grads: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the columns of gradients [N, width] that `local` has taken, and fill the others with
+    0.
+    """
+    count = args.p.shape[-1]
+    for grad in grads:
+        if grad is not None:
+            grad[:, count:] = 0
+    return tuple([None if grad is None else grad[:, :count] for grad in grads])
+
+
+def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+    """Fill outputs and saved as Kernels.forward does for the whole vocabulary, from two
+    all_gathers.
+    """
+    launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
+    if args.divergence.kind == "jeffreys":
+        outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
+    ranks, width = parallel.size(cut.group), parallel.width(cut, args.p.shape[-1])
+    shard, problem = launch.Shard(cut.vocabulary, width, ranks), _problem(own._replace(tokens=None))
+    splits = launch.plan_for(problem, outputs, shard=shard).splits
+    states = saved.new_zeros(rows * (splits * launch.STATE.value + 2))
+    launch.forward(problem, outputs, saved, shard=shard, state=states)
+    sampled = states[-2 * rows :].view(2, rows)
+    for values, logits in zip(sampled, (own.p, own.q), strict=True):
+        if own.tokens is not None and logits is not None and logits.shape[-1]:
+            index = own.tokens.clamp(min=0).view(*logits.shape[:-1], 1)
+            at_token = logits.gather(-1, index).view(-1)
+            values.copy_(torch.where(own.tokens < 0, 0.0, at_token.float()))
+    gathered = parallel.all_gather(states, cut.group)
+    # One rank has each token's logit, the others have 0.
+    p, q = gathered[:, -2 * rows :].sum(0).view(2, rows, 1)
+    of_tokens = args._replace(
+        p=p.to(args.p.dtype), q=None if args.q is None else q.to(args.q.dtype)
+    )
+    if args.tokens is not None:
+        outside = (args.tokens < 0) | (args.tokens >= cut.vocabulary)
+        of_tokens = of_tokens._replace(tokens=torch.where(outside, -1, 0))
+    merging, problem_of_tokens = shard._replace(merges=True), _problem(of_tokens)
+    launch.forward(problem_of_tokens, outputs, saved, shard=merging, state=gathered)
+    parts = saved.new_zeros(rows, launch.PART, dtype=torch.float64)
+    launch.fallback(problem, outputs, saved, shard=shard, parts=parts)
+    parts = parallel.all_gather(parts, cut.group)
+    launch.fallback(problem_of_tokens, outputs, saved, shard=merging, parts=parts)
+    if args.divergence.kind == "jeffreys":
+        outputs["kl"] += outputs["ref_kl"]
+
+
+def _problem(args: RowArgs) -> Any:
+    """Return the Problem of all rows, since all ranks gather equally often; copy logits whose
+    leading dimensions do not merge.
+    """
+    found = problems(args)
+    if len(found) > 1:
+        q = None if args.q is None else args.q.contiguous()
+        found = problems(args._replace(p=args.p.contiguous(), q=q))
+    return found[0][1]

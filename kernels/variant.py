@@ -1,0 +1,114 @@
+"""Kernels as they are started: compiled once for a device, tensor types and compile-time values."""
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from . import config
+from .layout import Case, Problem
+from .row_fallback import row_fallback
+
+# Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler
+# fuses; Triton's own default varies by version.
+OPTIONS = {"enable_fp_fusion": False}
+# Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
+# rows spread over a GPU, but enough that all programs of 8192 rows are resident.
+FALLBACK_ROWS = 4
+FALLBACK_THREADS = 128
+FALLBACK_BLOCK = 512
+FALLBACK_REGISTERS = 168
+_HERE = contextlib.nullcontext()
+Grads = tuple[torch.dtype | None, ...]
+
+
+def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's device current: kernels start on its current stream."""
+    return (
+        torch.cuda.device(tensor.device)
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+        else _HERE
+    )
+
+
+class Variant:
+    """A kernel with its compile-time values and compiler options, for one device and one set of
+    tensor types. It compiles at its first start: call it once before capturing a CUDA graph.
+
+    From the second start on the compiled kernel is started directly. Triton's launch path takes
+    tens of microseconds, most of a call with few rows; it also checks globals and runs pre-run
+    hooks, which are skipped.
+    """
+
+    def __init__(
+        self, kernel: Any, constants: dict[str, object], options: dict[str, object]
+    ) -> None:
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.compiled: Any = None
+
+    def start(self, programs: int, arguments: dict[str, object]) -> None:
+        """Launch `programs` programs with arguments in the order of the kernel's signature,
+        compile-time values last.
+
+        Numbers have fixed types there, so that tensors' types and compile-time values alone select
+        a compilation.
+        """
+        if self.compiled is None:  # in the interpreter always: it compiles nothing
+            self.compiled = self.kernel[programs, 1, 1](
+                **arguments, **self.constants, **self.options
+            )
+        else:
+            self.compiled[programs, 1, 1](*arguments.values(), *self.constants.values())
+
+
+@functools.cache
+def _variant(
+    kernel: Any,
+    case: Case,
+    grads: Grads,
+    constants: frozenset[Any],
+    num_warps: int,
+    registers: int | None,
+) -> Variant:
+    """Return the one Variant of a kernel for tensors of `case`, gradients of the types `grads`, and
+    compile-time values beside the case's own.
+    """
+    known = {**case.constants, **dict(constants)}
+    in_order = {
+        name: known[name] for name in inspect.signature(kernel.fn).parameters if name in known
+    }
+    limit = {} if registers is None or case.arch.startswith("gfx") else {"maxnreg": registers}
+    return Variant(kernel, in_order, {"num_warps": num_warps, **limit, **OPTIONS})
+
+
+def row_variant(
+    kernel: Any, case: Case, chosen: config.RowConfig, grads: Grads, limited: bool, **constants: Any
+) -> Variant:
+    """Return a kernel's Variant for a configuration; not limited: ptxas chooses the registers."""
+    constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
+    registers = chosen.registers(case.needs_registers) if limited else None
+    warps = max(1, chosen.threads // case.warp)
+    return _variant(kernel, case, grads, frozenset(constants.items()), warps, registers)
+
+
+def fallback_variant(case: Case, grads: Grads, **constants: Any) -> Variant:
+    """Return row_fallback's Variant; it takes no part in the configuration table."""
+    constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
+    warps = FALLBACK_THREADS // case.warp
+    items = frozenset(constants.items())
+    return _variant(row_fallback, case, grads, items, warps, FALLBACK_REGISTERS)
+
+
+def tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """Return p, q, tokens, mask, temperatures and ratios; p stands in for an unused pointer."""
+    p, q, _, tokens, mask, _, temperatures, ratios = problem
+    return (
+        p,
+        p if q is None else q,
+        p if tokens is None else tokens,
+        p if mask is None else mask,
+        p if temperatures is None else temperatures,
+        p if ratios is None else ratios,
+    )
