@@ -59,6 +59,7 @@ def _type_of(parameter, dtype, grad_dtype):
         **dict.fromkeys(("grad_p_ptr", "grad_q_ptr", "grad_ptr"), grad_dtype),
         **{"tokens_ptr": "i64", "mask_ptr": "i1", "counter_ptr": "i32", "sync_ptr": "i32"},
         **{"ids_ptr": "i64", "totals_ptr": "fp64", "log_sum_ptr": "fp64", "peak_ptr": "fp64"},
+        "part_ptr": "fp64",
     }
     if parameter.name.endswith("_ptr"):
         return "*" + pointers.get(parameter.name, "fp32")
@@ -158,6 +159,12 @@ def plan(dtype, aligned, arch):
             # Neither this nor row_fallback with a gradient reads rows in blocks.
             if aligned and not suffix:
                 add(f"{name}.fallback", chosen.fallback)
+                for stage, merges in (("part", False), ("merge", True)):
+                    shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
+                    split = launch.forward_plan(place(name), *asked, shard)
+                    add(f"{name}.fallback_{stage}", split.fallback)
+                    if merges:
+                        add(f"{name}.forward_{stage}", split.forward)
             for side, (*wrt, thorough) in BACKWARDS[name].items():
                 if thorough or not suffix:
                     add_backward(name, side + suffix, wrt, scaling, dtype)
