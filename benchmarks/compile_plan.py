@@ -77,6 +77,15 @@ def _fused(where, suffix, dtype):
         yield "kl_divergence.fallback_gradient", chosen.fallback, 0, dtype
 
 
+def _shards(name, where, asked):
+    """Yield (name, Variant) of a vocabulary in four shards, beside what forward starts."""
+    for stage, merges in (("part", False), ("merge", True)):
+        shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
+        split = launch.forward_plan(where, *asked, shard)
+        yield f"{name}.fallback_{stage}", split.fallback
+    yield f"{name}.forward_merge", split.forward
+
+
 def _divergences(where, stride, gradient):
     """Yield (name, Variant, entries of a program) of the divergences beside the KL, for two rows.
 
@@ -159,12 +168,8 @@ def plan(dtype, aligned, arch):
             # Neither this nor row_fallback with a gradient reads rows in blocks.
             if aligned and not suffix:
                 add(f"{name}.fallback", chosen.fallback)
-                for stage, merges in (("part", False), ("merge", True)):
-                    shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
-                    split = launch.forward_plan(place(name), *asked, shard)
-                    add(f"{name}.fallback_{stage}", split.fallback)
-                    if merges:
-                        add(f"{name}.forward_{stage}", split.forward)
+                for each in _shards(name, place(name), asked):
+                    add(*each)
             for side, (*wrt, thorough) in BACKWARDS[name].items():
                 if thorough or not suffix:
                     add_backward(name, side + suffix, wrt, scaling, dtype)

@@ -10,6 +10,7 @@ from . import _checks, _head_checks, _modes, _value_checks, backend
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
+from .parallel import NONE, Cut, VocabShard, cut_of, hidden_states
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
@@ -29,14 +30,16 @@ class Head(NamedTuple):
             logits = softcap * torch.tanh(logits / softcap)
 
     before the temperature. weight: [V, H]. bias: [V] or None. softcap: a positive number or None.
-    logit_scale: a positive number. A Head inherits nothing from the arguments beside it or from the
-    other model.
+    logit_scale: a positive number. shard: unless None, weight and bias are this process's rows of
+    a vocabulary split over processes, the same for both models. A Head inherits nothing from the
+    arguments beside it or from the other model.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    shard: VocabShard | None = None
 
 
 # Names of a model's tensors in messages, by prefix and by whether a Head was given.
@@ -96,6 +99,9 @@ def prepare(
     if shared:
         models[1][1] = models[0][1]
     _head_checks.head(names[0], *models[0])
+    cut = NONE
+    if heads[0].shard is not None or heads[1].shard is not None:
+        cut = _shard(heads, models, shared and given.ref_hidden is None)
     (hidden, *_), (ref_hidden, *_) = models
     if given.ref_logits is not None:
         _head_checks.given_logits(
@@ -161,7 +167,36 @@ def prepare(
         given.logits_dtype or logits_dtype,
         given.chunk_size,
         given_first=swapped and given.ref_logits is not None,
+        **({} if cut is NONE else cut._asdict()),
     )
+
+
+def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cut:
+    """Check the shard of both heads, replace hidden states by those of all tokens, and return the
+    Cut of the weights.
+    """
+    shard, other = heads[0].shard, heads[0].shard if alone else heads[1].shard
+    _checks.expect(
+        isinstance(shard, VocabShard) and shard == other,
+        "weight.shard",
+        "one fastkl.VocabShard as the shard of both models' Heads",
+        f"{type(shard).__name__} and {type(other).__name__}"
+        if type(shard) is not type(other)
+        else "two different ones",
+        "pass the same VocabShard to both",
+    )
+    assert shard is not None
+    cut = cut_of(shard, {"weight": len(heads[0].weight)})
+    for model in models:
+        if isinstance(model[0], torch.Tensor):
+            model[0] = hidden_states(model[0], shard)
+    return cut
+
+
+def whole_vocabulary(inputs: LinearInputs, beside: str) -> None:
+    """Check that the vocabulary is not split over processes."""
+    remedy = "gather the weight, or the logits for the function on logits"
+    _checks.expect(not inputs.group, "weight.shard", f"None beside {beside}", "a shard", remedy)
 
 
 def learning(inputs: LinearInputs) -> str:

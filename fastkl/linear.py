@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from . import _checks
-from ._heads import Given, keeps_logits, prepare
+from ._heads import Given, keeps_logits, prepare, whole_vocabulary
 from ._heads import Head as Head
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
@@ -217,11 +217,13 @@ def linear_token_stats(  # noqa: PLR0913
             recompute,
         )
     )
+    hidden = inputs.hidden
     if tokens is not None:
         _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
         tokens = tokens.long()
     keep = keeps_logits(inputs, recompute)
     if support is not None:
+        whole_vocabulary(inputs, "support")
         shape = torch.Size((*hidden.shape[:-1], len(inputs.weight)))
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
         models = inputs._replace(mask=kept.counted).models()

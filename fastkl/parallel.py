@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 
 from . import _checks
+
+HiddenLayout = Literal["replicated", "sequence"]
+HiddenGrad = Literal["reduced", "partial"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,13 @@ class VocabShard:
         start: the first column of this process's tensor.
         vocab_size: the size of the vocabulary without padding. Of models whose vocabularies differ
             the shared one, the smaller.
+        hidden_layout: of the functions on hidden states, as Head(shard=...). "replicated": every
+            rank has all tokens. "sequence": each has its part of the first dimension, in rank order
+            and of any length; the other arguments and the result are of all tokens. The parts'
+            lengths are read, which synchronises a GPU.
+        hidden_grad: "reduced": the gradient of hidden states is summed over the ranks in backward.
+            "partial": it is that of this rank's columns, for a caller whose own autograd sums it,
+            as Megatron-LM's does.
 
     Raises: TypeError, ValueError.
     """
@@ -35,6 +45,9 @@ class VocabShard:
     group: dist.ProcessGroup
     start: int
     vocab_size: int
+    _: dataclasses.KW_ONLY
+    hidden_layout: HiddenLayout = "replicated"
+    hidden_grad: HiddenGrad = "reduced"
 
     def __post_init__(self) -> None:
         _checks.expect(
@@ -52,6 +65,15 @@ class VocabShard:
             _checks.expect(whole, name, "a whole number", value, remedy, TypeError)
             fits = lowest <= value <= _checks.LARGEST_COUNT
             _checks.expect(fits, name, f"at least {lowest}, below 2^31", value, remedy)
+        _checks.choice("hidden_layout", self.hidden_layout, get_args(HiddenLayout))
+        _checks.choice("hidden_grad", self.hidden_grad, get_args(HiddenGrad))
+        _checks.expect(
+            self.hidden_layout == "replicated" or self.hidden_grad == "reduced",
+            "hidden_grad",
+            "'reduced' beside hidden_layout='sequence', whose gradient is summed and split",
+            self.hidden_grad,
+            "leave it out",
+        )
 
     @classmethod
     def megatron(cls, group: dist.ProcessGroup, width: int, vocab_size: int) -> VocabShard:
@@ -147,11 +169,10 @@ def shards_of(
     return pair
 
 
-def _cut(shard: VocabShard, logits: dict[str, torch.Tensor]) -> Cut:
+def cut_of(shard: VocabShard, widths: dict[str, int]) -> Cut:
     """Return the Cut of tensors that are cut alike: rank r's start is r times a width."""
     cut = Cut.of(shard)
-    for name, value in logits.items():
-        own = value.shape[-1]
+    for name, own in widths.items():
         _checks.expect(
             shard.start == shard.group.rank() * width(cut, own) and own <= width(cut, own),
             "shard",
@@ -179,7 +200,9 @@ def prepared(
         return list(logits.values()), NONE
     shards = shards_of(shard, logits)
     if native and isinstance(shard, VocabShard):
-        return list(logits.values()), _cut(shard, logits)
+        return list(logits.values()), cut_of(
+            shard, {name: value.shape[-1] for name, value in logits.items()}
+        )
     return whole(shards, logits), NONE
 
 
@@ -269,3 +292,41 @@ def _check_ranks(name: str, held: list[_Held]) -> None:
         ", ".join(f"{each.start} … {each.start + each.columns - 1}" for each in held),
         "use VocabShard.megatron, or pass each rank's first column as start",
     )
+
+
+def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Return the hidden states of all tokens, whose gradient is that of this rank's columns."""
+    if shard.hidden_layout == "replicated" and shard.hidden_grad == "partial":
+        return hidden
+    lengths = [len(hidden)]
+    if shard.hidden_layout == "sequence":
+        sizes = all_gather(torch.tensor(lengths, device=hidden.device), shard.group.group_name)
+        lengths = sizes[:, 0].tolist()
+    whole: torch.Tensor = _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _Hidden(torch.autograd.Function):
+    """Gathers parts of hidden states, and sums the gradients over the ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, shard: VocabShard, lengths: list[int]
+    ) -> torch.Tensor:
+        """Return the parts of all ranks one after the other; a replicated one as it is."""
+        ctx.group, ctx.own = shard.group.group_name, slice(0, lengths[0])
+        if shard.hidden_layout == "replicated":
+            return hidden.view_as(hidden)
+        rank = shard.group.rank()
+        ctx.own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+        padded = hidden.new_zeros(max(lengths), *hidden.shape[1:])
+        padded[: len(hidden)] = hidden
+        parts = all_gather(padded, ctx.group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Sum the gradient over all ranks and return this rank's part."""
+        ops: Any = torch.ops._c10d_functional
+        total = ops.wait_tensor(ops.all_reduce(upstream.contiguous(), "sum", ctx.group))
+        return total[ctx.own], None, None

@@ -301,7 +301,7 @@ class LinearKLPenalty(_Penalty):
             swapped=self.direction == "reference||policy",
         )
         _checks.normalizer(normalizer, self.reduction, hidden.device)
-        like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
+        like = hidden.new_empty(inputs.hidden.shape[:-1], dtype=result_dtype(hidden))
         beta, (counts, divisors) = self.beta, _counted(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(divisors, normalizer, like.dtype)
         loss, kl = weighted_kl(inputs, scale.expand(like.shape))

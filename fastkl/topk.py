@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from . import _checks, _modes, _reduce, backend, f_divergences
-from ._heads import Given, Head, keeps_logits, prepare
+from ._heads import Given, Head, keeps_logits, prepare, whole_vocabulary
 from ._types import Reduction
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
@@ -178,6 +178,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
         )
     )
     how = _How(direction, beta, tail, clip, temperature)
+    whole_vocabulary(inputs, "top-k log-probabilities")
     leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
     _check(leading, hidden.device, topk_logprobs, topk_ids, how)
     teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)

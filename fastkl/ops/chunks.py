@@ -198,7 +198,10 @@ def row_width(vocabulary: int) -> int:
 
 
 def plan(
-    heads: Sequence[ChunkedHead], chunk_size: int | None, taking_part: Sequence[ChunkedHead]
+    heads: Sequence[ChunkedHead],
+    chunk_size: int | None,
+    taking_part: Sequence[ChunkedHead],
+    width: int = 0,
 ) -> tuple[int, int]:
     """Return (chunk, window), the tokens of one GEMM that computes logits, and of one from the
     gradients of logits, from the shapes, the types and a fixed bound on memory.
@@ -206,9 +209,10 @@ def plan(
     heads: those of forward; taking_part: those of backward. The chunk is that of forward even if a
     head has no gradient, so that recomputed logits have the same bits. One window takes all tokens
     if their gradients overwrite kept logits, or if its peak memory is no more than that of smaller
-    windows plus a float32 accumulator.
+    windows plus a float32 accumulator. width: of all shards but the last, so that all ranks cut
+    alike.
     """
-    (tokens, _), vocabulary = heads[0].hidden.shape, len(heads[0].weight)
+    (tokens, _), vocabulary = heads[0].hidden.shape, width or len(heads[0].weight)
     workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
     # Every GEMM into a weight's sum reads and writes the whole sum: prefer few large ones.
     sums = {head.grad_weight for head in taking_part if head.grad_weight is not None}

@@ -73,7 +73,7 @@ class Engine(abc.ABC):
         grad_q: torch.Tensor | None,
     ) -> None:
         """Fill kl [N], saved, and the gradients of Σ weights·kl."""
-        to_p_alone = grad_q is None and args.divergence.kind == "kl"
+        to_p_alone = grad_q is None and args.divergence.kind == "kl" and not args.cut.group
         if grad_p is not None and to_p_alone and self.computes_together(args, grad_p):
             self.together(args, kl, saved, weights, grad_p)
         else:
@@ -130,6 +130,9 @@ class Kernels(Engine):
         grad_p: torch.Tensor | None,
         grad_q: torch.Tensor | None,
     ) -> None:
+        if args.cut.group:
+            args = shard_rows.local(args)
+            grad_p, grad_q = shard_rows.columns(args, (grad_p, grad_q))
         p, q = args.p, args.q
         if p.stride(-1) != 1 or (q is not None and q.stride(-1) != 1):
             # A saved-tensor hook may return logits with another stride along the vocabulary.
@@ -222,12 +225,33 @@ class Reference(Engine):
     """The plain torch reference, on a CPU through cpu_rows."""
 
     checks_values = True
-    forward = staticmethod(reference_rows.forward)
-    backward = staticmethod(reference_rows.backward)
     computes_together = staticmethod(reference_rows.computes_together)
     together = staticmethod(reference_rows.kl_and_gradient)
     outside = staticmethod(reference_rows.outside)
     outside_gradient = staticmethod(reference_rows.outside_gradient)
+
+    def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+        reference_rows.forward(shard_rows.whole(args), outputs, saved)
+
+    def backward(
+        self,
+        args: RowArgs,
+        saved: torch.Tensor,
+        upstream: dict[str, torch.Tensor],
+        grad_p: torch.Tensor | None,
+        grad_q: torch.Tensor | None,
+    ) -> None:
+        if not args.cut.group:
+            return reference_rows.backward(args, saved, upstream, grad_p, grad_q)
+        whole, own = shard_rows.whole(args), shard_rows.local(args)
+        grads = [
+            None if grad is None else whole.p.new_empty(whole.p.shape) for grad in (grad_p, grad_q)
+        ]
+        reference_rows.backward(whole, saved, upstream, *grads)
+        start = args.cut.start
+        for part, grad in zip(shard_rows.columns(own, (grad_p, grad_q)), grads, strict=True):
+            if part is not None and grad is not None:
+                part.copy_(grad[:, start : start + part.shape[-1]])
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
         return 1.0 / (

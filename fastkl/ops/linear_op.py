@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel import Cut
 from .chunks import row_width
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
@@ -35,7 +36,8 @@ class LinearInputs(NamedTuple):
     temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
     place of the second model; with given_first they are P's, and the lm_head's are Q's.
     logits_dtype: the type that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a
-    default. divergence, share: as in fields.Divergence.
+    default. divergence, share: as in fields.Divergence. group, start, vocabulary: as in
+    parallel.Cut; weights and given logits are a shard.
     """
 
     hidden: Tensor
@@ -58,6 +60,9 @@ class LinearInputs(NamedTuple):
     divergence: str = "kl"
     share: float = 0.0
     given_first: bool = False
+    group: str = ""
+    start: int = 0
+    vocabulary: int = 0
 
     def heads(self, tokens: Tensor | None) -> ChunkedHeads:
         """Return the heads for token ids [...] (None without log-probs)."""
@@ -73,6 +78,8 @@ class LinearInputs(NamedTuple):
         )
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
         args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
+        if self.group:
+            args = args._replace(cut=Cut(self.group, self.start, self.vocabulary))
         return ChunkedHeads(
             self[:6],
             args,

@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 from .. import _checks
 from ..parallel import Cut
-from . import shard_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result_dtype, row_args
@@ -137,10 +136,7 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
         args = row_args(*inputs[:5], inputs.temperature, inputs.divergence, inputs.share)
         if inputs.group:
-            args = shard_rows.local(
-                args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
-            )
-            rows = shard_rows.columns(args, rows)
+            args = args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
         saved = inputs.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()

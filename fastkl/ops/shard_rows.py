@@ -25,6 +25,21 @@ def local(args: RowArgs) -> RowArgs:
     return args._replace(p=p, q=q, tokens=tokens)
 
 
+def whole(args: RowArgs) -> RowArgs:
+    """Return the arguments with the logits of all ranks, from a gather of each tensor."""
+    if not args.cut.group:
+        return args
+    width = parallel.width(args.cut, args.p.shape[-1])
+
+    def gathered(value: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(value, (0, width - value.shape[-1]))
+        parts = parallel.all_gather(padded, args.cut.group).movedim(0, -2)
+        return parts.flatten(-2)[..., : args.cut.vocabulary]
+
+    q = None if args.q is None else gathered(args.q)
+    return args._replace(p=gathered(args.p), q=q, cut=parallel.NONE)
+
+
 def columns(
     args: RowArgs, grads: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
