@@ -186,7 +186,7 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
         "pass the same VocabShard to both",
     )
     assert shard is not None
-    cut = cut_of(shard, {"weight": len(heads[0].weight)})
+    cut = cut_of(shard, "weight", len(heads[0].weight))
     for model in models:
         if isinstance(model[0], torch.Tensor):
             model[0] = hidden_states(model[0], shard)

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from . import _checks, _reduce, backend
+from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 from .parallel import NONE, Shards, prepared
 
 
+@takes_dtensors
 def kl_divergence(
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -88,6 +90,7 @@ def kl_divergence(
     ).of("kl", 0.0, None)
 
 
+@takes_dtensors
 def js_divergence(  # noqa: PLR0913
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -129,6 +132,7 @@ def js_divergence(  # noqa: PLR0913
     return call.of(*of_name("js", None, beta))
 
 
+@takes_dtensors
 def skew_kl_divergence(  # noqa: PLR0913
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -166,6 +170,7 @@ def skew_kl_divergence(  # noqa: PLR0913
     ).of(*of_name("skew_kl", alpha, None))
 
 
+@takes_dtensors
 def renyi_divergence(  # noqa: PLR0913
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -207,6 +212,7 @@ def renyi_divergence(  # noqa: PLR0913
     ).of(*of_name("renyi", alpha, None))
 
 
+@takes_dtensors
 def total_variation(
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -242,6 +248,7 @@ def total_variation(
     ).of(*of_name("total_variation", None, None))
 
 
+@takes_dtensors
 def jeffreys_divergence(
     p_logits: torch.Tensor,
     q_logits: torch.Tensor,
@@ -295,8 +302,7 @@ class Call(NamedTuple):
                 return summed_kl(gradient, summed._replace(divisor=divisor))[0]
         if factor is not None:
             p, q = q, p
-        scale = per_token(temperature)
-        inputs = RowInputs(p, q, None, mask, *scale, "kl", chosen, kind, share)
+        inputs = RowInputs(p, q, None, mask, *per_token(temperature), "kl", chosen, kind, share)
         if cut.group:
             inputs = inputs._replace(**cut._asdict())
         values: torch.Tensor = row_statistics(inputs)[3]

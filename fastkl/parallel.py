@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -60,11 +59,15 @@ class VocabShard:
         )
         for name, lowest in (("start", 0), ("vocab_size", 1)):
             value = getattr(self, name)
-            remedy = "pass a number of columns"
             whole = isinstance(value, int) and not isinstance(value, bool)
-            _checks.expect(whole, name, "a whole number", value, remedy, TypeError)
-            fits = lowest <= value <= _checks.LARGEST_COUNT
-            _checks.expect(fits, name, f"at least {lowest}, below 2^31", value, remedy)
+            _checks.expect(
+                whole and lowest <= value <= _checks.LARGEST_COUNT,
+                name,
+                f"a whole number of at least {lowest} and below 2^31",
+                value,
+                "pass a number of columns",
+                ValueError if whole else TypeError,
+            )
         _checks.choice("hidden_layout", self.hidden_layout, get_args(HiddenLayout))
         _checks.choice("hidden_grad", self.hidden_grad, get_args(HiddenGrad))
         _checks.expect(
@@ -81,6 +84,30 @@ class VocabShard:
         to a multiple of 128 · ranks follows the vocabulary.
         """
         return cls(group, group.rank() * width, vocab_size)
+
+    @classmethod
+    def dtensor(cls, tensor: Any, vocab_size: int | None = None) -> VocabShard:
+        """Return the shard that a DTensor [..., V] of logits holds, or of a weight [V, H] its
+        transpose, weight.t(): along the mesh dimension that splits its last one.
+
+        vocab_size: as in VocabShard. Default: V.
+        """
+        found = [
+            i
+            for i, p in enumerate(getattr(tensor, "placements", ()))
+            if p.is_shard(tensor.ndim - 1)
+        ]
+        _checks.expect(
+            len(found) == 1,
+            "tensor",
+            "a DTensor whose last dimension one mesh dimension splits",
+            getattr(tensor, "placements", _checks.type_name(tensor)),
+            "pass a weight's transpose, or VocabShard(group, start, vocab_size)",
+        )
+        mesh, columns = tensor.device_mesh, tensor.shape[-1]
+        group = mesh.get_group(found[0])
+        start = group.rank() * -(-columns // group.size())
+        return cls(group, start, columns if vocab_size is None else vocab_size)
 
 
 # The argument `shard`: of all tensors, or of each of two.
@@ -112,27 +139,22 @@ NONE = Cut()
 def all_gather(value: torch.Tensor, group: str) -> torch.Tensor:
     """Return the values of all ranks of a group, [ranks, ...], without a gradient."""
     ops: Any = torch.ops._c10d_functional
-    ranks = size(group)
-    gathered = ops.all_gather_into_tensor(value.contiguous().view(1, *value.shape), ranks, group)
+    own, ranks = value.contiguous().view(1, *value.shape), group_of(group).size()
+    gathered = ops.all_gather_into_tensor(own, ranks, group)
     result: torch.Tensor = ops.wait_tensor(gathered)
     return result
 
 
-def size(group: str) -> int:
-    """Return the number of ranks of a group."""
-    return _group(group).size()
-
-
 def width(cut: Cut, own: int) -> int:
     """Return the width of all shards but the last, from this process's start and width."""
-    rank = _group(cut.group).rank()
+    rank = group_of(cut.group).rank()
     return cut.start // rank if rank else own
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def group_of(name: str) -> Any:
+    """Return the process group of a name."""
     c10d: Any = dist.distributed_c10d
-    group: dist.ProcessGroup = c10d._resolve_process_group(name)
-    return group
+    return c10d._resolve_process_group(name)
 
 
 def shards_of(
@@ -169,25 +191,19 @@ def shards_of(
     return pair
 
 
-def cut_of(shard: VocabShard, widths: dict[str, int]) -> Cut:
-    """Return the Cut of tensors that are cut alike: rank r's start is r times a width."""
-    cut = Cut.of(shard)
-    for name, own in widths.items():
-        _checks.expect(
-            shard.start == shard.group.rank() * width(cut, own) and own <= width(cut, own),
-            "shard",
-            f"a start that is rank times the width of {name}, {own} or more on the last ranks",
-            shard.start,
-            "use VocabShard.megatron",
-        )
-    return cut
-
-
-def whole(shards: Sequence[VocabShard], logits: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the logits of the whole vocabulary [..., vocab_size], with a gradient to this
-    process's columns: from two all_gathers, and no communication in backward.
+def cut_of(shard: VocabShard, name: str, own: int) -> Cut:
+    """Check that rank r's columns, `own` in tensor `name`, start at r times a width, and return the
+    Cut.
     """
-    return list(_Whole.apply(list(shards), tuple(logits), *logits.values()))  # type: ignore[no-untyped-call]
+    cut = Cut.of(shard)
+    _checks.expect(
+        shard.start == shard.group.rank() * width(cut, own) and own <= width(cut, own),
+        "shard",
+        f"a start that is rank times the width of {name}, {own} or more on the last ranks",
+        shard.start,
+        "use VocabShard.megatron",
+    )
+    return cut
 
 
 def prepared(
@@ -199,21 +215,31 @@ def prepared(
     if shard is None:
         return list(logits.values()), NONE
     shards = shards_of(shard, logits)
+    cuts = [
+        cut_of(each, name, value.shape[-1])
+        for each, (name, value) in zip(shards, logits.items(), strict=True)
+    ]
     if native and isinstance(shard, VocabShard):
-        return list(logits.values()), cut_of(
-            shard, {name: value.shape[-1] for name, value in logits.items()}
-        )
-    return whole(shards, logits), NONE
+        return list(logits.values()), cuts[0]
+    whole = _Whole.apply(cuts, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
+    return list(whole), NONE
 
 
-class _Held(NamedTuple):
-    """The columns of a tensor that one rank holds."""
-
-    vocabulary: int
-    rows: int
-    itemsize: int
-    start: int
-    columns: int
+def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the logits of the whole vocabulary [..., V] of tensors with the same rows, from one
+    gather.
+    """
+    padded = [
+        torch.nn.functional.pad(value, (0, width(cut, value.shape[-1]) - value.shape[-1]))
+        for cut, value in zip(cuts, logits, strict=True)
+    ]
+    packed = [value.contiguous().view(torch.uint8) for value in padded]
+    ranks = all_gather(torch.cat(packed, -1), cuts[0].group)
+    parts = ranks.split([value.shape[-1] for value in packed], -1)
+    return [
+        part.contiguous().view(value.dtype).movedim(0, -2).flatten(-2)[..., : cut.vocabulary]
+        for cut, value, part in zip(cuts, logits, parts, strict=True)
+    ]
 
 
 class _Whole(torch.autograd.Function):
@@ -221,77 +247,35 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shards: list[VocabShard], names: tuple[str, ...], *logits: torch.Tensor
+        ctx: Any, cuts: list[Cut], name: str, *logits: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Gather the sizes, then the columns of all tensors as bytes."""
-        group, device = shards[0].group.group_name, logits[0].device
-        ctx.held = [
-            _Held(
-                shard.vocab_size,
-                value.shape[:-1].numel(),
-                value.itemsize,
-                shard.start,
-                Cut.of(shard).columns(value.shape[-1]),
-            )
-            for shard, value in zip(shards, logits, strict=True)
-        ]
-        ctx.shapes = [value.shape for value in logits]
+        """Compare the numbers of rows, since another one is no error of all collectives, and gather
+        the columns.
+        """
+        rows = torch.tensor([logits[0].shape[:-1].numel()], device=logits[0].device)
+        counts = all_gather(rows, cuts[0].group).flatten().tolist()
+        _checks.expect(
+            len(set(counts)) == 1,
+            name,
+            "the same number of rows on all ranks of shard.group",
+            counts,
+            "a tensor-parallel group computes the same rows on every rank",
+        )
+        ctx.places = [(cut, value.shape) for cut, value in zip(cuts, logits, strict=True)]
         ctx.set_materialize_grads(False)
-        sizes = all_gather(torch.tensor(ctx.held, device=device), group)
-        ranks = [[_Held(*each) for each in sizes[:, i].tolist()] for i in range(len(logits))]
-        packed: list[torch.Tensor] = []
-        for name, value, held in zip(names, logits, ranks, strict=True):
-            _check_ranks(name, held)
-            own = ctx.held[len(packed)]
-            padded = value.new_zeros(own.rows, max(each.columns for each in held))
-            padded[:, : own.columns] = value.reshape(own.rows, value.shape[-1])[:, : own.columns]
-            packed.append(padded.view(torch.uint8))
-        gathered = all_gather(torch.cat(packed, -1), group).split(
-            [each.shape[-1] for each in packed], -1
-        )
-        return tuple(
-            torch.cat(
-                [
-                    part[:, : each.columns]
-                    for part, each in zip(parts.contiguous().view(value.dtype), held, strict=True)
-                ],
-                -1,
-            ).view(*value.shape[:-1], held[0].vocabulary)
-            for value, parts, held in zip(logits, gathered, ranks, strict=True)
-        )
+        return tuple(gather_columns(cuts, logits))
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the part of each gradient that belongs to this rank's columns."""
         grads: list[torch.Tensor | None] = []
-        for value, own, shape in zip(upstream, ctx.held, ctx.shapes, strict=True):
-            grad = None if value is None else value.new_zeros(shape)
-            if grad is not None and value is not None:
-                grad[..., : own.columns] = value[..., own.start : own.start + own.columns]
-            grads.append(grad)
+        for value, (cut, shape) in zip(upstream, ctx.places, strict=True):
+            if value is not None:
+                own = cut.columns(shape[-1])
+                value = value[..., cut.start : cut.start + own]
+                value = torch.nn.functional.pad(value, (0, shape[-1] - own))
+            grads.append(value)
         return None, None, *grads
-
-
-def _check_ranks(name: str, held: list[_Held]) -> None:
-    """Check that all ranks pass the same rows of one vocabulary, and together all of its columns
-    in order.
-    """
-    _checks.expect(
-        len({each[:3] for each in held}) == 1,
-        name,
-        "the same vocab_size, number of rows and type on all ranks of shard.group",
-        f"(vocab_size, rows, bytes per entry) = {', '.join(str(each[:3]) for each in held)}",
-        "a tensor-parallel group computes the same rows on every rank",
-    )
-    ends = list(itertools.accumulate(each.columns for each in held))
-    starts = [each.start for each in held if each.columns]
-    _checks.expect(
-        starts == [0, *ends][: len(starts)] and ends[-1] == held[0].vocabulary,
-        "shard",
-        f"shards that hold the columns 0 … {held[0].vocabulary - 1} once and in rank order",
-        ", ".join(f"{each.start} … {each.start + each.columns - 1}" for each in held),
-        "use VocabShard.megatron, or pass each rank's first column as start",
-    )
 
 
 def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:

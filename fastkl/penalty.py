@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from . import _checks, _head_checks, _modes, _reduce, backend
+from ._dtensors import on_local
 from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction
 from .divergence import kl_divergence
@@ -13,6 +14,7 @@ from .linear import Head
 from .linear_divergences import weighted_kl
 from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
+from .parallel import Shards
 
 # Numbers of "tokens" and of "sequences", or divisors from them.
 Counts = dict[str, torch.Tensor | int]
@@ -140,9 +142,10 @@ class KLPenalty(_Penalty):
             mean over sequences of the sum over each sequence's tokens (the last dimension), as in a
             reward per sequence, without sequences that are masked entirely; "sum".
 
-    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a
-    bool mask [...], and returns a float32 scalar with gradient with respect to the logits that
-    require it. Without an unmasked token it returns 0.
+    forward(policy_logits, ref_logits, mask=None, *, normalizer=None, shard=None) takes [..., V]
+    logits and a bool mask [...], and returns a float32 scalar with gradient with respect to the
+    logits that require it. Without an unmasked token it returns 0. shard: as in kl_divergence; a
+    pair is (policy's, reference's).
 
     normalizer, for both means, replaces the number of tokens (sequences) in this call, so that
     micro-batches and processes of different lengths weight each token equally: pass the number in
@@ -177,29 +180,34 @@ class KLPenalty(_Penalty):
         mask: torch.Tensor | None = None,
         *,
         normalizer: float | torch.Tensor | None = None,
+        shard: Shards = None,
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
+        if type(policy_logits) is not torch.Tensor and hasattr(policy_logits, "full_tensor"):
+            given = dict(normalizer=normalizer, shard=shard)
+            loss: torch.Tensor = on_local(self.forward, policy_logits, ref_logits, mask, **given)
+            return loss
         _checks.logits("policy_logits", policy_logits)
         _checks.logits("ref_logits", ref_logits)
-        _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
-        first, second = (
-            (policy_logits, ref_logits)
-            if self.direction == "policy||reference"
-            else (ref_logits, policy_logits)
-        )
+        if shard is None:
+            _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
+        first, second = policy_logits, ref_logits
+        if self.direction == "reference||policy":
+            first, second = ref_logits, policy_logits
+            shard = shard[::-1] if isinstance(shard, tuple) else shard
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
         chosen = backend.select(first, second)
         inputs = SummedInputs(first, second, mask, self.temperature, None, 1, chosen)
-        gradient = empty_gradient(inputs, normalizer)
+        gradient = None if shard is not None else empty_gradient(inputs, normalizer)
         like = torch.empty(first.shape[:-1], dtype=result_dtype(first), device=first.device)
         counts, divisors = _counted(like, mask)
         divisor = self._divisor(divisors, normalizer, like.dtype)
         # A tensor: a changed number would recompile. With beta 0 an infinite KL gives 0.
         scale = like.new_ones(()) * beta
         if gradient is None:
-            kl = kl_divergence(first, second, mask, temperature=self.temperature)
+            kl = kl_divergence(first, second, mask, temperature=self.temperature, shard=shard)
             weighted = torch.where(scale == 0, 0.0, scale * kl.sum())
             loss = _reduce.quotient(weighted, divisor, normalizer)
         else:

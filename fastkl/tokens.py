@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from . import _checks, _modes, _value_checks, backend, f_divergences
+from ._dtensors import takes_dtensors
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
@@ -84,6 +85,7 @@ def token_stats(
     support: torch.Tensor | None = None,
     shard: Shards = None,
 ) -> TokenStats: ...
+@takes_dtensors
 def token_stats(
     logits: torch.Tensor,
     tokens: torch.Tensor | None = None,
@@ -158,8 +160,8 @@ def token_stats(
     both = [logits] if ref_logits is None else [logits, ref_logits]
     chosen, cut = backend.select(*both), NONE
     if shard is not None:
-        native = chosen == "triton" and support is None
-        both, cut = prepared(shard, native, dict(zip(("logits", "ref_logits"), both, strict=False)))
+        named = dict(zip(("logits", "ref_logits"), both, strict=False))
+        both, cut = prepared(shard, chosen == "triton" and support is None, named)
         logits, ref_logits = both[0], None if ref_logits is None else both[1]
     if support is not None:
         kept = Support.of(support, mask, logits.shape, logits.device, chosen)
@@ -254,6 +256,7 @@ class Support(NamedTuple):
         )
 
 
+@takes_dtensors
 def entropy_from_logits(
     logits: torch.Tensor,
     mask: torch.Tensor | None = None,
@@ -288,6 +291,7 @@ def entropy_from_logits(
     return entropy
 
 
+@takes_dtensors
 def selective_log_softmax(
     logits: torch.Tensor, index: torch.Tensor, *, shard: Shards = None
 ) -> torch.Tensor:
@@ -324,8 +328,7 @@ def selective_log_softmax(
         "index",
     )
     chosen, ids = backend.select(logits), index.long()
-    native = chosen == "triton" and not several
-    (logits,), cut = prepared(shard, native, {"logits": logits})
+    (logits,), cut = prepared(shard, chosen == "triton" and not several, {"logits": logits})
     vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from . import _checks, _modes, _reduce, backend, f_divergences
+from ._dtensors import takes_dtensors
 from ._heads import Given, Head, keeps_logits, prepare, whole_vocabulary
 from ._types import Reduction
 from .ops.engine import ENGINES
@@ -31,6 +32,7 @@ class TopKStats(NamedTuple):
     teacher_mass: torch.Tensor
 
 
+@takes_dtensors
 def topk_kl_divergence(  # noqa: PLR0913
     logits: torch.Tensor,
     topk_logprobs: torch.Tensor,
@@ -190,6 +192,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
     return _reduced(found, weights, reduction, normalizer)
 
 
+@takes_dtensors
 def topk_stats(  # noqa: PLR0913
     logits: torch.Tensor,
     topk_logprobs: torch.Tensor,

@@ -145,7 +145,7 @@ def forward(
     starts with [N, splits, 8], alone. With it fill all but fallback rows from those of all ranks;
     problem: of one logit a row, that of its token, whose id is 0, or -1 outside the vocabulary.
     """
-    p, q, tokens, mask, temperatures, ratios = tensors(problem)
+    p, q, tokens, mask, temperatures, ratios = given = tensors(problem)
     layout, plan = problem.layout, plan_for(problem, outputs, divergence, shard)
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     with current(p):
@@ -181,7 +181,7 @@ def forward(
         stride = 0 if state is None else state.stride(0)
         plan.forward.start(programs, {**arguments, **dict(ranks=shard.ranks, stride_rank=stride)})
         if RUN_FALLBACK and not shard.ranks:
-            _start_fallback(plan.fallback, problem, fields, share=divergence.share)
+            _start_fallback(plan.fallback, problem, given, fields, share=divergence.share)
         if divergence.forward:
             plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
@@ -217,20 +217,21 @@ def fallback(
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     variant = plan_for(problem, outputs, shard=shard).fallback
     with current(saved):
-        _start_fallback(variant, problem, fields, parts=parts, ranks=shard.ranks)
+        _start_fallback(variant, problem, tensors(problem), fields, parts=parts, ranks=shard.ranks)
 
 
 def _start_fallback(
     variant: Variant,
     problem: Problem,
+    given: tuple[torch.Tensor, ...],
     fields: dict[str, torch.Tensor],
     *,
     share: float = 0.0,
     parts: torch.Tensor | None = None,
     ranks: int = 0,
 ) -> None:
-    """Start row_fallback without gradients."""
-    p, q, tokens, _, temperatures, ratios = tensors(problem)
+    """Start row_fallback without gradients; given: the problem's tensors."""
+    p, q, tokens, _, temperatures, ratios = given
     saved = fields["saved_ptr"]
     variant.start(
         -(-problem.layout.rows // FALLBACK_ROWS),

@@ -2,203 +2,41 @@
 call on the whole vocabulary.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import functools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from parallel_cases import (
+    FUNCTIONS,
+    SIZES,
+    WORLD,
+    Case,
+    Count,
+    Shard,
+    case,
+    compare,
+    results,
+    short_segments,
+)
 
 import fastkl
 from fastkl import parallel, testing
-
-WORLD = 4
-Shard = fastkl.VocabShard
-
-
-class Case(NamedTuple):
-    """Logits of P and Q, [N, vocabulary] of which each rank holds `width` columns, and what
-    applies to each row.
-    """
-
-    p: torch.Tensor
-    q: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    temperature: torch.Tensor
-
-    def on(self, shard: Shard, width: int) -> "Case":
-        """Return the columns of a rank; NaN stands in for padding."""
-        end = min(shard.start + width, shard.vocab_size)
-        p, q = (
-            torch.nn.functional.pad(
-                value[:, shard.start : end], (0, width - max(0, end - shard.start)), value=torch.nan
-            )
-            for value in (self.p, self.q)
-        )
-        return self._replace(p=p, q=q)
-
-
-def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: int) -> Case:
-    """Draw rows of any kind: near, shifted, masked in one shard or in one model, and far; tokens
-    lie at the borders of shards.
-    """
-    generator = torch.Generator().manual_seed(vocabulary + rows)
-    p, other = torch.randn(2, rows, vocabulary, generator=generator) * 2
-    q = p + noise * other
-    kinds = [
-        lambda row: q[row].add_(50.0),
-        lambda row: q[row, -3].fill_(-torch.inf),
-        lambda row: (p[row, :width].fill_(-torch.inf), q[row, :width].fill_(-torch.inf)),
-        lambda row: q[row, 5].fill_(-1e30),
-        lambda row: p[row, width:].sub_(200.0),
-        lambda row: p[row, 3].fill_(torch.nan),
-    ]
-    for row, kind in zip(range(1, rows), kinds, strict=False):
-        kind(row)
-    borders = torch.tensor([0, width - 1, width, vocabulary - 1, vocabulary // 2])
-    tokens = borders.clamp(max=vocabulary - 1).repeat(rows)[:rows]
-    temperature = torch.rand(rows, generator=generator) + 0.5
-    mask = torch.arange(rows) != rows - 1
-    return Case(p.to(dtype), q.to(dtype), tokens, mask, temperature)
-
-
-FUNCTIONS: dict[str, Callable] = {
-    "kl": lambda c, **more: fastkl.kl_divergence(
-        c.p, c.q, c.mask, temperature=c.temperature, **more
-    ),
-    "mean": lambda c, **more: fastkl.kl_divergence(
-        c.p[:2], c.q[:2], c.mask[:2], weights=c.temperature[:2], reduction="mean", **more
-    ),
-    "jeffreys": lambda c, **more: fastkl.jeffreys_divergence(c.p, c.q, c.mask, **more),
-    "stats": lambda c, **more: fastkl.token_stats(
-        c.p, c.tokens, c.q, temperature=c.temperature, mask=c.mask, **more
-    ),
-    "policy": lambda c, **more: fastkl.token_stats(c.p, c.tokens, **more),
-    "entropy": lambda c, **more: fastkl.entropy_from_logits(c.p, c.mask, **more),
-    "selective": lambda c, **more: fastkl.selective_log_softmax(c.p, c.tokens, **more),
-    "several": lambda c, **more: fastkl.selective_log_softmax(
-        c.p, c.tokens[:, None].repeat(1, 2), **more
-    ),
-    "js": lambda c, **more: fastkl.js_divergence(c.p, c.q, c.mask, **more),
-    "topk": lambda c, **more: fastkl.topk_kl_divergence(
-        c.p, c.temperature[:, None].neg(), c.tokens[:, None], c.mask, **more
-    ),
-}
-# Functions whose logits the kernels do not gather.
-NATIVE = ("kl", "jeffreys", "stats", "policy", "entropy", "selective")
-
-
-def results(function: Callable, given: Case, **more) -> tuple[list[torch.Tensor], list]:
-    """Return the results of a function and its gradients to P and Q, of upstream gradients that
-    differ by row and field; None for a tensor that is not in it.
-    """
-    p, q = (value.detach().clone().requires_grad_() for value in given[:2])
-    found = function(given._replace(p=p, q=q), **more)
-    found = [each for each in found if each is not None] if isinstance(found, tuple) else [found]
-    upstream = [
-        torch.arange(1.0, each.numel() + 1).view(each.shape) * (i + 1)
-        for i, each in enumerate(found)
-    ]
-    return found, list(torch.autograd.grad(found, (p, q), upstream, allow_unused=True))
-
-
-class Count:
-    """Counts the gathers of a call."""
-
-    def __init__(self) -> None:
-        self.calls, self.gather = 0, parallel.all_gather
-
-    def __call__(self, value: torch.Tensor, group: str) -> torch.Tensor:
-        self.calls += 1
-        return self.gather(value, group)
-
-
-# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
-Size = tuple[int, int, int, torch.dtype, float, bool]
-SIZES: dict[str, Size] = {
-    "even": (2048, 512, 7, torch.float32, 0.1, True),
-    "far": (2048, 512, 7, torch.bfloat16, 3.0, True),
-    "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
-    "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
-    "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
-    "small": (1000, 250, 7, torch.float32, 1.0, False),
-    "empty rank": (1000, 500, 3, torch.bfloat16, 0.1, False),
-    "no rows": (1000, 250, 0, torch.float32, 1.0, False),
-    "more rows": (1000, 250, 13, torch.float32, 0.01, False),
-}
-
-
-@functools.cache
-def whole_case(name: str) -> Case:
-    vocabulary, quarter, rows, dtype, noise, _ = SIZES[name]
-    return case(vocabulary, rows, dtype, noise, quarter)
-
-
-@functools.cache
-def expected(name: str, backend: str, label: str) -> tuple[list[torch.Tensor], list]:
-    return results(FUNCTIONS[label], whole_case(name))
-
-
-def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
-    """Compare every function on this rank's columns with the whole vocabulary."""
-    vocabulary, quarter, _, dtype, _, equal = SIZES[name]
-    width = quarter * WORLD // group.size()
-    shard = Shard.megatron(group, width, vocabulary)
-    c, own = whole_case(name), parallel.Cut.of(shard).columns(width)
-    mine = c.on(shard, width)
-    for label, function in FUNCTIONS.items():
-        if label not in ("kl", "stats") and (name != "even" or group.size() == 2):
-            continue
-        what = f"{name}, {backend}, {group.size()} ranks, {label}"
-        count = Count()
-        with fastkl.use_backend(backend), mock.patch.object(parallel, "all_gather", count):
-            found, parts = results(function, mine, shard=shard)
-            exact_results, gradients = expected(name, backend, label)
-        assert count.calls <= 2, what
-        bits = backend == "reference" or equal or label not in NATIVE
-        for result, exact in zip(found, exact_results, strict=True):
-            if bits:
-                testing.assert_same_bits(result, exact, what)
-            else:
-                torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
-        if label == "kl":
-            p, q = (value.double() / c.temperature[:, None] for value in c[:2])
-            rows = c.mask & p.isfinite().all(-1) & q.isfinite().all(-1)
-            testing.assert_kl(found[0][rows], testing.truth(p[rows], q[rows]).kl, what)
-        for part, gradient in zip(parts, gradients, strict=True):
-            if part is None or gradient is None:
-                assert part is gradient, what
-                continue
-            assert not part[:, own:].any(), what
-            held = gradient[:, shard.start : shard.start + own]
-            if bits:
-                testing.assert_same_bits(part[:, :own], held, what)
-            else:
-                finite = held.isfinite().all(-1)
-                assert bool((finite == part[:, :own].isfinite().all(-1)).all()), what
-                size = gradient[finite].double().norm(dim=-1)
-                error = (part[finite, :own].double() - held[finite].double()).norm(dim=-1)
-                limit = 1e-5 if dtype == torch.float32 else 4e-3
-                assert bool((error <= limit * size + 1e-9).all()), (what, error / size)
-
 
 # ---- from hidden states
 
 
 LINEAR: dict[str, Callable] = {
     "mean": lambda h, w, r, c, **more: fastkl.linear_kl_divergence(
-        h, w, r, weights=c.temperature, reduction="mean", mask=c.mask, chunk_size=4, **more
+        h, w, r, weights=c.temperature, reduction="mean", mask=c.mask, chunk_size=12, **more
     ),
     "none": lambda h, w, r, c, **more: fastkl.linear_kl_divergence(
-        h, w, r, temperature=c.temperature, mask=c.mask, chunk_size=4, recompute=True, **more
+        h, w, r, temperature=c.temperature, mask=c.mask, chunk_size=12, recompute=True, **more
     ),
     "stats": lambda h, w, r, c, **more: fastkl.linear_token_stats(
         h, w, c.tokens, r, mask=c.mask, **more
@@ -240,6 +78,8 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
         )
 
     for name, function in LINEAR.items():
+        if layout == "replicated" and name not in ("mean", "stats"):
+            continue
         with fastkl.use_backend(backend):
             exact = run(function, slice(0, rows), slice(0, vocabulary), 0, None)
             found = run(function, mine, columns, width - own, shard)
@@ -253,6 +93,137 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
             torch.testing.assert_close(
                 result, value, **limit, msg=f"{what}: {result} is not {value}"
             )
+
+
+# ---- DTensors
+
+
+def dtensors(backend: str) -> None:
+    """DTensors of logits, split along columns, unevenly, and along rows, give DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Split
+
+    whole = case(1001, 6, torch.float32, 0.1, 251)
+    for dims, logits, rows in (
+        ((4,), [Split(1)], [Replicate()]),
+        ((2, 2), [Split(0), Split(1)], [Split(0), Replicate()]),
+    ):
+        mesh = init_device_mesh("cpu", dims)
+        mine = Case._make(
+            distribute_tensor(value, mesh, logits if value.dim() == 2 else rows) for value in whole
+        )
+        labels = ["kl", "stats"]
+        if backend == "reference":
+            labels += ["entropy", "selective", "several", "js"]
+        for label in labels:
+            with fastkl.use_backend(backend):
+                found, grads = results(FUNCTIONS[label], mine)
+                exact, gradients = results(FUNCTIONS[label], whole)
+            for result, value in zip(found, exact, strict=True):
+                assert list(result.placements) == rows, (label, result.placements)
+                torch.testing.assert_close(
+                    result.full_tensor(), value, rtol=1e-5, atol=1e-6, equal_nan=True
+                )
+            for grad, value in zip(grads, gradients, strict=True):
+                assert (grad is None) == (value is None)
+                if grad is not None:
+                    assert list(grad.placements) == logits
+                    full, finite = grad.full_tensor(), value.isfinite().all(-1)
+                    torch.testing.assert_close(full[finite], value[finite], rtol=1e-4, atol=1e-5)
+        for name, wrong in (
+            ("mask", whole.mask),
+            ("q_logits", whole.q),
+            ("q_logits", mine.p.redistribute(mesh, [Replicate()] * len(dims))),
+            ("p_logits", DTensor.from_local(whole.p, mesh, [Partial()] * len(dims))),
+        ):
+            given = {"p_logits": mine.p, "q_logits": mine.q, name: wrong}
+            with pytest.raises(
+                (TypeError, ValueError), match=f"^{name}: expected a DTensor on the mesh"
+            ):
+                fastkl.kl_divergence(**given)
+    with pytest.raises(ValueError, match="^p_logits: expected logits whose rows are not split"):
+        fastkl.kl_divergence(mine.p, mine.q, reduction="mean")
+    with pytest.raises(ValueError, match="^shard: expected None beside DTensors"):
+        fastkl.kl_divergence(mine.p, mine.q, shard=Shard(dist.group.WORLD, 0, 5))
+    with pytest.raises(ValueError, match="^tensor: expected a DTensor whose last dimension one"):
+        Shard.dtensor(whole.p)
+
+
+class Model(torch.nn.Module):
+    """A block of two layers and an lm_head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        self.lm_head = torch.nn.Linear(8, 64, bias=False)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.hidden(x))
+
+
+def train(sharded: bool) -> None:
+    """Ten steps of a tensor-parallel model, also inside FSDP2, give the losses of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard as Split
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp, generator = mesh["tp"], torch.Generator().manual_seed(2)
+    data, other = torch.randn(2, 4, 3, 8, generator=generator)
+    tokens = torch.randint(64, (4, 3), generator=generator)
+    models = [Model(), Model()]
+    with torch.no_grad():
+        reference = models[0](other)
+    columns = ColwiseParallel(output_layouts=Split(-1), use_local_output=False)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "lm_head": columns}
+    parallelize_module(models[1], tp, plan)
+    mine = slice(None)
+    if sharded:
+        fully_shard(models[1], mesh=mesh["dp"])
+        mine = slice(2 * mesh["dp"].get_local_rank(), 2 * mesh["dp"].get_local_rank() + 2)
+    penalty = fastkl.KLPenalty(0.5)
+    start = tp.get_local_rank() * 32
+    split_reference = parallel_logits(reference[mine][..., start : start + 32], tp)
+    split_tokens = replicated(tokens[mine], tp)
+    losses = []
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    for _ in range(10):
+        logits, parts = models[0](data), models[1](data[mine])
+        whole = penalty(logits, reference) - 0.1 * fastkl.token_stats(logits, tokens).logprob.mean()
+        own = penalty(parts, split_reference)
+        own = own - 0.1 * fastkl.token_stats(parts, split_tokens).logprob.mean()
+        for loss, optimizer in zip((whole, own), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        average = own.full_tensor().detach() / dist.get_world_size()
+        dist.all_reduce(average)
+        losses.append((float(average), float(whole)))
+    assert all(abs(own - whole) <= 1e-5 for own, whole in losses), losses
+    assert losses[-1][1] < 0.9 * losses[0][1]
+
+
+def parallel_logits(local: torch.Tensor, mesh: object) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Split
+
+    return DTensor.from_local(local, mesh, [Split(local.dim() - 1)])
+
+
+def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(local, mesh, [Replicate()])
 
 
 def costs(group: dist.ProcessGroup) -> None:
@@ -282,16 +253,12 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
     """Shards and rows that do not fit together are errors on every rank."""
     shard, logits = Shard.megatron(group, 5, 20), torch.zeros(3, 5)
     both = fastkl.kl_divergence, fastkl.total_variation
-    wrong = [
-        ("shard", Shard(group, rank * 5, 21), logits, "0 … 20 once"),
-        ("shard", Shard(group, rank * 4, 20), logits, "0 … 19 once"),
-        ("p_logits", shard, torch.zeros(3 + rank % 2, 5), r"\(20, 3, 4\), \(20, 4, 4\)"),
-        ("p_logits", shard, logits.to((torch.float32, torch.bfloat16)[rank % 2]), "bytes"),
-    ]
-    for name, given, value, part in wrong:
-        for function in both:
-            with pytest.raises(ValueError, match=f"^{name}: expected .*{part}"):
-                function(value, value, shard=given)
+    for function in both:
+        with pytest.raises(ValueError, match=r"^p_logits: expected the same .*got \[3, 4, 3, 4\]"):
+            function(*torch.zeros(2, 3 + rank % 2, 5), shard=shard)
+        if rank:
+            with pytest.raises(ValueError, match="^shard: expected a start that is rank times"):
+                function(logits, logits, shard=Shard(group, rank * 4, 20))
     for given in (group, (shard,), (shard, group)):
         with pytest.raises(TypeError, match=r"^shard: expected a fastkl\.VocabShard, or a pair"):
             fastkl.kl_divergence(logits, logits, shard=given)
@@ -319,14 +286,6 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
         assert not part[:, own:].any()
 
 
-def short_segments(name: str) -> contextlib.AbstractContextManager:
-    """Let the kernels cut 2048 columns into four segments, not one."""
-    from fastkl.kernels import config
-
-    cut = config.RowConfig(64, 1, 512, "short segments") if SIZES[name][0] == 2048 else None
-    return config.override(forward=cut)
-
-
 def main(rank: int, folder: str) -> None:
     # A file instead of a port: nothing to collide with.
     store, limit = dist.FileStore(f"{folder}/store", WORLD), datetime.timedelta(seconds=120)
@@ -344,9 +303,11 @@ def main(rank: int, folder: str) -> None:
                     compare(name, backend, group)
     for backend in backends:
         padded_differently(dist.group.WORLD, backend)
+        dtensors(backend)
         linear(groups[0], backend, "sequence", 62)
-        linear(groups[0], backend, "replicated", 64)
         linear(groups[1], backend, "replicated", 61)
+    train(sharded=False)
+    train(sharded=True)
     costs(dist.group.WORLD)
     mistakes(rank, dist.group.WORLD)
     dist.monitored_barrier()

@@ -257,10 +257,11 @@ KINDS = [*PLAIN, *SHAPED]
 # Two arguments that do not go together: the message may begin with the other one.
 DIMENSIONS = "one dimension more, last dimension more, one dimension less"
 ANY_SHAPE = f"{DIMENSIONS}, longer, shorter, transposed, empty"
-OF_TWO = f"meta, scalar, float64, ZeRO-3, {ANY_SHAPE}".split(", ")
+OF_TWO = f"meta, DTensor, scalar, float64, ZeRO-3, {ANY_SHAPE}".split(", ")
 NUMBERS = "numpy float32, numpy int64"
 # function.argument as a pattern of re, kinds, why they are right.
 VALID = [
+    (r"entropy_from_logits\.logits", "DTensor", "a DTensor alone gives a DTensor"),
     (r"use_backend\.name", "None", "the default backend"),
     (
         r"(explain|entropy_from_logits)\.logits",

@@ -26,18 +26,12 @@ def local(args: RowArgs) -> RowArgs:
 
 
 def whole(args: RowArgs) -> RowArgs:
-    """Return the arguments with the logits of all ranks, from a gather of each tensor."""
+    """Return the arguments with the logits of all ranks."""
     if not args.cut.group:
         return args
-    width = parallel.width(args.cut, args.p.shape[-1])
-
-    def gathered(value: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(value, (0, width - value.shape[-1]))
-        parts = parallel.all_gather(padded, args.cut.group).movedim(0, -2)
-        return parts.flatten(-2)[..., : args.cut.vocabulary]
-
-    q = None if args.q is None else gathered(args.q)
-    return args._replace(p=gathered(args.p), q=q, cut=parallel.NONE)
+    logits = [args.p] if args.q is None else [args.p, args.q]
+    p, *q = parallel.gather_columns([args.cut] * len(logits), logits)
+    return args._replace(p=p, q=q[0] if q else None, cut=parallel.NONE)
 
 
 def columns(
@@ -60,7 +54,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
     if args.divergence.kind == "jeffreys":
         outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
-    ranks, width = parallel.size(cut.group), parallel.width(cut, args.p.shape[-1])
+    ranks, width = parallel.group_of(cut.group).size(), parallel.width(cut, args.p.shape[-1])
     shard, problem = launch.Shard(cut.vocabulary, width, ranks), _problem(own._replace(tokens=None))
     splits = launch.plan_for(problem, outputs, shard=shard).splits
     states = saved.new_zeros(rows * (splits * launch.STATE.value + 2))

@@ -1,0 +1,74 @@
+"""DTensors as arguments of the functions on logits: each process computes its part, and the results
+are DTensors again.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from . import _checks
+from .parallel import VocabShard
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_dtensors(function: Function) -> Function:
+    """Decorate a function whose first argument is a tensor of logits."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **more: Any) -> Any:
+        first = args[0] if args else next(iter(more.values()), None)
+        if type(first) is not torch.Tensor and hasattr(first, "full_tensor"):
+            return on_local(function, *args, **more)
+        return function(*args, **more)
+
+    return cast(Function, call)
+
+
+def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """Call a function on the local parts of DTensors, with the columns' shard if they have one, and
+    return its results as DTensors with the other placements.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    given: dict[str, Any] = inspect.signature(function).bind(*args, **more).arguments
+    name, first = next(iter(given.items()))
+    mesh, placements, leading = first.device_mesh, first.placements, first.shape[:-1]
+    columns = Shard(first.ndim - 1)
+    outer = tuple([Replicate() if each == columns else each for each in placements])
+    for argument, value in given.items():
+        if hasattr(value, "dim") and value.dim():
+            wanted = placements if argument.endswith("logits") else outer
+            fits = isinstance(value, DTensor) and value.device_mesh == mesh
+            _checks.expect(
+                fits and value.placements == wanted and not any(x.is_partial() for x in wanted),
+                argument,
+                f"a DTensor on the mesh of {name} with placements {wanted}, none of them partial",
+                value.placements if isinstance(value, DTensor) else "a plain tensor",
+                "use DTensor.redistribute or DTensor.from_local",
+            )
+            given[argument] = value.to_local()
+    if columns in placements:
+        free = given.get("shard") is None
+        _checks.expect(free, "shard", "None beside DTensors", "a shard", "leave it out")
+        given["shard"] = VocabShard.dtensor(first)
+    found = function(**given)
+
+    def distributed(part: torch.Tensor | None) -> Any:
+        if part is None:
+            return None
+        _checks.expect(
+            part.dim() or all(each.is_replicate() for each in outer),
+            name,
+            "logits whose rows are not split over processes, for a sum or a mean",
+            placements,
+            "pass reduction='none' and sum the result",
+        )
+        like = torch.empty((*leading[: part.dim()], *part.shape[len(leading) :]), device="meta")
+        options: Any = dict(shape=like.shape, stride=like.stride(), run_check=False)
+        return DTensor.from_local(part, mesh, outer, **options)
+
+    return type(found)(*map(distributed, found)) if isinstance(found, tuple) else distributed(found)

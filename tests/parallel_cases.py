@@ -1,0 +1,194 @@
+"""Shards of a vocabulary beside the whole: cases, functions, and the comparison on one rank."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import fastkl
+from fastkl import parallel, testing
+
+WORLD = 4
+Shard = fastkl.VocabShard
+
+
+class Case(NamedTuple):
+    """Logits of P and Q, [N, vocabulary] of which each rank holds `width` columns, and what
+    applies to each row.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    temperature: torch.Tensor
+
+    def on(self, shard: Shard, width: int) -> "Case":
+        """Return the columns of a rank; NaN stands in for padding."""
+        end = min(shard.start + width, shard.vocab_size)
+        p, q = (
+            torch.nn.functional.pad(
+                value[:, shard.start : end], (0, width - max(0, end - shard.start)), value=torch.nan
+            )
+            for value in (self.p, self.q)
+        )
+        return self._replace(p=p, q=q)
+
+
+def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: int) -> Case:
+    """Draw rows of any kind: near, shifted, masked in one shard or in one model, and far; tokens
+    lie at the borders of shards.
+    """
+    generator = torch.Generator().manual_seed(vocabulary + rows)
+    p, other = torch.randn(2, rows, vocabulary, generator=generator) * 2
+    q = p + noise * other
+    kinds = [
+        lambda row: q[row].add_(50.0),
+        lambda row: q[row, -3].fill_(-torch.inf),
+        lambda row: (p[row, :width].fill_(-torch.inf), q[row, :width].fill_(-torch.inf)),
+        lambda row: q[row, 5].fill_(-1e30),
+        lambda row: p[row, width:].sub_(200.0),
+        lambda row: p[row, 3].fill_(torch.nan),
+    ]
+    for row, kind in zip(range(1, rows), kinds, strict=False):
+        kind(row)
+    borders = torch.tensor([0, width - 1, width, vocabulary - 1, vocabulary // 2])
+    tokens = borders.clamp(max=vocabulary - 1).repeat(rows)[:rows]
+    temperature = torch.rand(rows, generator=generator) + 0.5
+    mask = torch.arange(rows) != rows - 1
+    return Case(p.to(dtype), q.to(dtype), tokens, mask, temperature)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    "kl": lambda c, **more: fastkl.kl_divergence(
+        c.p, c.q, c.mask, temperature=c.temperature, **more
+    ),
+    "mean": lambda c, **more: fastkl.kl_divergence(
+        c.p[:2], c.q[:2], c.mask[:2], weights=c.temperature[:2], reduction="mean", **more
+    ),
+    "jeffreys": lambda c, **more: fastkl.jeffreys_divergence(c.p, c.q, c.mask, **more),
+    "stats": lambda c, **more: fastkl.token_stats(
+        c.p, c.tokens, c.q, temperature=c.temperature, mask=c.mask, **more
+    ),
+    "policy": lambda c, **more: fastkl.token_stats(c.p, c.tokens, **more),
+    "entropy": lambda c, **more: fastkl.entropy_from_logits(c.p, c.mask, **more),
+    "selective": lambda c, **more: fastkl.selective_log_softmax(c.p, c.tokens, **more),
+    "several": lambda c, **more: fastkl.selective_log_softmax(
+        c.p, c.tokens[:, None].repeat(1, 2), **more
+    ),
+    "js": lambda c, **more: fastkl.js_divergence(c.p, c.q, c.mask, **more),
+    "topk": lambda c, **more: fastkl.topk_kl_divergence(
+        c.p, c.temperature[:, None].neg(), c.tokens[:, None], c.mask, **more
+    ),
+}
+# Functions whose logits the kernels do not gather.
+NATIVE = ("kl", "jeffreys", "stats", "policy", "entropy", "selective")
+
+
+def results(function: Callable, given: Case, **more) -> tuple[list[torch.Tensor], list]:
+    """Return the results of a function and its gradients to P and Q, of upstream gradients that
+    differ by row and field; None for a tensor that is not in it.
+    """
+    p, q = (value.detach().clone().requires_grad_() for value in given[:2])
+    found = function(given._replace(p=p, q=q), **more)
+    found = [each for each in found if each is not None] if isinstance(found, tuple) else [found]
+    upstream = [
+        (each.detach().nan_to_num(0.0, 0.0, 0.0) * 0 + 1).cumsum(0) * (i + 1)
+        if each.dim()
+        else None
+        for i, each in enumerate(found)
+    ]
+    return found, list(torch.autograd.grad(found, (p, q), upstream, allow_unused=True))
+
+
+class Count:
+    """Counts the gathers of a call."""
+
+    def __init__(self) -> None:
+        self.calls, self.gather = 0, parallel.all_gather
+
+    def __call__(self, value: torch.Tensor, group: str) -> torch.Tensor:
+        self.calls += 1
+        return self.gather(value, group)
+
+
+# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
+Size = tuple[int, int, int, torch.dtype, float, bool]
+SIZES: dict[str, Size] = {
+    "even": (1024, 256, 7, torch.float32, 0.1, True),
+    "far": (1024, 256, 7, torch.bfloat16, 3.0, True),
+    "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
+    "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
+    "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
+    "small": (1000, 250, 7, torch.float32, 1.0, False),
+    "empty rank": (1000, 500, 3, torch.bfloat16, 0.1, False),
+    "no rows": (1000, 250, 0, torch.float32, 1.0, False),
+    "more rows": (64, 16, 13, torch.float32, 0.01, False),
+}
+
+
+@functools.cache
+def whole_case(name: str) -> Case:
+    vocabulary, quarter, rows, dtype, noise, _ = SIZES[name]
+    return case(vocabulary, rows, dtype, noise, quarter)
+
+
+@functools.cache
+def expected(name: str, backend: str, label: str) -> tuple[list[torch.Tensor], list]:
+    return results(FUNCTIONS[label], whole_case(name))
+
+
+def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
+    """Compare every function on this rank's columns with the whole vocabulary."""
+    vocabulary, quarter, _, dtype, _, equal = SIZES[name]
+    width = quarter * WORLD // group.size()
+    shard = Shard.megatron(group, width, vocabulary)
+    c, own = whole_case(name), parallel.Cut.of(shard).columns(width)
+    mine = c.on(shard, width)
+    for label, function in FUNCTIONS.items():
+        if label not in ("kl", "stats") and (name != "even" or group.size() == 2):
+            continue
+        what = f"{name}, {backend}, {group.size()} ranks, {label}"
+        count = Count()
+        with fastkl.use_backend(backend), mock.patch.object(parallel, "all_gather", count):
+            found, parts = results(function, mine, shard=shard)
+            exact_results, gradients = expected(name, backend, label)
+        assert count.calls <= 2, what
+        bits = backend == "reference" or equal or label not in NATIVE
+        for result, exact in zip(found, exact_results, strict=True):
+            if bits:
+                testing.assert_same_bits(result, exact, what)
+            else:
+                torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+        if label == "kl":
+            p, q = (value.double() / c.temperature[:, None] for value in c[:2])
+            rows = c.mask & p.isfinite().all(-1) & q.isfinite().all(-1)
+            testing.assert_kl(found[0][rows], testing.truth(p[rows], q[rows]).kl, what)
+        for part, gradient in zip(parts, gradients, strict=True):
+            if part is None or gradient is None:
+                assert part is gradient, what
+                continue
+            assert not part[:, own:].any(), what
+            held = gradient[:, shard.start : shard.start + own]
+            if bits:
+                testing.assert_same_bits(part[:, :own], held, what)
+            else:
+                finite = held.isfinite().all(-1)
+                assert bool((finite == part[:, :own].isfinite().all(-1)).all()), what
+                size = gradient[finite].double().norm(dim=-1)
+                error = (part[finite, :own].double() - held[finite].double()).norm(dim=-1)
+                limit = 1e-5 if dtype == torch.float32 else 4e-3
+                assert bool((error <= limit * size + 1e-9).all()), (what, error / size)
+
+
+def short_segments(name: str) -> contextlib.AbstractContextManager:
+    """Let the kernels cut 1024 columns into four segments, not one."""
+    from fastkl.kernels import config
+
+    cut = config.RowConfig(64, 1, 256, "short segments") if SIZES[name][0] == 1024 else None
+    return config.override(forward=cut)
