@@ -83,7 +83,7 @@ def _shards(name, where, asked):
         shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
         split = launch.forward_plan(where, *asked, shard)
         yield f"{name}.fallback_{stage}", split.fallback
-    yield f"{name}.forward_merge", split.forward
+    yield f"{name}.merge", split.forward
 
 
 def _divergences(where, stride, gradient):
