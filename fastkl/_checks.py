@@ -139,7 +139,7 @@ def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
     """Check for a strided tensor that this process holds whole; `remedy` is for a DTensor."""
     expected = f"{name}: expected a plain tensor, {what}, got"
-    if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
+    if type(value) is not torch.Tensor and hasattr(type(value), "full_tensor"):
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
         raise TypeError(

@@ -21,7 +21,7 @@ def takes_dtensors(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **more: Any) -> Any:
         first = args[0] if args else next(iter(more.values()), None)
-        if type(first) is not torch.Tensor and hasattr(first, "full_tensor"):
+        if type(first) is not torch.Tensor and hasattr(type(first), "full_tensor"):
             return on_local(function, *args, **more)
         return function(*args, **more)
 

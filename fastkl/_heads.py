@@ -10,7 +10,7 @@ from . import _checks, _head_checks, _modes, _value_checks, backend
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
-from .parallel import NONE, Cut, VocabShard, cut_of, hidden_states
+from .parallel import WHOLE, Cut, VocabShard, cut_of, hidden_states
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
@@ -99,7 +99,7 @@ def prepare(
     if shared:
         models[1][1] = models[0][1]
     _head_checks.head(names[0], *models[0])
-    cut = NONE
+    cut = WHOLE
     if heads[0].shard is not None or heads[1].shard is not None:
         cut = _shard(heads, models, shared and given.ref_hidden is None)
     (hidden, *_), (ref_hidden, *_) = models
@@ -167,7 +167,7 @@ def prepare(
         given.logits_dtype or logits_dtype,
         given.chunk_size,
         given_first=swapped and given.ref_logits is not None,
-        **({} if cut is NONE else cut._asdict()),
+        **({} if cut is WHOLE else cut._asdict()),
     )
 
 

@@ -9,7 +9,7 @@ from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
-from .parallel import NONE, Shards, prepared
+from .parallel import WHOLE, Shards, prepared
 
 
 @takes_dtensors
@@ -60,9 +60,9 @@ def kl_divergence(
             micro-batches pass the number in all of them; under DDP and FSDP, which average
             gradients, the number in all processes / world_size.
         shard: the columns that both tensors hold of a vocabulary split over processes, a VocabShard
-            or a pair of them, one for each. Every rank gets the same result. On a GPU some 40 bytes
-            per row and segment are gathered, in two collectives forward and none backward; on the
-            reference backend, and for tensors cut differently, all logits.
+            or a pair of them, one for each; DTensors need none. Every rank gets the same result. On
+            a GPU 32 bytes per row and segment are gathered, in two collectives forward and none
+            backward; on the reference backend, and for a pair, all logits.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -290,7 +290,7 @@ class Call(NamedTuple):
     def of(self, kind: str, share: float, factor: float | None) -> torch.Tensor:
         """Compute what of_name describes, per token or reduced."""
         p, q, mask, temperature, weights, reduction, normalizer, shard = self
-        chosen, cut = backend.select(p, q), NONE
+        chosen, cut = backend.select(p, q), WHOLE
         if shard is not None:
             native = chosen == "triton" and kind in ("kl", "jeffreys")
             (p, q), cut = prepared(shard, native, {"p_logits": p, "q_logits": q})

@@ -115,46 +115,35 @@ Shards = VocabShard | tuple[VocabShard, VocabShard] | None
 
 
 class Cut(NamedTuple):
-    """A VocabShard as an op takes it: the group's name, or "" without one, this tensor's first
-    column, and the vocabulary's size.
+    """A VocabShard as an op takes it: the group's name, or "" without one; this tensor's first
+    column, the vocabulary's size, the width of all shards but the last, and the number of ranks.
     """
 
     group: str = ""
     start: int = 0
     vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
 
     @classmethod
-    def of(cls, shard: VocabShard) -> Cut:
-        """Return the Cut of a shard."""
-        return cls(shard.group.group_name, shard.start, shard.vocab_size)
+    def of(cls, inputs: Any) -> Cut:
+        """Return the Cut among an op's arguments."""
+        return cls(inputs.group, inputs.start, inputs.vocabulary, inputs.width, inputs.ranks)
 
-    def columns(self, width: int) -> int:
-        """Return how many of a tensor's `width` columns are no padding."""
-        return min(max(self.vocabulary - self.start, 0), width)
-
-
-NONE = Cut()
+    def columns(self, own: int) -> int:
+        """Return how many of a tensor's `own` columns are no padding."""
+        return min(max(self.vocabulary - self.start, 0), own)
 
 
-def all_gather(value: torch.Tensor, group: str) -> torch.Tensor:
+WHOLE = Cut()
+
+
+def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
     """Return the values of all ranks of a group, [ranks, ...], without a gradient."""
     ops: Any = torch.ops._c10d_functional
-    own, ranks = value.contiguous().view(1, *value.shape), group_of(group).size()
-    gathered = ops.all_gather_into_tensor(own, ranks, group)
-    result: torch.Tensor = ops.wait_tensor(gathered)
+    own = value.contiguous().view(1, *value.shape)
+    result: torch.Tensor = ops.wait_tensor(ops.all_gather_into_tensor(own, ranks, group))
     return result
-
-
-def width(cut: Cut, own: int) -> int:
-    """Return the width of all shards but the last, from this process's start and width."""
-    rank = group_of(cut.group).rank()
-    return cut.start // rank if rank else own
-
-
-def group_of(name: str) -> Any:
-    """Return the process group of a name."""
-    c10d: Any = dist.distributed_c10d
-    return c10d._resolve_process_group(name)
 
 
 def shards_of(
@@ -195,15 +184,16 @@ def cut_of(shard: VocabShard, name: str, own: int) -> Cut:
     """Check that rank r's columns, `own` in tensor `name`, start at r times a width, and return the
     Cut.
     """
-    cut = Cut.of(shard)
+    group, rank = shard.group, shard.group.rank()
+    width = shard.start // rank if rank else own
     _checks.expect(
-        shard.start == shard.group.rank() * width(cut, own) and own <= width(cut, own),
+        shard.start == rank * width and own <= width,
         "shard",
         f"a start that is rank times the width of {name}, {own} or more on the last ranks",
         shard.start,
         "use VocabShard.megatron",
     )
-    return cut
+    return Cut(group.group_name, shard.start, shard.vocab_size, width, group.size())
 
 
 def prepared(
@@ -213,7 +203,7 @@ def prepared(
     logits of the whole vocabulary and no Cut. All ranks decide alike.
     """
     if shard is None:
-        return list(logits.values()), NONE
+        return list(logits.values()), WHOLE
     shards = shards_of(shard, logits)
     cuts = [
         cut_of(each, name, value.shape[-1])
@@ -222,7 +212,7 @@ def prepared(
     if native and isinstance(shard, VocabShard):
         return list(logits.values()), cuts[0]
     whole = _Whole.apply(cuts, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
-    return list(whole), NONE
+    return list(whole), WHOLE
 
 
 def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -230,11 +220,11 @@ def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[
     gather.
     """
     padded = [
-        torch.nn.functional.pad(value, (0, width(cut, value.shape[-1]) - value.shape[-1]))
+        torch.nn.functional.pad(value, (0, cut.width - value.shape[-1]))
         for cut, value in zip(cuts, logits, strict=True)
     ]
     packed = [value.contiguous().view(torch.uint8) for value in padded]
-    ranks = all_gather(torch.cat(packed, -1), cuts[0].group)
+    ranks = all_gather(torch.cat(packed, -1), cuts[0].group, cuts[0].ranks)
     parts = ranks.split([value.shape[-1] for value in packed], -1)
     return [
         part.contiguous().view(value.dtype).movedim(0, -2).flatten(-2)[..., : cut.vocabulary]
@@ -252,15 +242,16 @@ class _Whole(torch.autograd.Function):
         """Compare the numbers of rows, since another one is no error of all collectives, and gather
         the columns.
         """
-        rows = torch.tensor([logits[0].shape[:-1].numel()], device=logits[0].device)
-        counts = all_gather(rows, cuts[0].group).flatten().tolist()
-        _checks.expect(
-            len(set(counts)) == 1,
-            name,
-            "the same number of rows on all ranks of shard.group",
-            counts,
-            "a tensor-parallel group computes the same rows on every rank",
-        )
+        if not torch.compiler.is_compiling():
+            rows = torch.tensor([logits[0].shape[:-1].numel()], device=logits[0].device)
+            counts = all_gather(rows, cuts[0].group, cuts[0].ranks).flatten().tolist()
+            _checks.expect(
+                len(set(counts)) == 1,
+                name,
+                "the same number of rows on all ranks of shard.group",
+                counts,
+                "a tensor-parallel group computes the same rows on every rank",
+            )
         ctx.places = [(cut, value.shape) for cut, value in zip(cuts, logits, strict=True)]
         ctx.set_materialize_grads(False)
         return tuple(gather_columns(cuts, logits))
@@ -284,8 +275,8 @@ def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
         return hidden
     lengths = [len(hidden)]
     if shard.hidden_layout == "sequence":
-        sizes = all_gather(torch.tensor(lengths, device=hidden.device), shard.group.group_name)
-        lengths = sizes[:, 0].tolist()
+        sizes, group = torch.tensor(lengths, device=hidden.device), shard.group
+        lengths = all_gather(sizes, group.group_name, group.size())[:, 0].tolist()
     whole: torch.Tensor = _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-untyped-call]
     return whole
 
@@ -305,7 +296,7 @@ class _Hidden(torch.autograd.Function):
         ctx.own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
         padded = hidden.new_zeros(max(lengths), *hidden.shape[1:])
         padded[: len(hidden)] = hidden
-        parts = all_gather(padded, ctx.group)
+        parts = all_gather(padded, ctx.group, len(lengths))
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     @staticmethod

@@ -183,7 +183,7 @@ class KLPenalty(_Penalty):
         shard: Shards = None,
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
-        if type(policy_logits) is not torch.Tensor and hasattr(policy_logits, "full_tensor"):
+        if type(policy_logits) is not torch.Tensor and hasattr(type(policy_logits), "full_tensor"):
             given = dict(normalizer=normalizer, shard=shard)
             loss: torch.Tensor = on_local(self.forward, policy_logits, ref_logits, mask, **given)
             return loss

@@ -15,7 +15,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import NONE, Shards, prepared
+from .parallel import WHOLE, Shards, prepared
 
 
 class TokenStats(NamedTuple):
@@ -158,7 +158,7 @@ def token_stats(
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
     both = [logits] if ref_logits is None else [logits, ref_logits]
-    chosen, cut = backend.select(*both), NONE
+    chosen, cut = backend.select(*both), WHOLE
     if shard is not None:
         named = dict(zip(("logits", "ref_logits"), both, strict=False))
         both, cut = prepared(shard, chosen == "triton" and support is None, named)

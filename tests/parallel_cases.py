@@ -40,6 +40,11 @@ class Case(NamedTuple):
         return self._replace(p=p, q=q)
 
 
+def columns(shard: Shard, width: int) -> int:
+    """Count the columns of a rank that are no padding."""
+    return min(max(shard.vocab_size - shard.start, 0), width)
+
+
 def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: int) -> Case:
     """Draw rows of any kind: near, shifted, masked in one shard or in one model, and far; tokens
     lie at the borders of shards.
@@ -112,9 +117,9 @@ class Count:
     def __init__(self) -> None:
         self.calls, self.gather = 0, parallel.all_gather
 
-    def __call__(self, value: torch.Tensor, group: str) -> torch.Tensor:
+    def __call__(self, value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
         self.calls += 1
-        return self.gather(value, group)
+        return self.gather(value, group, ranks)
 
 
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
@@ -148,7 +153,7 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
     vocabulary, quarter, _, dtype, _, equal = SIZES[name]
     width = quarter * WORLD // group.size()
     shard = Shard.megatron(group, width, vocabulary)
-    c, own = whole_case(name), parallel.Cut.of(shard).columns(width)
+    c, own = whole_case(name), columns(shard, width)
     mine = c.on(shard, width)
     for label, function in FUNCTIONS.items():
         if label not in ("kl", "stats") and (name != "even" or group.size() == 2):

@@ -20,6 +20,7 @@ from parallel_cases import (
     Count,
     Shard,
     case,
+    columns,
     compare,
     results,
     short_segments,
@@ -61,8 +62,8 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
     c = case(vocabulary, rows, torch.float32, 0.1, width)
     shard = Shard.megatron(group, width, vocabulary)
     shard = dataclasses.replace(shard, hidden_layout=layout)
-    own = parallel.Cut.of(shard).columns(width)
-    columns = slice(shard.start, shard.start + own)
+    own = columns(shard, width)
+    held = slice(shard.start, shard.start + own)
     mine = slice(before, before + lengths[rank]) if layout == "sequence" else slice(0, rows)
 
     def run(function: Callable, part: slice, held: slice, extra: int, shard: Shard | None) -> list:
@@ -82,10 +83,10 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
             continue
         with fastkl.use_backend(backend):
             exact = run(function, slice(0, rows), slice(0, vocabulary), 0, None)
-            found = run(function, mine, columns, width - own, shard)
+            found = run(function, mine, held, width - own, shard)
         what = f"{name}, {backend}, {ranks} ranks, {layout}, {vocabulary}"
         *values, grad_hidden, grad_weight, grad_bias = exact
-        expected = *values, grad_hidden[mine], grad_weight[columns], grad_bias[columns]
+        expected = *values, grad_hidden[mine], grad_weight[held], grad_bias[held]
         assert not found[-1][own:].any() and not found[-2][own:].any(), what
         found[-2:] = [value[:own] for value in found[-2:]]
         for result, value in zip(found, expected, strict=True):
@@ -184,8 +185,8 @@ def train(sharded: bool) -> None:
     models = [Model(), Model()]
     with torch.no_grad():
         reference = models[0](other)
-    columns = ColwiseParallel(output_layouts=Split(-1), use_local_output=False)
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "lm_head": columns}
+    split_columns = ColwiseParallel(output_layouts=Split(-1), use_local_output=False)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "lm_head": split_columns}
     parallelize_module(models[1], tp, plan)
     mine = slice(None)
     if sharded:
@@ -280,7 +281,7 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
     for result, exact in zip(found, exact_results, strict=True):
         testing.assert_same_bits(result, exact, "padded differently")
     for part, gradient, shard in zip(parts, gradients, shards, strict=True):
-        own = parallel.Cut.of(shard).columns(part.shape[-1])
+        own = columns(shard, part.shape[-1])
         held = gradient[:, shard.start : shard.start + own]
         testing.assert_same_bits(part[:, :own], held, "padded differently")
         assert not part[:, own:].any()
@@ -324,3 +325,31 @@ def test_ranks_compute_as_one_process(tmp_path, monkeypatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch.multiprocessing.spawn(main, (str(tmp_path),), nprocs=WORLD)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_one_graph(one_process) -> None:
+    """torch.compile traces shards and DTensors in one graph."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard as Split
+    from torch.distributed.tensor import distribute_tensor
+
+    whole, shard = case(64, 2, torch.float32, 0.1, 64), Shard(one_process, 0, 64)
+    mesh = init_device_mesh("cpu", (1,))
+    p, q = (distribute_tensor(value, mesh, [Split(1)]) for value in whole[:2])
+    exact = fastkl.kl_divergence(whole.p, whole.q)
+    for call, given in (
+        (lambda p, q: fastkl.kl_divergence(p, q, shard=shard), (whole.p, whole.q)),
+        (lambda p, q: fastkl.kl_divergence(p, q).to_local(), (p, q)),
+    ):
+        torch._dynamo.reset()
+        leaf = given[0].detach().clone().requires_grad_()
+        result = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf, given[1])
+        testing.assert_same_bits(result, exact, "compiled")
+        assert torch.autograd.grad(result.sum(), leaf)[0].shape == leaf.shape

@@ -25,7 +25,7 @@ SHORT = 4096
 # Bytes that LentMemory may allocate for the last rows; more if a twelfth of the gradient, or a row,
 # is more.
 OWN_BYTES = 1 << 18
-NONE = torch.empty(0, dtype=torch.long, device="cpu")
+WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -92,7 +92,7 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    fallback = NONE if result.all_valid() else (~result.valid()).nonzero()[:, 0]
+    fallback = WHOLE if result.all_valid() else (~result.valid()).nonzero()[:, 0]
     copies = block.part(fallback) if len(fallback) else block
     _about_mean(room("d", e.shape), e, result.weight, room)
     _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)

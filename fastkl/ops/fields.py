@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .. import reference
-from ..parallel import NONE, Cut
+from ..parallel import WHOLE, Cut
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
 # Fields that depend on the policy, and on the reference.
@@ -79,7 +79,7 @@ class RowArgs(NamedTuple):
     temperature: float | torch.Tensor = 1.0
     scaling: Scaling = Scaling()
     divergence: Divergence = Divergence()
-    cut: Cut = NONE
+    cut: Cut = WHOLE
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""

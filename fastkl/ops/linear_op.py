@@ -36,7 +36,7 @@ class LinearInputs(NamedTuple):
     temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
     place of the second model; with given_first they are P's, and the lm_head's are Q's.
     logits_dtype: the type that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a
-    default. divergence, share: as in fields.Divergence. group, start, vocabulary: as in
+    default. divergence, share: as in fields.Divergence. group to ranks: as in
     parallel.Cut; weights and given logits are a shard.
     """
 
@@ -63,6 +63,8 @@ class LinearInputs(NamedTuple):
     group: str = ""
     start: int = 0
     vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
 
     def heads(self, tokens: Tensor | None) -> ChunkedHeads:
         """Return the heads for token ids [...] (None without log-probs)."""
@@ -79,7 +81,7 @@ class LinearInputs(NamedTuple):
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
         args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
         if self.group:
-            args = args._replace(cut=Cut(self.group, self.start, self.vocabulary))
+            args = args._replace(cut=Cut.of(self))
         return ChunkedHeads(
             self[:6],
             args,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from .. import _value_checks, parallel
+from .. import _value_checks
 from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
@@ -58,7 +58,6 @@ class ChunkedHeads:
                     _value_checks.temperatures_positive(args.temperature)
                 _value_checks.ratios_finite(args.scaling.ratio)
         self.args = args
-        self.width = parallel.width(args.cut, len(weight)) if args.cut.group else 0
         self.all: list[ChunkedHead] = []
         second = ref_hidden, weight if ref_weight is None else ref_weight, ref_bias
         for states, own_weight, own_bias in ((hidden, weight, bias), second):
@@ -95,7 +94,7 @@ class ChunkedHeads:
         for head, memory in zip(self.all, keep, strict=False):
             if memory is not None:
                 head.keep(memory, filled=False)
-        chunk, _ = plan(self.all, self.chunk_size, self.all, self.width)
+        chunk, _ = plan(self.all, self.chunk_size, self.all, self.args.cut.width)
         self._compute(self.all, (chunk, chunk), engine)
 
     def backward(
@@ -186,7 +185,7 @@ class ChunkedHeads:
         for head in heads:
             reads_again = "ref_kl" in fields or self.args.divergence.kind == "jeffreys"
             head.settle(reads_again and self.all[0 if self.given_first else -1].learns)
-        chunk, window = plan(self.all, self.chunk_size, heads, self.width)
+        chunk, window = plan(self.all, self.chunk_size, heads, self.args.cut.width)
         for total in sums.values():
             if total.spared_bytes and window >= len(self.all[0].hidden):
                 # Let the only GEMM round to the gradient's dtype.

@@ -29,7 +29,7 @@ class RowInputs(NamedTuple):
     string, separated by commas.
 
     temperatures, unless None, replace temperature. divergence, share: as in fields.Divergence.
-    group, start, vocabulary: as in parallel.Cut.
+    group to ranks: as in parallel.Cut.
     """
 
     p: Tensor
@@ -45,10 +45,12 @@ class RowInputs(NamedTuple):
     group: str = ""
     start: int = 0
     vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
 
 
 # The gradients of RowInputs' fields after p and q.
-_NO_GRADIENTS = (None,) * 11
+_NO_GRADIENTS = (None,) * 13
 
 
 class RowGradientInputs(NamedTuple):
@@ -76,6 +78,8 @@ class RowGradientInputs(NamedTuple):
     group: str = ""
     start: int = 0
     vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
 
 
 def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -118,7 +122,7 @@ def _statistics(inputs: RowInputs) -> Outputs:
         outputs = {name: value for name, value in named if value is not None}
         args = row_args(*inputs[:6], inputs.divergence, inputs.share)
         if inputs.group:
-            args = args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
+            args = args._replace(cut=Cut.of(inputs))
         ENGINES[inputs.backend].forward(args, outputs, saved.view(-1, SAVED))
     return results
 
@@ -136,7 +140,7 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
         args = row_args(*inputs[:5], inputs.temperature, inputs.divergence, inputs.share)
         if inputs.group:
-            args = args._replace(cut=Cut(inputs.group, inputs.start, inputs.vocabulary))
+            args = args._replace(cut=Cut.of(inputs))
         saved = inputs.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()

@@ -31,7 +31,7 @@ def whole(args: RowArgs) -> RowArgs:
         return args
     logits = [args.p] if args.q is None else [args.p, args.q]
     p, *q = parallel.gather_columns([args.cut] * len(logits), logits)
-    return args._replace(p=p, q=q[0] if q else None, cut=parallel.NONE)
+    return args._replace(p=p, q=q[0] if q else None, cut=parallel.WHOLE)
 
 
 def columns(
@@ -54,8 +54,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
     if args.divergence.kind == "jeffreys":
         outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
-    ranks, width = parallel.group_of(cut.group).size(), parallel.width(cut, args.p.shape[-1])
-    shard, problem = launch.Shard(cut.vocabulary, width, ranks), _problem(own._replace(tokens=None))
+    shard, problem = launch.Shard(*cut[2:]), _problem(own._replace(tokens=None))
     splits = launch.plan_for(problem, outputs, shard=shard).splits
     states = saved.new_zeros(rows * (splits * launch.STATE.value + 2))
     launch.forward(problem, outputs, saved, shard=shard, state=states)
@@ -65,7 +64,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             index = own.tokens.clamp(min=0).view(*logits.shape[:-1], 1)
             at_token = logits.gather(-1, index).view(-1)
             values.copy_(torch.where(own.tokens < 0, 0.0, at_token.float()))
-    gathered = parallel.all_gather(states, cut.group)
+    gathered = parallel.all_gather(states, cut.group, cut.ranks)
     # One rank has each token's logit, the others have 0.
     p, q = gathered[:, -2 * rows :].sum(0).view(2, rows, 1)
     of_tokens = args._replace(
@@ -78,7 +77,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     launch.forward(problem_of_tokens, outputs, saved, shard=merging, state=gathered)
     parts = saved.new_zeros(rows, launch.PART, dtype=torch.float64)
     launch.fallback(problem, outputs, saved, shard=shard, parts=parts)
-    parts = parallel.all_gather(parts, cut.group)
+    parts = parallel.all_gather(parts, cut.group, cut.ranks)
     launch.fallback(problem_of_tokens, outputs, saved, shard=merging, parts=parts)
     if args.divergence.kind == "jeffreys":
         outputs["kl"] += outputs["ref_kl"]

@@ -121,7 +121,7 @@ def test_opcheck(implementation, mix, grad) -> None:
         data.temperatures if temperatures else None,
     )
     temperature = 1.0 if temperatures else 0.7
-    chosen = (implementation.backend, *(other or ("kl", 0.0)), "", 0, 0)
+    chosen = (implementation.backend, *(other or ("kl", 0.0)), "", 0, 0, 0, 0)
     given = (*tensors, temperature, fields, *chosen)
     torch.library.opcheck(ops.row_statistics.default, given)
     if not grad:
