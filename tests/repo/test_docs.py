@@ -60,7 +60,7 @@ def test_python_blocks_run_in_order(request) -> None:
     scope, losses = names(), []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     request.addfinalizer(dist.destroy_process_group)
-    scope["group"] = dist.group.WORLD
+    scope["group"] = scope["dp_cp_group"] = dist.group.WORLD
     for block in blocks("python"):
         exec(block, scope)
         losses += [scope["loss"]] * (not losses or "import KLPenalty" in block)
