@@ -83,7 +83,8 @@ class VocabShard:
         """Return the shard of Megatron-LM's layout: rank r starts at column r·width, and padding up
         to a multiple of 128 · ranks follows the vocabulary.
         """
-        return cls(group, group.rank() * width, vocab_size)
+        first = cls(group, 0, vocab_size)
+        return dataclasses.replace(first, start=group.rank() * width)
 
     @classmethod
     def dtensor(cls, tensor: Any, vocab_size: int | None = None) -> VocabShard:

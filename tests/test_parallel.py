@@ -45,6 +45,9 @@ LINEAR: dict[str, Callable] = {
     "jeffreys": lambda h, w, r, c, **more: fastkl.linear_divergence(
         h, w, r, divergence="jeffreys", reduction="sum", **more
     ),
+    "js": lambda h, w, r, c, **more: fastkl.linear_divergence(
+        h, w, r, mask=c.mask, divergence="js", reduction="mean", chunk_size=12, **more
+    ),
     "penalty": lambda h, w, r, c, **more: fastkl.LinearKLPenalty(0.3)(h, w, r, mask=c.mask),
 }
 

@@ -116,7 +116,9 @@ class Kernels(Engine):
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         if args.cut.group:
-            return shard_rows.forward(args, outputs, saved)
+            if args.divergence.kind in ("kl", "jeffreys"):
+                return shard_rows.forward(args, outputs, saved)
+            args = shard_rows.whole(args)
         run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])
@@ -131,6 +133,8 @@ class Kernels(Engine):
         grad_q: torch.Tensor | None,
     ) -> None:
         if args.cut.group:
+            if args.divergence.kind not in ("kl", "jeffreys"):
+                return shard_rows.backward(self.backward, args, saved, upstream, (grad_p, grad_q))
             args = shard_rows.local(args)
             grad_p, grad_q = shard_rows.columns(args, (grad_p, grad_q))
         p, q = args.p, args.q
@@ -241,17 +245,10 @@ class Reference(Engine):
         grad_p: torch.Tensor | None,
         grad_q: torch.Tensor | None,
     ) -> None:
-        if not args.cut.group:
-            return reference_rows.backward(args, saved, upstream, grad_p, grad_q)
-        whole, own = shard_rows.whole(args), shard_rows.local(args)
-        grads = [
-            None if grad is None else whole.p.new_empty(whole.p.shape) for grad in (grad_p, grad_q)
-        ]
-        reference_rows.backward(whole, saved, upstream, *grads)
-        start = args.cut.start
-        for part, grad in zip(shard_rows.columns(own, (grad_p, grad_q)), grads, strict=True):
-            if part is not None and grad is not None:
-                part.copy_(grad[:, start : start + part.shape[-1]])
+        backward = reference_rows.backward
+        if args.cut.group:
+            return shard_rows.backward(backward, args, saved, upstream, (grad_p, grad_q))
+        backward(args, saved, upstream, grad_p, grad_q)
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
         return 1.0 / (

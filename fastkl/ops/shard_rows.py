@@ -2,6 +2,7 @@
 rows, are gathered and merged on every rank. Backward needs no communication.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,22 @@ def columns(
         if grad is not None:
             grad[:, count:] = 0
     return tuple([None if grad is None else grad[:, :count] for grad in grads])
+
+
+def backward(
+    of_whole: Callable[..., None],
+    args: RowArgs,
+    saved: torch.Tensor,
+    upstream: dict[str, torch.Tensor],
+    grads: tuple[torch.Tensor | None, ...],
+) -> None:
+    """Fill the columns of this process of the gradients that an engine computes from all logits."""
+    start, shape = args.cut.start, (len(saved), args.cut.vocabulary)
+    found = [None if grad is None else grad.new_empty(shape) for grad in grads]
+    of_whole(whole(args), saved, upstream, *found)
+    for part, grad in zip(columns(local(args), grads), found, strict=True):
+        if part is not None and grad is not None:
+            part.copy_(grad[:, start : start + part.shape[-1]])
 
 
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
