@@ -82,8 +82,8 @@ def tensor_remedy(name: str, value: object, otherwise: str) -> str:
     return otherwise if isinstance(value, torch.Tensor) else made
 
 
-def logits(name: str, value: torch.Tensor) -> None:
-    """Check for a floating-point tensor [..., V] with V ≥ 1."""
+def logits(name: str, value: torch.Tensor, split: bool = False) -> None:
+    """Check for a floating-point tensor [..., V] with V ≥ 1, or 0 of a vocabulary that is split."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the "
@@ -99,7 +99,7 @@ def logits(name: str, value: torch.Tensor) -> None:
             )
         )
     plain(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
-    if value.dim() == 0 or value.shape[-1] == 0:
+    if value.dim() == 0 or (value.shape[-1] == 0 and not split):
         raise ValueError(
             f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape "
             f"{tuple(value.shape)}; pass output.logits, or one row as [V]"

@@ -46,7 +46,7 @@ def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
             _checks.expect(
                 fits and value.placements == wanted and not any(x.is_partial() for x in wanted),
                 argument,
-                f"a DTensor on the mesh of {name} with placements {wanted}, none of them partial",
+                f"a DTensor on the mesh of {name} with placements {wanted}, whole or split",
                 value.placements if isinstance(value, DTensor) else "a plain tensor",
                 "use DTensor.redistribute or DTensor.from_local",
             )

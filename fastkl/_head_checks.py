@@ -30,7 +30,8 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         value,
         what,
         "compute the loss inside the forward of the FSDP module that owns it, or after its "
-        "unshard(), where it is whole and its gradient is reduced",
+        "unshard(), where it is whole and its gradient is reduced; of a tensor-parallel lm_head "
+        "pass Head(weight.to_local(), shard=VocabShard.dtensor(weight.t()))",
     )
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(

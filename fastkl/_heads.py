@@ -10,7 +10,7 @@ from . import _checks, _head_checks, _modes, _value_checks, backend
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
-from .parallel import WHOLE, Cut, VocabShard, cut_of, hidden_states
+from .parallel import WHOLE, Cut, VocabShard, check_fits, cut_of, hidden_states
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
@@ -102,6 +102,8 @@ def prepare(
     cut = WHOLE
     if heads[0].shard is not None or heads[1].shard is not None:
         cut = _shard(heads, models, shared and given.ref_hidden is None)
+        if shared:
+            models[1][1] = models[0][1]
     (hidden, *_), (ref_hidden, *_) = models
     if given.ref_logits is not None:
         _head_checks.given_logits(
@@ -186,10 +188,14 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
         "pass the same VocabShard to both",
     )
     assert shard is not None
-    cut = cut_of(shard, "weight", len(heads[0].weight))
+    check_fits(shard, "weight", len(heads[0].weight))
+    cut = cut_of(shard, len(heads[0].weight))
+    rows = cut.columns(len(heads[0].weight))
     for model in models:
         if isinstance(model[0], torch.Tensor):
             model[0] = hidden_states(model[0], shard)
+        if rows < len(heads[0].weight):  # 0·NaN of padding would spread through a product
+            model[1:] = [None if value is None else value[:rows] for value in model[1:]]
     return cut
 
 

@@ -267,7 +267,8 @@ class LinearDistillationLoss(_Distillation):
             return total if factor is None else factor * total
 
         return self._combine(
-            *(hidden, len(inputs.weight), labels, normalizer, (ref_hidden, ref_weight)),
+            *(inputs.hidden, inputs.vocabulary or len(inputs.weight), labels, normalizer),
+            (ref_hidden, ref_weight),
             *(statistics, divergence),
         )
 

@@ -322,8 +322,8 @@ def _checked(
     shard: Shards,
 ) -> Call:
     """Check the arguments that all divergences have in common."""
-    _checks.logits("p_logits", p_logits)
-    _checks.logits("q_logits", q_logits)
+    _checks.logits("p_logits", p_logits, shard is not None)
+    _checks.logits("q_logits", q_logits, shard is not None)
     if shard is None:
         _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
     leading, device = p_logits.shape[:-1], p_logits.device

@@ -175,26 +175,36 @@ def shards_of(
         len({(each.group.group_name, each.vocab_size) for each in pair}) == 1,
         "shard",
         "one group and one vocab_size for both tensors",
-        [each.vocab_size for each in pair],
+        [(each.group.group_name, each.vocab_size) for each in pair],
         "pass the smaller vocabulary's size to both",
     )
     return pair
 
 
-def cut_of(shard: VocabShard, name: str, own: int) -> Cut:
-    """Check that rank r's columns, `own` in tensor `name`, start at r times a width, and return the
-    Cut.
-    """
+def cut_of(shard: VocabShard, own: int) -> Cut:
+    """Return the Cut of a tensor with `own` columns."""
     group, rank = shard.group, shard.group.rank()
     width = shard.start // rank if rank else own
-    _checks.expect(
-        shard.start == rank * width and own <= width,
-        "shard",
-        f"a start that is rank times the width of {name}, {own} or more on the last ranks",
-        shard.start,
-        "use VocabShard.megatron",
-    )
     return Cut(group.group_name, shard.start, shard.vocab_size, width, group.size())
+
+
+def fits(shard: VocabShard, own: int) -> bool:
+    """Return whether rank r's columns may start at r times a width, and all make a vocabulary."""
+    cut = cut_of(shard, own)
+    starts = shard.start == shard.group.rank() * cut.width and own <= cut.width
+    return starts and cut.ranks * cut.width >= cut.vocabulary
+
+
+def check_fits(shard: VocabShard, name: str, own: int) -> None:
+    """Check the shard of tensor `name`, which has `own` columns."""
+    _checks.expect(
+        fits(shard, own),
+        "shard",
+        f"rank r's columns of {name} to start at r times the number of the first rank's, and those "
+        f"of all to make the vocabulary of {shard.vocab_size}",
+        f"start {shard.start} beside {own} columns on rank {shard.group.rank()}",
+        "pass this rank's columns alone, and VocabShard.megatron(group, width, vocab_size)",
+    )
 
 
 def prepared(
@@ -206,13 +216,11 @@ def prepared(
     if shard is None:
         return list(logits.values()), WHOLE
     shards = shards_of(shard, logits)
-    cuts = [
-        cut_of(each, name, value.shape[-1])
-        for each, (name, value) in zip(shards, logits.items(), strict=True)
-    ]
     if native and isinstance(shard, VocabShard):
-        return list(logits.values()), cuts[0]
-    whole = _Whole.apply(cuts, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
+        for name, value in logits.items():
+            check_fits(shard, name, value.shape[-1])
+        return list(logits.values()), cut_of(shard, next(iter(logits.values())).shape[-1])
+    whole = _Whole.apply(shards, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
     return list(whole), WHOLE
 
 
@@ -238,20 +246,25 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cuts: list[Cut], name: str, *logits: torch.Tensor
+        ctx: Any, shards: list[VocabShard], name: str, *logits: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Compare the numbers of rows, since another one is no error of all collectives, and gather
-        the columns.
-        """
+        """Compare what the ranks hold, as a gather may not, and gather the columns."""
+        owns = [value.shape[-1] for value in logits]
+        cuts = [cut_of(*each) for each in zip(shards, owns, strict=True)]
         if not torch.compiler.is_compiling():
-            rows = torch.tensor([logits[0].shape[:-1].numel()], device=logits[0].device)
-            counts = all_gather(rows, cuts[0].group, cuts[0].ranks).flatten().tolist()
+            mine = [
+                [value.shape[:-1].numel(), value.itemsize, cut.vocabulary, cut.width, fits(*each)]
+                for value, cut, *each in zip(logits, cuts, shards, owns, strict=True)
+            ]
+            numbers = torch.tensor(mine, device=logits[0].device)
+            held = all_gather(numbers, cuts[0].group, cuts[0].ranks).tolist()
             _checks.expect(
-                len(set(counts)) == 1,
+                all(each == held[0] for each in held) and all(each[4] for each in held[0]),
                 name,
-                "the same number of rows on all ranks of shard.group",
-                counts,
-                "a tensor-parallel group computes the same rows on every rank",
+                "the same rows, type, vocab_size and width on all ranks of shard.group, and rank "
+                "r's columns from r·width on",
+                f"{held}: per rank and tensor rows, bytes, vocab_size, width, whether start fits",
+                "pass each rank's own columns, and VocabShard.megatron(group, width, vocab_size)",
             )
         ctx.places = [(cut, value.shape) for cut, value in zip(cuts, logits, strict=True)]
         ctx.set_materialize_grads(False)

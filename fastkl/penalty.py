@@ -187,8 +187,8 @@ class KLPenalty(_Penalty):
             given = dict(normalizer=normalizer, shard=shard)
             loss: torch.Tensor = on_local(self.forward, policy_logits, ref_logits, mask, **given)
             return loss
-        _checks.logits("policy_logits", policy_logits)
-        _checks.logits("ref_logits", ref_logits)
+        _checks.logits("policy_logits", policy_logits, shard is not None)
+        _checks.logits("ref_logits", ref_logits, shard is not None)
         if shard is None:
             _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
         first, second = policy_logits, ref_logits

@@ -146,13 +146,13 @@ def token_stats(
     Source: Ouyang et al., Training language models to follow instructions with human feedback
     (2022), eq. 2, for the statistics that a step needs.
     """
-    _checks.logits("logits", logits)
+    _checks.logits("logits", logits, shard is not None)
     leading = logits.shape[:-1]
     if tokens is not None:
         _checks.tokens(tokens, leading, logits.device)
         tokens = tokens.long()
     if ref_logits is not None:
-        _checks.logits("ref_logits", ref_logits)
+        _checks.logits("ref_logits", ref_logits, shard is not None)
         if shard is None:
             _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
@@ -279,7 +279,7 @@ def entropy_from_logits(
 
     Source: Shannon, A Mathematical Theory of Communication (1948), section 6.
     """
-    _checks.logits("logits", logits)
+    _checks.logits("logits", logits, shard is not None)
     _checks.temperature(temperature, logits.shape[:-1], logits.device)
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
@@ -318,7 +318,7 @@ def selective_log_softmax(
     Raises:
         As token_stats.
     """
-    _checks.logits("logits", logits)
+    _checks.logits("logits", logits, shard is not None)
     leading = logits.shape[:-1]
     several = isinstance(index, torch.Tensor) and index.dim() == logits.dim()
     _checks.tokens(

@@ -259,7 +259,7 @@ def _topk(
     shard: Shards,
 ) -> tuple[TopKStats, torch.Tensor]:
     """Return the statistics of logits, and which rows count."""
-    _checks.logits("logits", logits)
+    _checks.logits("logits", logits, shard is not None)
     leading = logits.shape[:-1]
     _check(leading, logits.device, logprobs, ids, how)
     _checks.temperature(how.temperature, leading, logits.device)

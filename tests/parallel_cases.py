@@ -59,6 +59,8 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
         lambda row: q[row, 5].fill_(-1e30),
         lambda row: p[row, width:].sub_(200.0),
         lambda row: p[row, 3].fill_(torch.nan),
+        lambda row: q[row, :width].fill_(-torch.inf),
+        lambda row: p[row, width:].fill_(-torch.inf),
     ]
     for row, kind in zip(range(1, rows), kinds, strict=False):
         kind(row)
@@ -125,8 +127,8 @@ class Count:
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
-    "even": (1024, 256, 7, torch.float32, 0.1, True),
-    "far": (1024, 256, 7, torch.bfloat16, 3.0, True),
+    "even": (1024, 256, 9, torch.float32, 0.1, True),
+    "far": (1024, 256, 9, torch.bfloat16, 3.0, True),
     "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
     "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
     "uneven": (50257, 12565, 2, torch.float32, 0.1, False),

@@ -4,6 +4,7 @@ call on the whole vocabulary.
 
 import dataclasses
 import datetime
+import itertools
 import os
 from collections.abc import Callable
 from unittest import mock
@@ -72,7 +73,9 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
     def run(function: Callable, part: slice, held: slice, extra: int, shard: Shard | None) -> list:
         leaves = [hidden[part].clone(), weight[held].clone(), bias[held].clone()]
         # Rows of padding hold anything.
-        leaves[1:] = [torch.cat([x, x.new_full((extra, *x.shape[1:]), 9.0)]) for x in leaves[1:]]
+        leaves[1:] = [
+            torch.cat([x, x.new_full((extra, *x.shape[1:]), torch.nan)]) for x in leaves[1:]
+        ]
         leaves = [x.requires_grad_() for x in leaves]
         head = fastkl.Head(*leaves[1:], softcap=3.0, shard=shard)
         found = function(leaves[0], head, other[part], c)
@@ -257,12 +260,19 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
     """Shards and rows that do not fit together are errors on every rank."""
     shard, logits = Shard.megatron(group, 5, 20), torch.zeros(3, 5)
     both = fastkl.kl_divergence, fastkl.total_variation
-    for function in both:
-        with pytest.raises(ValueError, match=r"^p_logits: expected the same .*got \[3, 4, 3, 4\]"):
-            function(*torch.zeros(2, 3 + rank % 2, 5), shard=shard)
-        if rank:
-            with pytest.raises(ValueError, match="^shard: expected a start that is rank times"):
-                function(logits, logits, shard=Shard(group, rank * 4, 20))
+    wrong = [
+        (shard, torch.zeros(3 + rank % 2, 5)),
+        (shard, logits.to((torch.float32, torch.bfloat16)[rank % 2])),
+        (Shard(group, rank * 5, 21), logits),
+        (Shard(group, rank * 5, 20 - rank % 2), logits),
+        (Shard(group, rank * 6, 20), logits),
+        (shard, torch.zeros(3, 5 + 2 * (rank == 3))),
+    ]
+    for function, (given, value) in itertools.product(both, wrong):
+        with pytest.raises(ValueError, match=r"^p_logits: expected the same rows, type, vocab"):
+            function(value, value, shard=given)
+    with fastkl.use_backend("triton"), pytest.raises(ValueError, match="^shard: expected rank r"):
+        fastkl.kl_divergence(logits, logits, shard=Shard(group, rank * 5, 21))
     for given in (group, (shard,), (shard, group)):
         with pytest.raises(TypeError, match=r"^shard: expected a fastkl\.VocabShard, or a pair"):
             fastkl.kl_divergence(logits, logits, shard=given)
