@@ -78,8 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
-    runs = dict(demo=_run_demo, compare=_run_compare, plot=_run_plot, doctor=_run_doctor)
-    for name, run in runs.items():
+    for name, run in dict(
+        demo=_run_demo, compare=_run_compare, plot=_run_plot, doctor=_run_doctor
+    ).items():
         command = commands.add_parser(
             name, formatter_class=argparse.RawDescriptionHelpFormatter, **options.TEXTS[name]
         )
@@ -139,13 +140,10 @@ def _run_plot(given: argparse.Namespace) -> int:
 
 
 def _run_doctor(given: argparse.Namespace) -> int:
-    if given.json not in (None, "-"):
-        with told("--json", "a file that can be written, or -", repr(given.json), "choose another"):
-            check_writable(Path(given.json))  # before a minute of checks
-    device = _choose_device(given.device)
+    check_uses((), None, given.json)  # before a minute of checks
     from .doctor import run_doctor
 
-    return run_doctor(device, given.json)
+    return run_doctor(_choose_device(given.device), given.json)
 
 
 def _load(extra: str, name: str) -> ModuleType:
@@ -161,8 +159,6 @@ def _load(extra: str, name: str) -> ModuleType:
 
 def _choose_device(text: str) -> str:
     """Return a device that this machine has, by its name in torch."""
-    if text == "cpu":
-        return text
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

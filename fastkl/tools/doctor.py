@@ -25,7 +25,7 @@ from torch.utils import collect_env
 import fastkl
 
 from .. import f_divergences, testing
-from .files import json_text, write_whole
+from .files import STDOUT, json_text, write_whole
 
 # Seconds of a check before it is taken for a hang; crashes and hangs before the rest is left out.
 HANG, CRASHES = 120.0, 4
@@ -42,8 +42,15 @@ LIMITS = {"bfloat16": (4e-3, 2e-2), "float32": (1e-5, 2e-3), "float16": (1e-3, 5
 VOCABULARY, LARGE_VOCABULARY = 5000, 128256
 # Standard deviations of the difference between the logits of each row: KL from 5e-4 to 4 nats.
 SIZES = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0)
-MIX = {"kl": 1.1, "logprob": 0.7, "entropy": -0.3, "ref_logprob": 0.5, "ref_kl": -0.9}
-MIX |= {"lse": 0.4, "ref_lse": -0.6}
+MIX = {
+    "kl": 1.1,
+    "logprob": 0.7,
+    "entropy": -0.3,
+    "ref_logprob": 0.5,
+    "ref_kl": -0.9,
+    "lse": 0.4,
+    "ref_lse": -0.6,
+}
 FAMILY = {
     ("js", 0.5): fastkl.js_divergence,
     ("skew_kl", 0.1): partial(fastkl.skew_kl_divergence, alpha=0.1),
@@ -88,9 +95,11 @@ def check_machine(device: torch.device) -> Outcome:
     said = [fault for fault, there in faults.items() if there]
     named = [f"{name} {version}" for name, version in versions.items()]
     text = ", ".join([f"fastkl {fastkl.__version__}", *named, f"GPU: {gpu}", *variables])
-    figures = {name: str(value) for name, value in collect_env.get_env_info()._asdict().items()}
-    status = "FAIL" if found.problems else "warning" if said else "ok"
-    return Outcome(status, "; ".join([text, str(found), *said]), figures)
+    return Outcome(
+        "FAIL" if found.problems else "warning" if said else "ok",
+        "; ".join([text, str(found), *said]),
+        {name: str(value) for name, value in collect_env.get_env_info()._asdict().items()},
+    )
 
 
 # ---- beside float64
@@ -202,8 +211,13 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
         "kl": scale.double() @ testing.truth(x.view(6, 64) @ w.view(-1, 64).T, ref).kl
     }
     # Flat, so that a gradient counts as a whole.
-    flat = hidden.flatten(), weight.flatten()
-    return _compare(ours, truth, flat, {"kl": torch.ones(())}, LIMITS[dtype][1])
+    return _compare(
+        ours,
+        truth,
+        [hidden.flatten(), weight.flatten()],
+        {"kl": torch.ones(())},
+        LIMITS[dtype][1],
+    )
 
 
 def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outcome:
@@ -264,12 +278,14 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
         "sum of 3000 rows": partial(check_sum, (3000, 4096)),
         "bits of rows": check_bits,
     }
-    beside = {
-        f"{dtype} beside float64: {name}": partial(run, dtype=dtype)
-        for dtype in LIMITS
-        for name, run in runs.items()
+    return {
+        "this machine": check_machine,
+        **{
+            f"{dtype} beside float64: {name}": partial(run, dtype=dtype)
+            for dtype in LIMITS
+            for name, run in runs.items()
+        },
     }
-    return {"this machine": check_machine, **beside}
 
 
 def run_check(device: str, key: str) -> Outcome:
@@ -332,9 +348,9 @@ def outcomes(device: str, keys: Sequence[str]) -> Generator[Outcome, None, None]
     yield from [Outcome("skipped", f"{CRASHES} checks crashed or hung before")] * (len(keys) - done)
 
 
-def run_doctor(device: str, json_to: str | None = None) -> int:
-    """Run and print all checks, write them as JSON to a file or "-"; return 1 if one failed."""
-    out = sys.stderr if json_to == "-" else sys.stdout
+def run_doctor(device: str, json_to: Path | None = None) -> int:
+    """Run and print all checks, write them as JSON to a file or STDOUT; return 1 if one failed."""
+    out = sys.stderr if json_to == STDOUT else sys.stdout
     checks, rows = all_checks(), []
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute\n", file=out)
     with contextlib.closing(outcomes(device, [*checks])) as found:
@@ -351,9 +367,8 @@ def run_doctor(device: str, json_to: str | None = None) -> int:
         else "No check failed.",
         file=out,
     )
-    content = json_text({"device": device, "ok": not counts["FAIL"], "checks": rows})
-    if json_to == "-":
-        print(content, end="")
-    elif json_to is not None:
-        write_whole(Path(json_to), [content])
+    if json_to:
+        write_whole(
+            json_to, [json_text({"device": device, "ok": not counts["FAIL"], "checks": rows})]
+        )
     return 1 if counts["FAIL"] else 0

@@ -9,8 +9,10 @@ class UseError(Exception):
     """A wrong argument, file or machine; the command line prints it and exits with 2."""
 
     def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
-        message = f"{argument}: expected {expected}, got {got}; remedy: {remedy}"
-        super().__init__(" ".join(message.split()))
+        super().__init__(argument, expected, got, remedy)  # another process makes it of these
+
+    def __str__(self) -> str:
+        return " ".join("{}: expected {}, got {}; remedy: {}".format(*self.args).split())
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import errno
 import glob
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,12 +61,16 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
 
     A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is
     there and is no regular file, such as a pipe or a terminal, cannot be replaced and is written to
-    as it is, piece by piece. Raises OSError.
+    as it is, piece by piece; so is standard output, for STDOUT. Raises OSError.
     """
+    pieces = [content] if isinstance(content, bytes) else content
+    encoded = (piece.encode() if isinstance(piece, str) else piece for piece in pieces)
+    if path == STDOUT:
+        sys.stdout.buffer.writelines(encoded)
+        return
     target, mode = os.path.realpath(path), _mode(path)
     with open(path, "wb") if mode is None else _part(target) as file:
-        for piece in [content] if isinstance(content, bytes) else content:
-            file.write(piece.encode() if isinstance(piece, str) else piece)
+        file.writelines(encoded)
         file.close()
         if mode is not None:
             os.chmod(file.name, mode)

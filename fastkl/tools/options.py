@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .demo import DISTILL, QUICK, Settings
+from .files import STDOUT
 
 # Arguments of add_argument, by option: its help, and the rest.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
@@ -207,7 +208,7 @@ ARGUMENTS: dict[str, Arguments] = {
         "--json": (
             "write all checks to FILE; without FILE or with -, to standard output, and the "
             "report to standard error",
-            dict(nargs="?", const="-", metavar="FILE"),
+            dict(nargs="?", const=STDOUT, type=Path, metavar="FILE"),
         ),
         "--device": DEVICE,
     },

@@ -65,8 +65,10 @@ def read_run(source: Path) -> Run:
         if not _has(run, "kl/mean"):
             raise ValueError(f"it has no finite 'kl/mean' but {[*names]}")
     numbers = np.array([*steps])
-    spikes = numbers[run.get("kl/spike", np.zeros_like(numbers)) == 1.0]
-    return run | {"step": numbers, "spikes": spikes}
+    return run | {
+        "step": numbers,
+        "spikes": numbers[run.get("kl/spike", np.zeros_like(numbers)) == 1.0],
+    }
 
 
 def _has(run: Run, name: str) -> bool:

@@ -1,13 +1,14 @@
 """The comparison: the values of every token, their figures, and all of it from files to report."""
 
-import functools
 import gc
+import itertools
 import math
 import shutil
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from fastkl.rl import KLMonitor
 
 from ..console import progress
 from ..errors import UseError
-from ..files import STDOUT, json_text, write_whole
+from ..files import STDIN, STDOUT, json_text, write_whole
 from . import inputs, report
 from .inputs import Vocabulary, readable
 from .loading import Checkpoint, Model, head_logits
+from .processes import gathered
 
 # At most this many tokens of context where --context is left out.
 DEFAULT_CONTEXT = 1024
@@ -81,8 +83,9 @@ def measure(
     vocabulary: Vocabulary,
     context: int,
     overlap: int,
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Compute a table with a row for each token, NaN where it has no values; describe A and B.
+    share: slice,
+) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
+    """Compute the values of the tokens of each window in this share of them; describe A and B.
 
     One model is loaded after the other. A's hidden states wait on the CPU, and only its head stays
     in memory.
@@ -93,23 +96,23 @@ def measure(
         spans += [(ids, *span) for span in windows(first, len(ids), context, overlap)]
     heads, about, states = [], [], []
     for letter, load in zip("AB", loads, strict=True):
-        model, found = load(), []
+        model = load()
         model.check(spans[0][0][:context])
-        for ids, start, first, last in progress(spans, f"model {letter}"):
-            found.append(model.hidden(ids[start : last - 1])[first - 1 - start :].cpu())
-        states.append(found)
+        states.append(
+            [
+                model.hidden(ids[start : last - 1])[first - 1 - start :].cpu()
+                for ids, start, first, last in progress(spans[share], f"model {letter}")
+            ]
+        )
         heads.append(model.head)
         about.append(model.about)
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    device = heads[0].weight.device
-    parts = [
-        token_values(heads, [each.to(device) for each in hidden], ids[first:last], vocabulary)
-        for (ids, _, first, last), *hidden in zip(spans, *states, strict=True)
-    ]
-    table = pd.concat(documents, ignore_index=True)
-    return table.join(pd.concat(parts).set_index(table.index[table["scored"]])), about
+    return [
+        token_values(heads, hidden, ids[first:last], vocabulary)
+        for (ids, _, first, last), *hidden in zip(spans[share], *states, strict=True)
+    ], about
 
 
 def token_values(
@@ -118,19 +121,20 @@ def token_values(
     tokens: torch.Tensor,
     vocabulary: Vocabulary,
 ) -> pd.DataFrame:
-    """Compute columns of values from hidden states [n, H] of A and B and the tokens [n] after them.
+    """Compute columns of values from hidden states [n, H] of A and B and the tokens [n] after them,
+    wherever these are.
 
     The logits are float32 for 16-bit models, too (linear_token_stats' logits_dtype=torch.float32),
     and are made once: statistics and mixture read the same block. Tokens that are not compared have
     probability 0.
     """
-    device = hidden[0].device
+    device = heads[0].weight.device
     step = max(1, BLOCK_LOGITS.get(device.type, 1 << 27) // vocabulary.size)
     none = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long, device=device)
     blocks = []
     for *states, following in zip(*(each.split(step) for each in (*hidden, tokens)), strict=True):
         logits_a, logits_b = (
-            head_logits(head, each, vocabulary.size).index_fill_(1, none, -math.inf)
+            head_logits(head, each.to(device), vocabulary.size).index_fill_(1, none, -math.inf)
             for head, each in zip(heads, states, strict=True)
         )
         blocks.append(block_values(logits_a, logits_b, following.to(device)))
@@ -156,7 +160,7 @@ def block_values(
     columns = {
         "kl_ab": stats.kl,
         "kl_ba": stats.ref_kl,
-        "jsd": _jsd(logits_a, logits_b),
+        "jsd": fastkl.js_divergence(logits_a, logits_b),
         "entropy_a": stats.entropy,
         "entropy_b": of_b.entropy,
         "logprob_a": stats.logprob,
@@ -172,24 +176,16 @@ def block_values(
     return pd.DataFrame(dict(zip(columns, stacked, strict=True)))
 
 
-def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
-    """Compute the Jensen-Shannon divergence [n]."""
-    log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
-    # The log of the mean of p and q, in the form that is exact where they are equal; an entry that
-    # neither model allows stays at -inf.
-    gap = (log_a - log_b).abs_().nan_to_num_(0.0, posinf=math.inf)
-    mixture = gap.neg_().expm1_().div_(2).log1p_().add_(torch.maximum(log_a, log_b))
-    return (fastkl.kl_divergence(log_a, mixture) + fastkl.kl_divergence(log_b, mixture)) / 2
-
-
 # ---- figures
 
 
 def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
     """Compute means and exact quantiles over all tokens with values."""
     scored = tokens[tokens["kl_ab"].notna()]
-    means = scored[["same_top1", *MEANS[len(DIVERGENCES) :]]].mean()
-    summary: dict[str, Any] = {"tokens": len(scored), **means.to_dict()}
+    summary: dict[str, Any] = {
+        "tokens": len(scored),
+        **scored[["same_top1", *MEANS[len(DIVERGENCES) :]]].mean().to_dict(),
+    }
     for name in DIVERGENCES:
         figures = KLMonitor(spike=False).update(torch.from_numpy(np.array(scored[name].abs())))
         summary[name] = {key: figures[f"kl/{key}"] for key in ("mean", "p50", "p95", "p99", "max")}
@@ -207,9 +203,10 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
         tokens=groups.size(),
         index=groups["index"].first(),
         text=texts,
+    ).sort_values("kl_ab", ascending=False, kind="stable")
+    found: list[dict[str, Any]] = (
+        units[: limit if by == "line" else None].reset_index().to_dict("records")
     )
-    units = units.sort_values("kl_ab", ascending=False, kind="stable").reset_index()
-    found: list[dict[str, Any]] = units[: limit if by == "line" else None].to_dict("records")
     return found
 
 
@@ -252,34 +249,58 @@ def worst_tokens(
 def run_compare(settings: Namespace) -> int:
     """Compare, print the report and write the files asked for; return the exit code.
 
-    With a file on stdout, the report goes to stderr. Raises UseError for what cannot be compared.
+    With a file on stdout, the report goes to stderr. Of the processes of torchrun the first alone
+    does it. Raises UseError for what cannot be compared.
     """
     start = time.perf_counter()
     tokenizer, tokens, result = compare(settings)
     result["seconds"] = time.perf_counter() - start
-    label = functools.lru_cache(1 << 16)(tokenizer.label)
     files: dict[Path | None, Iterable[str]] = {
         settings.json: [json_text(result)],
-        settings.html: report.page(result, tokens, label),
+        settings.html: report.page(result, tokens, lru_cache(1 << 16)(tokenizer.label)),
     }
     outputs = [path for path in files if path]
     for path in outputs:
-        if path == STDOUT:
-            sys.stdout.buffer.writelines(part.encode() for part in files[path])
-        else:
-            write_whole(path, files[path])
+        write_whole(path, files[path])
     out = sys.stderr if STDOUT in outputs else sys.stdout
-    width = shutil.get_terminal_size((120, 24)).columns
-    print(report.text_report(result, max(20, min(160, width))), file=out)
+    width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns))
+    print(report.text_report(result, width), file=out)
     if outputs:
         print(f"\nwrote {' and '.join(map(readable, outputs))}", file=out)
     return 0
 
 
-def compare(
-    settings: Namespace,
-) -> tuple[inputs.TextTokenizer, pd.DataFrame, dict[str, Any]]:
-    """Return the tokenizer for labels, the table of tokens, and the report as one dictionary."""
+Compared = tuple[inputs.TextTokenizer, pd.DataFrame, dict[str, Any]]
+
+
+def compare(settings: Namespace) -> Compared:
+    """Return the tokenizer for labels, the table of tokens, NaN where one has no values, and the
+    report as one dictionary.
+    """
+    shared, (tokenizer, table, result) = gathered(partial(compare_share, settings))
+    # Windows were dealt out in turn.
+    turns = itertools.zip_longest(*(values for _, values in shared))
+    parts = [part for turn in turns for part in turn if part is not None]
+    tokens = table.join(pd.concat(parts).set_index(table.index[table["scored"]]))
+    result |= {
+        "summary": summarise(tokens),
+        "units": worst_units(tokens, settings.by, settings.top),
+        "top": worst_tokens(tokens, settings.top, tokenizer.label),
+        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
+    }
+    return tokenizer, tokens, {**result, "sentence": report.sentence(result)}
+
+
+def compare_share(settings: Namespace, rank: int, count: int) -> tuple[Any, Compared]:
+    """Compute the values of every count-th window; return (a digest of the whole text, they), and
+    the results of compare without values.
+    """
+    if count > 1 and STDIN in settings.text:
+        raise UseError(
+            "--text", "files, which every process reads", "'-'", "write the text to a file"
+        )
+    if settings.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     models = {
         "A": Checkpoint("MODEL_A", settings.model_a),
         "B": Checkpoint("MODEL_B", settings.model_b),
@@ -298,11 +319,15 @@ def compare(
                 "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
             )
     documents, skipped = inputs.read(settings.text, tokenizers, vocabulary)
-    loads = [
-        functools.partial(model.load, settings.dtype, settings.device) for model in models.values()
-    ]
-    tokens, about = measure(documents, loads, vocabulary, context, overlap)
-    tokenizer = next(iter(tokenizers.values()))
+    values, about = measure(
+        documents,
+        [partial(model.load, settings.dtype, settings.device) for model in models.values()],
+        vocabulary,
+        context,
+        overlap,
+        share=slice(rank, None, count),
+    )
+    table = pd.concat(documents, ignore_index=True)
     result = {
         "sentence": "",
         "models": about,
@@ -321,9 +346,6 @@ def compare(
             "context": context,
             "overlap": overlap,
         },
-        "summary": summarise(tokens),
-        "units": worst_units(tokens, settings.by, settings.top),
-        "top": worst_tokens(tokens, settings.top, tokenizer.label),
-        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
     }
-    return tokenizer, tokens, {**result, "sentence": report.sentence(result)}
+    digest = int(pd.util.hash_pandas_object(table).sum())
+    return (digest, values), (next(iter(tokenizers.values())), table, result)

@@ -24,9 +24,6 @@ class Settings:
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
-    # One CPU thread gives the same numbers on any number of cores; on a busy machine more are
-    # slower, because they synchronise after every small operation.
-    threads: int = 1
     # The vocabulary is the large dimension, as in the models that the kernels are for.
     corpus_characters: int = 6_000_000
     vocabulary: int = 16_384
@@ -45,12 +42,10 @@ class Settings:
     temperature: float = 0.7
     policy_rate: float = 3e-4
     discount: float = 0.5
-    # Weight of the penalty; None: a controller holds target_kl, nats per token. gains: its kp, ki
-    # and kd; the KL reacts to beta many steps later, and the derivative term prevents overshoot.
+    # Weight of the penalty; None: a controller holds target_kl, nats per token.
     beta: float | None = None
     initial_beta: float = 0.5
     target_kl: float = 0.12
-    gains: tuple[float, float, float] = (0.4, 0.03, 1.5)
     # SpikeDetector's ratio, recent and floor: every run starts at 0, so a KL may grow up to about
     # the floor, nats per token, without alarm. The first recent + 16 steps are silent.
     alarm: tuple[float, int, float] = (2.0, 5, 0.5)

@@ -89,8 +89,7 @@ def distill(
         [name, *(f"{x:.3f}" for x in found[:3]), *(f"{x:.1%}" for x in found[3:])]
         for name, found in final.items()
     )
-    said = "\n".join([*table([COLUMNS, *rows], "<>>>>>"), LESSON])
-    return said, {"curves.png": picture(curves)}
+    return "\n".join([*table([COLUMNS, *rows], "<>>>>>"), LESSON]), {"curves.png": picture(curves)}
 
 
 def picture(curves: dict[str, list[list[float]]]) -> bytes:

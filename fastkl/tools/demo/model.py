@@ -131,8 +131,9 @@ def sample(
 def cross_entropy(model: LanguageModel, batch: torch.Tensor) -> torch.Tensor:
     """Compute the mean cross-entropy of excerpts [B, T + 1], nats, from hidden states."""
     hidden, head = model.hidden(batch[:, :-1]), model.lm_head
-    stats = fastkl.linear_token_stats(hidden, head.weight, batch[:, 1:], bias=head.bias)
-    return -stats.logprob.mean()
+    return -fastkl.linear_token_stats(
+        hidden, head.weight, batch[:, 1:], bias=head.bias
+    ).logprob.mean()
 
 
 def train_reference(
@@ -151,9 +152,11 @@ def train_reference(
     model.to(settings.device)
     rate, count = settings.reference_rate, settings.reference_steps
     losses: list[float] = []
-    tables = [*model.transformer["wte"].parameters(), *model.lm_head.parameters()]
-    blocks = [*model.transformer["h"].parameters(), *model.transformer["ln_f"].parameters()]
-    groups: list[dict[str, Any]] = [dict(params=tables), dict(params=blocks, lr=rate * BLOCK_RATE)]
+    stack = model.transformer
+    groups: list[dict[str, Any]] = [
+        dict(params=[*stack["wte"].parameters(), *model.lm_head.parameters()]),
+        dict(params=[*stack["h"].parameters(), *stack["ln_f"].parameters()], lr=rate * BLOCK_RATE),
+    ]
     optimizer = torch.optim.AdamW(groups, rate, (0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARM_UP_STEPS, 1.0 - step / count)

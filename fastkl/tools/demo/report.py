@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastkl
-from fastkl.rl import FixedBeta
+from fastkl.rl import FixedBeta, PIDBeta
 
 from ..console import percent, progress, table
 from ..files import json_text, write_whole
@@ -21,7 +21,7 @@ from . import Settings
 from .corpus import END_OF_FILE, Corpus, build_corpus, windows
 from .distill import distill
 from .model import LanguageModel, checkpoint_files, sample, train_reference
-from .training import choose_beta, fine_tune
+from .training import fine_tune
 
 Figures = dict[str, Any]
 # Names of the files of a run.
@@ -46,7 +46,9 @@ def run_demo(settings: Settings, out: Path) -> int:
     These are curves.png, report.txt, report.json and those of the algorithm; each whole or not at
     all, when every stage is done. Returns the exit code.
     """
-    torch.set_num_threads(settings.threads)
+    # One CPU thread gives the same numbers on any number of cores; on a busy machine more are
+    # slower, because they synchronise after every small operation.
+    torch.set_num_threads(1)
     start = time.perf_counter()
     corpus = build_corpus(settings)
     reference, losses = train_reference(corpus, settings)
@@ -65,8 +67,9 @@ def run_demo(settings: Settings, out: Path) -> int:
             "parameters": sum(parameter.numel() for parameter in reference.parameters()),
         },
     }
-    run = {"ppo": ppo, "distill": distill}[settings.algorithm]
-    text, files = run(reference, corpus, settings, numbers)
+    text, files = (distill if settings.algorithm == "distill" else ppo)(
+        reference, corpus, settings, numbers
+    )
     numbers["seconds"] = time.perf_counter() - start
     files |= {"report.txt": (text + "\n").encode(), "report.json": json_text(numbers).encode()}
     for name, content in files.items():
@@ -97,30 +100,42 @@ def ppo(
     `numbers`.
 
     The files are curves.png, the monitors' no-penalty.jsonl and with-penalty.jsonl, and with
-    settings.save_models the models.
+    settings.save_models the models, and a text that none was trained on.
     """
-    runs, files, drawn = {}, {}, {}
+    # The KL reacts to beta many steps later; the derivative term prevents overshoot.
+    steered = PIDBeta(settings.initial_beta, settings.target_kl, kp=0.4, ki=0.03, kd=1.5)
+    penalised = steered if settings.beta is None else FixedBeta(settings.beta)
+    policies, files, drawn = {"reference": reference}, {}, {}
+    numbers |= {"series": {}, "monitor": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for name, beta in zip(STEMS, (FixedBeta(0.0), choose_beta(settings)), strict=True):
+        for name, beta in zip(STEMS, (FixedBeta(0.0), penalised), strict=True):
             jsonl = Path(folder, f"{STEMS[name]}.jsonl")
-            runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", jsonl)
+            policies[name], series, summary = fine_tune(
+                reference, corpus, beta, settings, f"policy {name}", jsonl
+            )
             files[jsonl.name], drawn[name] = jsonl.read_bytes(), read_run(jsonl)
-    policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
-    stages = progress(policies.items(), "samples of each policy")
-    numbers |= {
-        "series": {name: run.series for name, run in runs.items()},
-        "monitor": {name: watched(run.series, run.summary) for name, run in runs.items()},
-        "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
-    }
-    levels = {
-        "reward": {"reference": numbers["final"]["reference"]["reward"]},
-        "kl/mean": {"target": settings.target_kl} if settings.beta is None else {},
+            numbers["series"][name], numbers["monitor"][name] = series, watched(series, summary)
+    numbers["final"] = {
+        name: evaluate(policy, reference, corpus, settings)
+        for name, policy in progress(policies.items(), "samples of each policy")
     }
     files["curves.png"] = picture(
-        drawn, "PPO on a reward that can be hacked", watch(numbers, settings), levels
+        drawn,
+        "PPO on a reward that can be hacked",
+        watch(numbers, settings),
+        levels={
+            "reward": {"reference": numbers["final"]["reference"]["reward"]},
+            "kl/mean": {"target": settings.target_kl} if settings.beta is None else {},
+        },
     )
     if settings.save_models:
-        files |= model_files(policies, corpus, settings)
+        text = corpus.text(corpus.held_out[:HELD_OUT_TOKENS]).replace(END_OF_FILE, "\n")
+        files["models/held-out.txt"] = text.encode()
+        files |= {
+            f"models/{STEMS.get(name, name)}/{part}": content
+            for name, policy in policies.items()
+            for part, content in checkpoint_files(policy, corpus, settings).items()
+        }
     return report(numbers, settings), files
 
 
@@ -160,18 +175,6 @@ def evaluate(
         "distinct": sum(row.unique().numel() for row in response) / response.numel(),
         "samples": [(corpus.text(row[:-length]), corpus.text(row[-length:])) for row in tokens[:4]],
     }
-
-
-def model_files(
-    policies: dict[str, LanguageModel], corpus: Corpus, settings: Settings
-) -> dict[str, bytes]:
-    """Return checkpoints and a text that none was trained on, by their paths."""
-    text = corpus.text(corpus.held_out[:HELD_OUT_TOKENS]).replace(END_OF_FILE, "\n")
-    files = {"models/held-out.txt": text.encode()}
-    for name, policy in policies.items():
-        for part, content in checkpoint_files(policy, corpus, settings).items():
-            files[f"models/{STEMS.get(name, name)}/{part}"] = content
-    return files
 
 
 def report(numbers: Figures, settings: Settings) -> str:

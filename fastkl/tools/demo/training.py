@@ -5,7 +5,6 @@ It maximises the reward minus beta times KL(policy‖reference) per token.
 
 import copy
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +17,6 @@ from . import Settings
 from .corpus import Corpus, windows
 from .model import LanguageModel, sample
 
-Beta = FixedBeta | PIDBeta
-
-
-def choose_beta(settings: Settings) -> Beta:
-    """Return the penalty's weight: fixed, or steered to the target."""
-    if settings.beta is not None:
-        return FixedBeta(settings.beta)
-    kp, ki, kd = settings.gains
-    return PIDBeta(settings.initial_beta, settings.target_kl, unit="token", kp=kp, ki=ki, kd=kd)
-
 
 def advantages_of(rewards: Tensor, discount: float) -> Tensor:
     """Return the discounted reward from each token on, less its mean over the batch; [B, T]."""
@@ -37,23 +26,16 @@ def advantages_of(rewards: Tensor, discount: float) -> Tensor:
     return returns - returns.mean(0)
 
 
-class FineTuned(NamedTuple):
-    """A policy, the monitor's figures, each a number per step, and its summary of the run."""
-
-    policy: LanguageModel
-    series: dict[str, list[float]]
-    summary: dict[str, float]
-
-
 def fine_tune(
     reference: LanguageModel,
     corpus: Corpus,
-    beta: Beta,
+    beta: FixedBeta | PIDBeta,
     settings: Settings,
     title: str,
     jsonl: Path | None = None,
-) -> FineTuned:
-    """Maximise the reward minus beta times the KL, from the reference.
+) -> tuple[LanguageModel, dict[str, list[float]], dict[str, float]]:
+    """Maximise the reward minus beta times the KL, from the reference; return the policy, the
+    monitor's figures, each a number per step, and its summary.
 
     FixedBeta(0) only measures the KL. jsonl: a file for the monitor's figures, a line per step.
     """
@@ -95,5 +77,8 @@ def fine_tune(
         steps.set_postfix_str(
             f"reward {figures['reward']:.3f}, KL {figures['kl/mean']:.3f} nats", refresh=False
         )
-    series = {name: [each[name] for each in history] for name in figures}
-    return FineTuned(policy.eval().requires_grad_(False), series, monitor.summary())
+    return (
+        policy.eval().requires_grad_(False),
+        {name: [each[name] for each in history] for name in figures},
+        monitor.summary(),
+    )
