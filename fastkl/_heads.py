@@ -10,7 +10,7 @@ from . import _checks, _head_checks, _modes, _value_checks, backend
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
-from .parallel import WHOLE, Cut, VocabShard, check_fits, cut_of, hidden_states
+from .parallel import WHOLE, Cut, VocabShard, checked_cut, hidden_states
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
@@ -188,8 +188,7 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
         "pass the same VocabShard to both",
     )
     assert shard is not None
-    check_fits(shard, "weight", len(heads[0].weight))
-    cut = cut_of(shard, len(heads[0].weight))
+    cut = checked_cut(shard, "weight", len(heads[0].weight))
     rows = cut.columns(len(heads[0].weight))
     for model in models:
         if isinstance(model[0], torch.Tensor):

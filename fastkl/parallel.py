@@ -181,30 +181,28 @@ def shards_of(
     return pair
 
 
-def cut_of(shard: VocabShard, own: int) -> Cut:
-    """Return the Cut of a tensor with `own` columns."""
-    group, rank = shard.group, shard.group.rank()
+def cut_of(shard: VocabShard, own: int) -> tuple[Cut, bool]:
+    """Return the Cut of a tensor with `own` columns, and whether rank r's start at r times a width
+    and those of all make a vocabulary, as far as this rank knows.
+    """
+    rank, ranks = shard.group.rank(), shard.group.size()
     width = shard.start // rank if rank else own
-    return Cut(group.group_name, shard.start, shard.vocab_size, width, group.size())
+    fits = shard.start == rank * width and own <= width and width * ranks >= shard.vocab_size
+    return Cut(shard.group.group_name, shard.start, shard.vocab_size, width, ranks), fits
 
 
-def fits(shard: VocabShard, own: int) -> bool:
-    """Return whether rank r's columns may start at r times a width, and all make a vocabulary."""
-    cut = cut_of(shard, own)
-    starts = shard.start == shard.group.rank() * cut.width and own <= cut.width
-    return starts and cut.ranks * cut.width >= cut.vocabulary
-
-
-def check_fits(shard: VocabShard, name: str, own: int) -> None:
-    """Check the shard of tensor `name`, which has `own` columns."""
+def checked_cut(shard: VocabShard, name: str, own: int) -> Cut:
+    """Check the shard of tensor `name`, which has `own` columns, and return its Cut."""
+    cut, fits = cut_of(shard, own)
     _checks.expect(
-        fits(shard, own),
+        fits,
         "shard",
         f"rank r's columns of {name} to start at r times the number of the first rank's, and those "
         f"of all to make the vocabulary of {shard.vocab_size}",
         f"start {shard.start} beside {own} columns on rank {shard.group.rank()}",
         "pass this rank's columns alone, and VocabShard.megatron(group, width, vocab_size)",
     )
+    return cut
 
 
 def prepared(
@@ -217,9 +215,8 @@ def prepared(
         return list(logits.values()), WHOLE
     shards = shards_of(shard, logits)
     if native and isinstance(shard, VocabShard):
-        for name, value in logits.items():
-            check_fits(shard, name, value.shape[-1])
-        return list(logits.values()), cut_of(shard, next(iter(logits.values())).shape[-1])
+        cuts = [checked_cut(shard, name, value.shape[-1]) for name, value in logits.items()]
+        return list(logits.values()), cuts[0]
     whole = _Whole.apply(shards, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
     return list(whole), WHOLE
 
@@ -249,12 +246,12 @@ class _Whole(torch.autograd.Function):
         ctx: Any, shards: list[VocabShard], name: str, *logits: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Compare what the ranks hold, as a gather may not, and gather the columns."""
-        owns = [value.shape[-1] for value in logits]
-        cuts = [cut_of(*each) for each in zip(shards, owns, strict=True)]
+        found = [cut_of(s, value.shape[-1]) for s, value in zip(shards, logits, strict=True)]
+        cuts = [cut for cut, _ in found]
         if not torch.compiler.is_compiling():
             mine = [
-                [value.shape[:-1].numel(), value.itemsize, cut.vocabulary, cut.width, fits(*each)]
-                for value, cut, *each in zip(logits, cuts, shards, owns, strict=True)
+                [value.shape[:-1].numel(), value.itemsize, cut.vocabulary, cut.width, fits]
+                for value, (cut, fits) in zip(logits, found, strict=True)
             ]
             numbers = torch.tensor(mine, device=logits[0].device)
             held = all_gather(numbers, cuts[0].group, cuts[0].ranks).tolist()
