@@ -166,7 +166,9 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
             found, parts = results(function, mine, shard=shard)
             exact_results, gradients = expected(name, backend, label)
         assert count.calls <= 2, what
-        bits = backend == "reference" or equal or label not in NATIVE
+        # Far rows of KL(Q‖P) are fallback rows of a shard alone.
+        exactly = equal and (name, label) != ("far", "stats")
+        bits = backend == "reference" or exactly or label not in NATIVE
         for result, exact in zip(found, exact_results, strict=True):
             if bits:
                 testing.assert_same_bits(result, exact, what)
