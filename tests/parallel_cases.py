@@ -158,7 +158,8 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
     c, own = whole_case(name), columns(shard, width)
     mine = c.on(shard, width)
     for label, function in FUNCTIONS.items():
-        if label not in ("kl", "stats") and (name != "even" or group.size() == 2):
+        wanted = ("kl", "stats") if name in ("even", "far", "small") else ("kl",)
+        if label not in wanted and (name != "even" or group.size() == 2):
             continue
         what = f"{name}, {backend}, {group.size()} ranks, {label}"
         count = Count()

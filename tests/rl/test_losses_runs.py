@@ -156,13 +156,14 @@ def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
 
 
 def test_values_are_not_looked_at() -> None:
-    # Meta tensors have none, backward too; all losses in one graph have the same bits.
+    # Meta tensors have none, backward too; all losses of packed sequences have the same bits in
+    # one graph.
     for given in layouts("meta"):
         losses = every_loss(*given)
         assert losses.dim() == 1 and losses.device.type == "meta"
         torch.autograd.grad(losses.sum(), given[0].logprob)
     compiled = torch.compile(every_loss, backend="eager", fullgraph=True)
-    for given in layouts("cpu"):
+    for given in layouts("cpu")[1:]:
         results = compiled(*given), every_loss(*given)
         testing.assert_same_bits(*results, "losses")
         torch.testing.assert_close(
