@@ -61,6 +61,7 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
         lambda row: p[row, 3].fill_(torch.nan),
         lambda row: q[row, :width].fill_(-torch.inf),
         lambda row: p[row, width:].fill_(-torch.inf),
+        lambda row: q[row, p[row, :width].argmax()].fill_(-torch.inf),
     ]
     for row, kind in zip(range(1, rows), kinds, strict=False):
         kind(row)
@@ -127,8 +128,8 @@ class Count:
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
-    "even": (1024, 256, 9, torch.float32, 0.1, True),
-    "far": (1024, 256, 9, torch.bfloat16, 3.0, True),
+    "even": (1024, 256, 11, torch.float32, 0.1, True),
+    "far": (1024, 256, 11, torch.bfloat16, 3.0, True),
     "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
     "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
     "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
@@ -186,7 +187,9 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
             assert not part[:, own:].any(), what
             held = gradient[:, shard.start : shard.start + own]
             if bits:
-                testing.assert_same_bits(part[:, :own], held, what)
+                # Of an infinite KL some entries are -inf or NaN.
+                both = [torch.where(x.isfinite(), x, torch.nan) for x in (part[:, :own], held)]
+                testing.assert_same_bits(*both, what)
             else:
                 finite = held.isfinite().all(-1)
                 assert bool((finite == part[:, :own].isfinite().all(-1)).all()), what

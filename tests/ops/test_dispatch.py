@@ -291,7 +291,7 @@ def test_python_calls_of_a_step(monkeypatch, step, most) -> None:
 
 
 def test_all_calls_of_a_kl_step(monkeypatch) -> None:
-    """Those in C too: 224 when this was written."""
+    """Calls in C count too: 224 when this was written."""
     pytest.importorskip("triton")
     from fastkl import backend
     from fastkl.kernels import launch

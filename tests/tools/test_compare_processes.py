@@ -17,7 +17,7 @@ from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.compare import measure  # noqa: E402
 
 WORLD = 2
-# What both report of texts that only one of them can use, or none; RANK is a process's own.
+# The reports of both on texts that one of them or none can use; RANK is a process's own.
 WRONG = {
     "latin-RANK.txt": "fastkl compare: error: --text: expected UTF-8 text in a file that can be re",
     "text-RANK.txt": "fastkl compare: error: --text: expected the same text for every process of t",
