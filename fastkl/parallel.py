@@ -22,8 +22,8 @@ class VocabShard:
 
     The tensor [..., width] on rank r of `group` holds columns start … start + width - 1. Those at
     and beyond vocab_size are padding: they are not read, and their gradient is exactly 0. Ranks
-    hold the columns in order; all but the last have the same width. Every rank of the group makes
-    the same call, with the same rows, and gets the same result.
+    hold the columns in order, all as many but for fewer or none on the last ones. Every rank of the
+    group makes the same call, with the same rows, and gets the same result.
 
     Args:
         group: a torch.distributed process group: the tensor-parallel one.
@@ -281,7 +281,7 @@ class _Whole(torch.autograd.Function):
 
 
 def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Return the hidden states of all tokens, whose gradient is that of this rank's columns."""
+    """Return the hidden states of all tokens, whose gradient is summed as hidden_grad says."""
     if shard.hidden_layout == "replicated" and shard.hidden_grad == "partial":
         return hidden
     lengths = [len(hidden)]

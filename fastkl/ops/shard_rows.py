@@ -1,5 +1,6 @@
 """Rows whose vocabulary is split over processes: the kernels' states, and the parts of fallback
-rows, are gathered and merged on every rank. Backward needs no communication.
+rows, are gathered and merged on every rank, and backward needs no communication. For what is not
+merged, all logits are gathered, forward and backward.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
     if args.divergence.kind == "jeffreys":
         outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
-    shard, problem = launch.Shard(*cut[2:]), _problem(own._replace(tokens=None))
+    shard = launch.Shard(cut.vocabulary, cut.width, cut.ranks)
+    problem = _problem(own._replace(tokens=None))
     splits = launch.plan_for(problem, outputs, shard=shard).splits
     states = saved.new_zeros(rows * (splits * launch.STATE.value + 2))
     launch.forward(problem, outputs, saved, shard=shard, state=states)
