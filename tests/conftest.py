@@ -19,8 +19,10 @@ import background
 import pytest
 from _pytest import python
 
-# Inductor's cache does not see a change of an op's fake implementation.
+# Inductor's cache does not see a change of an op's fake implementation. Code without vectors needs
+# no probes of the compiler, which take ten seconds.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # Inductor's build step wants the distutils of setuptools, which must come before anything imports
 # the standard library's.
 with contextlib.suppress(ImportError):
@@ -141,10 +143,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
 
 
-# Start those processes first, the longest before the others. Freeze the objects of the imports, so
-# that no collection of garbage, which tests of memory ask for, visits them.
+# Start those processes first, the longest before the others.
 def pytest_runtestloop(session: pytest.Session) -> None:
-    gc.freeze()
     modules = {getattr(item, "module", None) for item in session.items}
     starts = [m for m in modules if hasattr(m, "start_in_background")]
     if not session.config.option.collectonly:
@@ -161,6 +161,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("FASTKL_REQUIRE_GPU") == "1":
             pytest.fail("FASTKL_REQUIRE_GPU=1, but torch sees no CUDA device")
         pytest.skip("needs a CUDA GPU")
+
+
+# Collections of garbage, which `fastkl compare` and tests of memory ask for, visit what a module's
+# tests made alone.
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    gc.freeze()
 
 
 # Drop compiled code of other tests, which counts towards the limit of recompilations.

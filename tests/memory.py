@@ -13,6 +13,7 @@ import torch
 # torch.profiler reports those of torch, inside an op too.
 def allocations(call: Callable) -> dict[str, int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.freeze()  # so that the collection visits the objects of the call alone
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
         gc.collect()  # the interpreter leaves cycles behind

@@ -2,13 +2,18 @@
 call on the whole vocabulary.
 """
 
+import concurrent.futures
 import dataclasses
 import datetime
 import itertools
 import os
+import pathlib
+import sys
+import tempfile
 from collections.abc import Callable
 from unittest import mock
 
+import background
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +34,8 @@ from parallel_cases import (
 
 import fastkl
 from fastkl import parallel, testing
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # ---- from hidden states
 
@@ -336,11 +343,20 @@ def main(rank: int, folder: str) -> None:
     os._exit(0)
 
 
+def run() -> tuple[int, str]:
+    switches = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    return background.run([sys.executable, __file__], ROOT, {**os.environ, **switches})
+
+
+def start_in_background() -> concurrent.futures.Future:
+    return background.submit(run)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-def test_ranks_compute_as_one_process(tmp_path, monkeypatch) -> None:
+def test_ranks_compute_as_one_process() -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    torch.multiprocessing.spawn(main, (str(tmp_path),), nprocs=WORLD)
+    code, output = start_in_background().result()
+    assert code == 0, output[-8000:]
 
 
 @pytest.fixture
@@ -369,3 +385,8 @@ def test_one_graph(one_process) -> None:
         result = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf, given[1])
         testing.assert_same_bits(result, exact, "compiled")
         assert torch.autograd.grad(result.sum(), leaf)[0].shape == leaf.shape
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(main, (folder,), nprocs=WORLD)

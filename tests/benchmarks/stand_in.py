@@ -1,5 +1,6 @@
 # Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory.
 
+import multiprocessing
 import os
 import timeit
 import types
@@ -27,6 +28,11 @@ SECTIONS = {
 }
 
 
+# Processes that start with this module imported.
+READY = multiprocessing.get_context("forkserver")
+READY.set_forkserver_preload(["stand_in", "torch.fx.experimental.symbolic_shapes"])
+
+
 # Put the device in the place of CUDA, in processes too; put: setattr, or monkeypatch's.
 def install(put=setattr):
     def bench(run, warmup=0, rep=0, return_mode=""):
@@ -49,6 +55,7 @@ def install(put=setattr):
     put(testing, "do_bench_cudagraph", bench)
     put(timing, "COPY_BYTES", 2**16)
     put(speed, "DEVICE", "cpu")
+    put(processes, "get_context", lambda _: READY)
     put(speed, "CHILD", partial(processes.Child, install))
     put(speed, "SUITES", SECTIONS)
 
