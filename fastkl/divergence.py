@@ -302,9 +302,8 @@ class Call(NamedTuple):
                 return summed_kl(gradient, summed._replace(divisor=divisor))[0]
         if factor is not None:
             p, q = q, p
-        inputs = RowInputs(p, q, None, mask, *per_token(temperature), "kl", chosen, kind, share)
-        if cut.group:
-            inputs = inputs._replace(**cut._asdict())
+        divided = per_token(temperature)
+        inputs = RowInputs(p, q, None, mask, *divided, "kl", chosen, kind, share, *cut)
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:
             values = factor * values

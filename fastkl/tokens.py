@@ -169,8 +169,9 @@ def token_stats(
         models = [(each.gather(-1, within).double() / divisor, 0.0) for each in both]
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
+    divided = per_token(temperature)
     inputs = RowInputs(
-        logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen, **cut._asdict()
+        logits, ref_logits, tokens, mask, *divided, fields, chosen, "kl", 0.0, *cut
     )
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
@@ -284,9 +285,8 @@ def entropy_from_logits(
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
     (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
-    inputs = RowInputs(
-        logits, None, None, mask, *per_token(temperature), "entropy", chosen, **cut._asdict()
-    )
+    divided = per_token(temperature)
+    inputs = RowInputs(logits, None, None, mask, *divided, "entropy", chosen, "kl", 0.0, *cut)
     entropy: torch.Tensor = row_statistics(inputs)[1]
     return entropy
 
@@ -335,7 +335,7 @@ def selective_log_softmax(
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut._asdict())
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, "kl", 0.0, *cut)
         )[0]
         return logprob
     dtype = result_dtype(logits)

@@ -176,13 +176,15 @@ def forward(
             splits=plan.splits,
             prefetching=plan.prefetching,
             gamma=1.0 - divergence.share,
+            ranks=shard.ranks,
+            stride_rank=0 if state is None else state.stride(0),
         )
         programs = layout.rows * (1 if shard.merges else plan.splits)
-        stride = 0 if state is None else state.stride(0)
-        plan.forward.start(programs, {**arguments, **dict(ranks=shard.ranks, stride_rank=stride)})
+        plan.forward.start(programs, arguments)
         if RUN_FALLBACK and not shard.ranks:
             _start_fallback(plan.fallback, problem, given, fields, share=divergence.share)
         if divergence.forward:
+            del arguments["ranks"], arguments["stride_rank"]
             plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
 
@@ -313,7 +315,8 @@ def backward(
     p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
     if len(fields) == 1:
-        stacked = upstream[fields[0]].to(torch.float32).contiguous()
+        alone = upstream[fields[0]]
+        stacked = (alone if alone.dtype is torch.float32 else alone.float()).contiguous()
     else:
         values = upstream.values()
         stacked = torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])

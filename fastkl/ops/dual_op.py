@@ -11,6 +11,7 @@ functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMod
 
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
@@ -77,6 +78,9 @@ class DualOp(Generic[Outputs]):
         returned: int | None = None,
     ) -> None:
         self._name, self._groups, self._compute = name, groups, compute
+        kinds = [kind for each in groups for kind in get_type_hints(each).values()]
+        at = [i for i, kind in enumerate(kinds) if _SCHEMA[kind].startswith("Tensor")]
+        self._tensors = operator.itemgetter(*at)
         backward, setup_context, rowwise, self._flops = rules
         group = self._group
         self.op = torch.library.custom_op(
@@ -143,7 +147,7 @@ class DualOp(Generic[Outputs]):
             )
             transformed: Callable[..., Outputs] = self._transformed.apply
             return (op if functionalizing else transformed)(*inputs)
-        if not _modes.plain(inputs):
+        if not _modes.plain(self._tensors(inputs)):
             self._tell_flop_counter()
             return op(*inputs)
         if torch.is_grad_enabled():
@@ -156,6 +160,8 @@ class DualOp(Generic[Outputs]):
 
     def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Return the arguments as NamedTuples again."""
+        if len(self._groups) == 1:
+            return (self._groups[0](*inputs),)
         rest = iter(inputs)
         return tuple(
             [kind(*itertools.islice(rest, len(kind._fields))) for kind in self._groups]  # type: ignore[attr-defined]

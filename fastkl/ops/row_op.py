@@ -6,7 +6,6 @@ combination of fields.
 """
 
 import functools
-import itertools
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -29,7 +28,7 @@ class RowInputs(NamedTuple):
     string, separated by commas.
 
     temperatures, unless None, replace temperature. divergence, share: as in fields.Divergence.
-    group to ranks: as in parallel.Cut.
+    group to ranks: the fields of parallel.Cut.
     """
 
     p: Tensor
@@ -95,35 +94,40 @@ def wanted(names: str) -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
+@functools.lru_cache
+def positions(fields: str) -> tuple[int, ...]:
+    """Return where in FIELDS the names of a comma-separated string are."""
+    return tuple([FIELDS.index(name) for name in wanted(fields)])
+
+
 def empty_outputs(p: Tensor, fields: str) -> Outputs:
     """Return an uninitialised tensor for each field and the saved values of logits or hidden states
     p; None for a field that was not requested.
     """
     dtype, device, leading = result_dtype(p), p.device, p.shape[:-1]
-    names, saved = wanted(fields), torch.empty((*leading, SAVED), dtype=dtype, device=device)
-    if not names:
-        return *[None for _ in FIELDS], saved
-    # empty_like takes less than half the time of empty with a shape.
-    first = torch.empty(leading, dtype=dtype, device=device)
-    outputs = [
-        None if name not in names else first if name == names[0] else torch.empty_like(first)
-        for name in FIELDS
-    ]
+    saved = torch.empty((*leading, SAVED), dtype=dtype, device=device)
+    outputs: list[Tensor | None] = [None] * len(FIELDS)
+    if fields:
+        first, *others = positions(fields)
+        outputs[first] = like = torch.empty(leading, dtype=dtype, device=device)
+        for at in others:  # empty_like takes half the time of empty with a shape
+            outputs[at] = torch.empty_like(like)
     return *outputs, saved
 
 
 def _statistics(inputs: RowInputs) -> Outputs:
     """Compute (*FIELDS, saved): requested fields [...], and values [..., SAVED] for backward."""
-    *values, saved = results = empty_outputs(inputs.p, inputs.fields)
+    results = empty_outputs(inputs.p, inputs.fields)
+    saved = results[-1]
     if saved.numel():
+        outputs = {FIELDS[at]: results[at] for at in positions(inputs.fields)}
         if inputs.p.dim() != 2:
-            values = [None if value is None else value.view(-1) for value in values]
-        named = zip(FIELDS, values, strict=True)
-        outputs = {name: value for name, value in named if value is not None}
+            outputs = {name: value.view(-1) for name, value in outputs.items()}
         args = row_args(*inputs[:6], inputs.divergence, inputs.share)
         if inputs.group:
             args = args._replace(cut=Cut.of(inputs))
-        ENGINES[inputs.backend].forward(args, outputs, saved.view(-1, SAVED))
+        rows = saved if saved.dim() == 2 else saved.view(-1, SAVED)
+        ENGINES[inputs.backend].forward(args, outputs, rows)
     return results
 
 
@@ -170,24 +174,19 @@ def mark_constant(ctx: Any, output: Outputs, fields: str, policy: bool, referenc
 
     policy, reference: whether that model needs one.
     """
-    differentiable = _differentiable(fields, policy, reference)
-    # Outputs after the fields have no gradient.
-    constant = [
-        value
-        for value, has_gradient in itertools.zip_longest(output, differentiable, fillvalue=False)
-        if value is not None and not has_gradient
-    ]
-    ctx.mark_non_differentiable(*constant)
+    constant = [output[at] for at in _constant(len(output), fields, policy, reference)]
+    ctx.mark_non_differentiable(*[value for value in constant if value is not None])
     ctx.set_materialize_grads(False)
 
 
 @functools.lru_cache
-def _differentiable(fields: str, policy: bool, reference: bool) -> tuple[bool, ...]:
-    """Return for each of FIELDS whether it was requested and a model that it depends on needs a
-    gradient.
+def _constant(outputs: int, fields: str, policy: bool, reference: bool) -> tuple[int, ...]:
+    """Return the positions of outputs without gradient: those after the fields, fields that were
+    not requested, and those that depend on no model that needs one.
     """
     moved = {*(POLICY_FIELDS if policy else ()), *(REFERENCE_FIELDS if reference else ())}
-    return tuple(name in moved.intersection(wanted(fields)) for name in FIELDS)
+    moving = {at for at in positions(fields) if FIELDS[at] in moved}
+    return tuple([at for at in range(outputs) if at not in moving])
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:

@@ -61,7 +61,7 @@ TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 # Every kernel for sm_90 but those of a temperature ratio, and some of the divergences beside the
 # KL; forward also misaligned and in float32, where its loops are others; for the other
-# architectures, and of another Triton, one of each kind. The command measures the whole plan.
+# architectures one of each kind. The command measures the whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
@@ -73,21 +73,14 @@ KINDS += ["token_stats.forward", "token_stats.fallback"]
 FAMILY = ("js.forward", "js.backward_p", "renyi.forward", "total_variation.forward", "topk.outside")
 
 
-every, *architectures = sys.argv[1:]
-
-
 def chosen_for_sm_90(name):
-    if every == "False":
-        return name in FAMILY
     return name in FAMILY or (name.startswith(("kl", "token")) and not name.endswith("ratio"))
 
 
 chosen = [
     case
-    for case in static_costs.cases(plan, architectures)
-    if every == "True"
-    and case[0].name == "kl_divergence.forward"
-    and case[1] in ("sm_90", "gfx942")
+    for case in static_costs.cases(plan, sys.argv[1:])
+    if case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
     or case[2:] == ("bf16", True)
     and (case[0].name in KINDS or (case[1] == "sm_90" and chosen_for_sm_90(case[0].name)))
 ]
@@ -95,18 +88,18 @@ print(json.dumps({**static_costs.collect(chosen), "triton": static_costs.triton.
 """
 
 
-def run(folder, every, architectures):
+def run(folder, architectures):
     paths = filter(None, [folder, ROOT, os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-c", COLLECT, str(every), *architectures]
+    command = [sys.executable, "-W", "ignore", "-c", COLLECT, *architectures]
     return background.run(command, ROOT, environment)
 
 
 def start_in_background():
     architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
     return {
-        name: background.submit(run, folder, name == "installed", architectures[name])
+        name: background.submit(run, folder, architectures[name])
         for name, folder in TRITONS.items()
     }
 
