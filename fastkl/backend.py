@@ -92,7 +92,7 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
                 f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; "
                 f"call .contiguous()"
             )
-    return tuple(dict.fromkeys(problems))
+    return tuple(dict.fromkeys(problems)) if problems else ()
 
 
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:

@@ -303,7 +303,7 @@ class Call(NamedTuple):
         if factor is not None:
             p, q = q, p
         divided = per_token(temperature)
-        inputs = RowInputs(p, q, None, mask, *divided, "kl", chosen, kind, share, *cut)
+        inputs = RowInputs(p, q, None, mask, *divided, "kl", chosen, kind, share, **cut.fields)
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:
             values = factor * values

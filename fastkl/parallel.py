@@ -131,6 +131,11 @@ class Cut(NamedTuple):
         """Return the Cut among an op's arguments."""
         return cls(inputs.group, inputs.start, inputs.vocabulary, inputs.width, inputs.ranks)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields by name as an op's arguments have them, none without a group."""
+        return self._asdict() if self.group else {}
+
     def columns(self, own: int) -> int:
         """Return how many of a tensor's `own` columns are no padding."""
         return min(max(self.vocabulary - self.start, 0), own)

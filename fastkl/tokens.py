@@ -169,9 +169,8 @@ def token_stats(
         models = [(each.gather(-1, within).double() / divisor, 0.0) for each in both]
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
-    divided = per_token(temperature)
     inputs = RowInputs(
-        logits, ref_logits, tokens, mask, *divided, fields, chosen, "kl", 0.0, *cut
+        logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen, **cut.fields
     )
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
@@ -286,7 +285,7 @@ def entropy_from_logits(
     chosen = backend.select(logits)
     (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
     divided = per_token(temperature)
-    inputs = RowInputs(logits, None, None, mask, *divided, "entropy", chosen, "kl", 0.0, *cut)
+    inputs = RowInputs(logits, None, None, mask, *divided, "entropy", chosen, **cut.fields)
     entropy: torch.Tensor = row_statistics(inputs)[1]
     return entropy
 
@@ -327,15 +326,16 @@ def selective_log_softmax(
         logits.device,
         "index",
     )
-    chosen, ids = backend.select(logits), index.long()
-    (logits,), cut = prepared(shard, chosen == "triton" and not several, {"logits": logits})
+    chosen, ids, cut = backend.select(logits), index.long(), WHOLE
+    if shard is not None:
+        (logits,), cut = prepared(shard, chosen == "triton" and not several, {"logits": logits})
     vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, "kl", 0.0, *cut)
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.fields)
         )[0]
         return logprob
     dtype = result_dtype(logits)

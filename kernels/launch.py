@@ -176,15 +176,13 @@ def forward(
             splits=plan.splits,
             prefetching=plan.prefetching,
             gamma=1.0 - divergence.share,
-            ranks=shard.ranks,
-            stride_rank=0 if state is None else state.stride(0),
         )
         programs = layout.rows * (1 if shard.merges else plan.splits)
-        plan.forward.start(programs, arguments)
+        stride = 0 if state is None else state.stride(0)
+        plan.forward.start(programs, {**arguments, "ranks": shard.ranks, "stride_rank": stride})
         if RUN_FALLBACK and not shard.ranks:
             _start_fallback(plan.fallback, problem, given, fields, share=divergence.share)
         if divergence.forward:
-            del arguments["ranks"], arguments["stride_rank"]
             plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
 
@@ -314,12 +312,12 @@ def backward(
     """
     p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
-    if len(fields) == 1:
-        alone = upstream[fields[0]]
-        stacked = (alone if alone.dtype is torch.float32 else alone.float()).contiguous()
-    else:
-        values = upstream.values()
-        stacked = torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
+    first, *others = upstream.values()
+    stacked = first.float().contiguous()
+    if others:
+        stacked = torch.stack(
+            [v if v.dtype is torch.float32 else v.float() for v in upstream.values()]
+        )
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)

@@ -1,5 +1,6 @@
 """Gradients of rows on a CPU from the values that cpu_rows.statistics saved."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from .fields import POLICY_FIELDS, REFERENCE_FIELDS
 # Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
 # 100,000 entries its sums are off by 1e-5.
 SHORT = 4096
-# Bytes that LentMemory may allocate for the last rows; more if a twelfth of the gradient, or a row,
-# is more.
-OWN_BYTES = 1 << 18
+# Bytes that LentMemory may allocate for the last rows; more if a fourteenth of the gradient, or a
+# row, is more.
+OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
@@ -41,46 +42,51 @@ class LentMemory:
     """Scratch memory borrowed from gradient rows that are not written yet; the last rows get memory
     of their own.
 
-    room: buffers for the rows that rows_from allows. own_room: for any own_rows rows. separate:
-    whether the gradient's storage is not that of the logits.
+    separate: whether the gradient's storage is not that of the logits.
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # Bytes of a row's d, its products and, for 16-bit logits, its softmax, in float32.
-        row = (8 if grad.dtype == torch.float32 else 12) * grad.shape[1]
-        self._grad, self._lent_rows, self._step = grad, 0, 2 * step
-        self.room = self.own_room = Room(0, p.device)
+        # A row's d, its products and, for 16-bit logits, its softmax, in float32.
+        self._buffers = 2 if grad.dtype == torch.float32 else 3
+        row = 4 * self._buffers * grad.shape[1]
+        self._rows, self._vocabulary, self._step = *grad.shape, 2 * step
+        self._own_room = Room(0, p.device)
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
         self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
         self._gradient_rows = row // (grad.shape[1] * grad.element_size())
-        self.own_rows = max(1, min(2 * step, max(grad.nbytes // 12, OWN_BYTES) // row))
-
-    def rows_from(self, start: int) -> int:
-        """Return the number of rows to compute from row `start` on, and set `room` for them."""
-        count = 0
         if self._lends:
-            count = min(self._step, (len(self._grad) - start - 1) // (1 + self._gradient_rows))
-        if count <= self.own_rows:
-            self.room = self.own_room
-            return self.own_rows
-        if count != self._lent_rows:
-            memory = self._grad.view(-1)
-            memory = memory[
-                (memory.numel() - count * self._gradient_rows * self._grad.shape[1]) // 2 * 2 :
-            ]
-            self.room = Room(
-                0, self._grad.device, memory[: memory.numel() // 2 * 2].view(torch.float32)
-            )
-            self._lent_rows = count
-        return count
+            # An odd last entry of a 16-bit gradient is left out.
+            even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
+            self._memory = even.view(torch.float32)
+        self._own_rows = max(1, min(2 * step, max(grad.nbytes // 14, OWN_BYTES) // row))
+
+    def blocks(self, begin: int, rows: int, lends: bool) -> Iterator[tuple[slice, Room]]:
+        """Cut so many rows from row `begin` on into blocks, counted from there, each with buffers.
+
+        lends: whether the gradient's rows behind a block are free.
+        """
+        start, room, lent = 0, self._own_room, 0
+        while start < rows:
+            count = 0
+            if lends and self._lends:
+                free = self._rows - begin - start - 1
+                count = min(self._step, free // (1 + self._gradient_rows))
+            if count <= self._own_rows:
+                count, room, lent = self._own_rows, self._own_room, 0
+            elif count != lent:
+                entries, lent = count * self._vocabulary, count
+                memory = self._memory[self._memory.numel() - self._buffers * entries :]
+                room = Room(0, memory.device, memory.view(self._buffers, entries).unbind())
+            yield slice(start, min(start + count, rows)), room
+            start += count
 
 
 def kl_and_gradient(
     block: Block, factor: torch.Tensor, grad: torch.Tensor, room: Room, keep_grad: bool
 ) -> tuple[KLRows, torch.Tensor, Block]:
     """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the
-    gradient to P if factor is -s·upstream.
+    gradient to P if factor [k, 1] is -s·upstream.
 
     Bit-identical to `statistics` then `gradients`, with one softmax fewer. Returns also the numbers
     of the fallback rows, for which float32 does not suffice, and copies of them. keep_grad: grad
@@ -92,18 +98,18 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    fallback = WHOLE if result.all_valid() else (~result.valid()).nonzero()[:, 0]
-    copies = block.part(fallback) if len(fallback) else block
+    fallback = WHOLE if result.all_valid() else (~result.valid())[:, 0].nonzero()[:, 0]
+    copies = block.part(fallback) if fallback.numel() else block
     _about_mean(room("d", e.shape), e, result.weight, room)
-    _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)
+    _write(e, factor / result.weight, grad, None, None)
     return result, fallback, copies
 
 
 def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, room: Room) -> None:
     """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
     if d.shape[1] > SHORT:
-        torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight).unsqueeze(-1)), e, out=e)
-    elif len(d) > 1 or torch.get_num_threads() == 1:
+        torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight)), e, out=e)
+    elif d.shape[0] > 1 or torch.get_num_threads() == 1:
         torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
     else:  # torch splits a lone row's sum across threads
         e.copy_(
@@ -214,10 +220,10 @@ def _kl_gradients(
     if not is_one(scale):
         d.mul_(scale)
     weight = row_sum(softmax(x, scale, e))
-    factor = factor / weight[:, None]
+    factor = factor / weight
     if grad_q is not None:
         q_minus_p = room("q - p", x.shape)  # times weight
-        torch.sub(d, dot(e, d, q_minus_p)[:, None] + kl, out=q_minus_p).expm1_().mul_(e)
+        torch.sub(d, dot(e, d, q_minus_p) + kl, out=q_minus_p).expm1_().mul_(e)
         _write(q_minus_p, factor, grad_q, None, None)
     if grad_p is not None:
         _about_mean(d, e, weight, room)

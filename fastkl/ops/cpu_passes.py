@@ -30,14 +30,13 @@ class Block(NamedTuple):
 class Room:
     """Float32 buffers by name, each as large as the largest shape requested.
 
-    elements: entries per block, for the caller. memory: a vector from which buffers are taken until
-    it is used up.
+    elements: entries per block, for the caller. vectors: memory for the first buffers.
     """
 
     def __init__(
-        self, elements: int, device: torch.device, memory: torch.Tensor | None = None
+        self, elements: int, device: torch.device, vectors: Sequence[torch.Tensor] = ()
     ) -> None:
-        self.elements, self._device, self._memory = elements, device, memory
+        self.elements, self._device, self._vectors = elements, device, list(vectors)
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
@@ -47,27 +46,28 @@ class Room:
             buffer, size = self._buffers.get(name), shape[0] * shape[1]
             if buffer is None or buffer.numel() < size:
                 buffer = self._buffers[name] = self._take(size)
-            view = self._views[name] = buffer[:size].view(shape)
+            if buffer.numel() > size:
+                buffer = buffer[:size]
+            view = self._views[name] = buffer.view(shape)
         return view
 
     def _take(self, size: int) -> torch.Tensor:
-        if self._memory is None or self._memory.numel() < size:
-            return torch.empty(size, dtype=torch.float32, device=self._device)
-        taken, self._memory = self._memory[:size], self._memory[size:]
-        return taken
+        if self._vectors and self._vectors[-1].numel() >= size:
+            return self._vectors.pop()
+        return torch.empty(size, dtype=torch.float32, device=self._device)
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum rows [k, V] to [k], each in the same order for any k: torch splits a lone row's sum
+    """Sum rows [k, V] to [k, 1], each in the same order for any k: torch splits a lone row's sum
     across threads.
     """
     if values.shape[0] == 1 and torch.get_num_threads() > 1:
-        return values.expand(2, -1).sum(-1)[:1]
-    return values.sum(-1)
+        return values.expand(2, -1).sum(-1, True)[:1]
+    return values.sum(-1, True)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Compute Σ a·b of each row, [k]; the products go to `out`."""
+    """Compute Σ a·b of each row, [k, 1]; the products go to `out`."""
     return row_sum(torch.mul(a, b, out=out))
 
 

@@ -54,7 +54,7 @@ def takes_whole_rows(logits: torch.Tensor) -> bool:
 
 
 class _Sums(NamedTuple):
-    """Sums and extremes of each row, [k]; None if not requested.
+    """Sums and extremes of each row, [k, 1]; None if not requested.
 
     e is a softmax: weight = Σ e, largest = max e, Σ exp((x - top)·s) = weight/largest.
     """
@@ -87,29 +87,26 @@ def statistics(
     if fields == {"kl"} and takes_whole_rows(block.x):
         saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
         saved[:, KIND] = LEAN
-        kl, valid = [], []
-        for first, part in zip(range(0, rows, step), parts, strict=True):
-            result = kl_only(part, room("e", part.x.shape), room)
-            result.save(saved.unbind(-1), slice(first, first + step))
-            kl.append(result.kl)
-            valid.append(result.valid())
-        return {"kl": torch.cat(kl)}, saved, torch.cat(valid)
+        found = [kl_only(part, room("e", part.x.shape), room) for part in parts]
+        valid = torch.cat([each.valid()[:, 0] for each in found])
+        return {"kl": save(found, saved)}, saved, valid
     both = not fields.isdisjoint(("ref_kl", "ref_logprob", "ref_lse"))
     sums = _joined([_sums(part, "entropy" in fields, both, room) for part in parts])
     saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
-    saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
-    scale = block.scale[:, 0] if isinstance(block.scale, torch.Tensor) else block.scale
-    results, all_valid = {"lse": sums.top * scale + log_sum}, log_sum.isfinite()
+    kept, scale = {TOP: sums.top, LOG_SUM: log_sum}, block.scale
+    results, valid = {"lse": sums.top * scale + log_sum}, log_sum.isfinite()
     if sums.token is not None:
         results["logprob"] = sums.token - log_sum
     if sums.log_mean is not None:
-        mean = sums.log_mean / sums.weight
-        results["entropy"] = log_sum - mean
-        saved[:, LOG_MEAN] = mean
+        kept[LOG_MEAN] = sums.log_mean / sums.weight
+        results["entropy"] = log_sum - kept[LOG_MEAN]
     if block.y is not None:
-        all_valid &= _finish_pair(sums, both, scale, results, saved)
-    return results, saved, all_valid
+        valid &= _finish_pair(sums, both, scale, results, kept)
+    saved[:, KIND] = LEAN
+    for column, value in kept.items():
+        saved[:, column] = value[:, 0]
+    return {name: value[:, 0] for name, value in results.items()}, saved, valid[:, 0]
 
 
 def _joined(parts: list[_Sums]) -> _Sums:
@@ -122,7 +119,7 @@ def _joined(parts: list[_Sums]) -> _Sums:
 
 
 class KLRows(NamedTuple):
-    """Each row's KL, the centre and shift subtracted from y - x, Σ e (weight) and max |d|, [k].
+    """Each row's KL, the centre and shift subtracted from y - x, Σ e (weight) and max |d|, [k, 1].
 
     shift is None if it is 0 in every row, largest_d if all |d| < NEAREST_D.
     """
@@ -134,7 +131,7 @@ class KLRows(NamedTuple):
     largest_d: torch.Tensor | None
 
     def valid(self) -> torch.Tensor:
-        """Return whether float32 suffices for each row, [k]."""
+        """Return whether float32 suffices for each row, [k, 1]."""
         valid = self.kl < LARGEST_KL
         if self.largest_d is not None:
             valid &= self.largest_d < LARGEST_CPU_D
@@ -144,14 +141,19 @@ class KLRows(NamedTuple):
         """Return whether float32 suffices for every row; not computed if all |d| < NEAREST_D."""
         return (self.largest_d is None and self.shift is None) or bool(self.valid().all())
 
-    def save(self, columns: tuple[torch.Tensor, ...], rows: slice) -> None:
-        """Write the values for backward to the rows `rows` of the columns of `saved`, which are 0,
-        and LEAN for KIND.
-        """
-        columns[CENTRE][rows] = self.centre
-        columns[LOG1P_T][rows] = self.kl
-        if self.shift is not None:
-            columns[SHIFT][rows] = self.shift
+
+def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
+    """Write the values for backward of consecutive blocks to `saved`, which is 0, and LEAN for
+    KIND; return the KL of all rows, [k].
+    """
+    kl, centre = (torch.cat(each)[:, 0] for each in zip(*[part[:2] for part in parts], strict=True))
+    saved[:, CENTRE], saved[:, LOG1P_T] = centre, kl
+    shifts = [part.shift for part in parts]
+    if any(shift is not None for shift in shifts):
+        zeros = [torch.zeros_like(part.kl) for part in parts]
+        pairs = zip(shifts, zeros, strict=True)
+        saved[:, SHIFT : SHIFT + 1] = torch.cat([b if a is None else a for a, b in pairs])
+    return kl
 
 
 def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
@@ -175,7 +177,7 @@ def _centre(
     block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Subtract E[y - x] from d = y - x and multiply by the scale, in place; return that mean as a
-    whole number (shift) and the rest (centre), [k].
+    whole number (shift) and the rest (centre), [k, 1].
     """
     assert block.y is not None
     work, shift = room("work", d.shape), None
@@ -183,9 +185,9 @@ def _centre(
     if not _largest(centre) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
         x = wide(block.x, room("x", d.shape))
-        difference(block.y, x, x.amax(-1, keepdim=True), shift[:, None], room)
+        difference(block.y, x, x.amax(-1, keepdim=True), shift, room)
         centre = torch.where(shift == 0, centre, dot(e, d, work) / weight)
-    d.sub_(centre.unsqueeze(-1))
+    d.sub_(centre)
     if not is_one(block.scale):
         d.mul_(block.scale)
     return shift, centre
@@ -198,15 +200,15 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     work = room("work", x.shape)
     e = softmax(x, scale, room("e", x.shape), work)
     top = x.amax(-1, keepdim=True)
-    weight, largest, log_mean, token = row_sum(e), e.amax(-1), None, None
+    weight, largest, log_mean, token = row_sum(e), e.amax(-1, keepdim=True), None, None
     if entropy:
         z = work if not is_one(scale) else torch.sub(x, top, out=work)
         log_mean = dot(z.clamp_(min=LOWEST_Z), e, work)
     if tokens is not None:
         tokens = tokens[:, None]
-        token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
+        token = (x.gather(-1, tokens) - top) * scale
     if y is None:
-        return _Sums(top[:, 0], weight, largest, log_mean, token)
+        return _Sums(top, weight, largest, log_mean, token)
     d = difference(y, x, None, None, room)
     shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
@@ -214,16 +216,16 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     if both:
         # Sum Q itself: beside a near-certain token 1 - q needs the digits of that sum.
         wide_y = wide(y, room("part of e", x.shape))
-        y_top = wide_y.amax(-1, keepdim=True)
+        ref_top = wide_y.amax(-1, keepdim=True)
         q = softmax(wide_y, scale, room("part of d", x.shape), work)
-        ref_weight, ref_largest, ref_top = row_sum(q), q.amax(-1), y_top[:, 0]
+        ref_weight, ref_largest = row_sum(q), q.amax(-1, keepdim=True)
         if tokens is not None:
-            ref_token = ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
+            ref_token = (wide_y.gather(-1, tokens) - ref_top) * scale
     largest_d, h, ref_h = _series_sums(e, d, mean, both, room)
     shift, largest_d = (
         torch.zeros_like(centre) if value is None else value for value in (shift, largest_d)
     )
-    of_rows = top[:, 0], weight, largest, log_mean, token
+    of_rows = top, weight, largest, log_mean, token
     of_q = ref_weight, ref_largest, ref_top, ref_token
     return _Sums(*of_rows, shift, centre, mean, largest_d, *of_q, h, ref_h)
 
@@ -237,20 +239,21 @@ def _series_sums(
     """
     work = room("work", d.shape)
     nearest = _largest(d) < NEAREST_D
-    largest_d = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
+    largest_d = None if nearest else torch.maximum(-d.amin(-1, True), d.amax(-1, True))
     h = _series(e, d, H_NEAREST, work)
     ref_h = _series(e, d, REF_H_NEAREST, work) if both else None
     if largest_d is None:
         return largest_d, h, ref_h
     is_near = largest_d < (NEAREST_D if both else NEAR_D)
     for selected, by_series in ((is_near & (largest_d >= NEAREST_D), True), (~is_near, False)):
-        rows = selected.nonzero()[:, 0]
+        rows = selected[:, 0].nonzero()[:, 0]
         if not rows.numel():
             continue
         part_e, part_d, part_work = e, d, work
-        if len(rows) < len(d):
+        if rows.numel() < d.shape[0]:
+            shape = rows.numel(), d.shape[1]
             part_e, part_d, part_work = (
-                room(name, (len(rows), d.shape[1])) for name in ("part of e", "part of d", "work")
+                room(name, shape) for name in ("part of e", "part of d", "work")
             )
             torch.index_select(e, 0, rows, out=part_e)
             torch.index_select(d, 0, rows, out=part_d)
@@ -277,15 +280,17 @@ def _series(
     e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor
 ) -> torch.Tensor:
     """Compute Σ e·d²·(factors[0] + factors[1]·d + …) of each row."""
-    torch.add(_number(factors[-2], d.device), d, alpha=factors[-1], out=work)
-    for factor in factors[-3::-1]:
-        torch.addcmul(_number(factor, d.device), d, work, out=work)
+    first, *others = _numbers(factors, d.device)
+    torch.add(first, d, alpha=factors[-1], out=work)
+    for factor in others:
+        torch.addcmul(factor, d, work, out=work)
     return row_sum(work.mul_(d).mul_(d).mul_(e))
 
 
 @functools.cache
-def _number(value: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+def _numbers(factors: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return all factors but the last as tensors, from the last to the first."""
+    return torch.tensor(factors[-2::-1], dtype=torch.float32, device=device).unbind()
 
 
 def _finish_pair(
@@ -293,10 +298,10 @@ def _finish_pair(
     both: bool,
     scale: torch.Tensor | float,
     results: dict[str, torch.Tensor],
-    saved: torch.Tensor,
+    kept: dict[int, torch.Tensor],
 ) -> torch.Tensor:
-    """Put the fields of both tensors into `results` and `saved`; return whether float32 suffices
-    for each row, [k].
+    """Put the fields of both tensors into `results` and the columns of `saved` into `kept`; return
+    whether float32 suffices for each row, [k, 1].
     """
     assert sums.mean is not None and sums.h is not None and sums.largest_d is not None
     assert sums.shift is not None and sums.centre is not None
@@ -309,26 +314,20 @@ def _finish_pair(
         & (kl < LARGEST_KL)
         & (sums.shift.abs() < LARGEST_CPU_SHIFT)
     )
-    for column, value in (
-        (SHIFT, sums.shift),
-        (CENTRE, sums.centre),
-        (LOG1P_T, log1p_t),
-        (MEAN, mean),
-    ):
-        saved[:, column] = value
+    kept |= {SHIFT: sums.shift, CENTRE: sums.centre, LOG1P_T: log1p_t, MEAN: mean}
     if both:
         assert sums.ref_h is not None
         ref_h = sums.ref_h / sums.weight
         inverse = 1.0 / (1.0 + t)
         ref_kl = results["ref_kl"] = (ref_h * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
-        saved[:, REF_MEAN] = (ref_h + t) * inverse
+        kept[REF_MEAN] = (ref_h + t) * inverse
         valid &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
         assert sums.ref_weight is not None and sums.ref_largest is not None
         assert sums.ref_top is not None
         ref_log_sum = _log_sum(sums.ref_weight, sums.ref_largest)
         results["ref_lse"] = sums.ref_top * scale + ref_log_sum
         if sums.ref_token is not None:
-            results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - ref_log_sum
+            results["ref_logprob"] = kept[REF_LOGPROB] = sums.ref_token - ref_log_sum
     return valid
 
 

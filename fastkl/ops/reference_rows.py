@@ -24,7 +24,8 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
+    most = row_blocks.ROWS_AT_ONCE if args.scaling.none else 0
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, most):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
             _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
@@ -72,35 +73,32 @@ def kl_and_gradient(
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])
-    factors = -weights * (scales[:, 0] if isinstance(scales, torch.Tensor) else scales)
+    factors = -weights[:, None] * scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
-    for rows, x, y in row_blocks.blocks(p, q, mask, True):
+    most = p.numel() if mask is None else row_blocks.ROWS_AT_ONCE
+    for rows, x, y in row_blocks.blocks(p, q, mask, most):
         gathered = isinstance(rows, torch.Tensor)
         # Gathered rows are copies; write their gradients over them.
         grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
-        scale, factor, columns = rows_of(scales, rows), factors[rows], kept.unbind(-1)
-        first = 0
-        while first < x.shape[0]:
-            count, room = memory.own_rows, memory.own_room
-            if not isinstance(rows, torch.Tensor):
-                count, room = memory.rows_from(rows.start + first), memory.room
-            part = slice(first, first + count)
-            block = cpu_passes.Block(x, y, None, scale).part(part)
-            keep = gathered or not memory.separate
+        block = cpu_passes.Block(x, y, None, rows_of(scales, rows))
+        factor, keep = factors[rows], gathered or not memory.separate
+        found, fallbacks = [], []
+        begin = 0 if isinstance(rows, torch.Tensor) else rows.start
+        for part, room in memory.blocks(begin, x.shape[0], not gathered):
             result, fallback, copies = cpu_gradients.kl_and_gradient(
-                block, factor[part], grad[part], room, keep
+                block.part(part), factor[part], grad[part], room, keep
             )
-            values[part] = result.kl
-            result.save(columns, part)
-            if len(fallback):
-                fallback = fallback + first
-                row_temperature = rows_of(rows_of(temperature, rows), fallback)
+            found.append(result)
+            if fallback.numel():
+                at = fallback + part.start
+                row_temperature = rows_of(rows_of(temperature, rows), at)
                 fallback_args = RowArgs(copies.x, copies.y, temperature=row_temperature)
-                values[fallback], kept[fallback], grad[fallback] = _fallback_rows(
-                    fallback_args, weights[rows][fallback], grad.dtype
-                )
-            first = part.stop
+                *results, grad[at] = _fallback_rows(fallback_args, weights[rows][at], grad.dtype)
+                fallbacks.append((at, *results))
+        values[:] = cpu_rows.save(found, kept)
+        for at, *results in fallbacks:
+            values[at], kept[at] = results
         if gathered:
             kl[rows], saved[rows], grad_p[rows] = values, kept, grad.to(grad_p.dtype)
     if mask is not None:
@@ -114,7 +112,7 @@ def outside(
     """Fill `others` as Engine.outside, with 0 for saved."""
     for value in others:
         value.zero_()
-    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
+    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, 0):
         # A column more takes the absent ids.
         padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=reference_dtype)
         padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
@@ -138,7 +136,7 @@ def outside_gradient(
     if not bool(active.all()):
         grad[~active] = 0
     factors = upstream / args.temperature
-    for rows, x, _ in row_blocks.blocks(args.p, None, active, False):
+    for rows, x, _ in row_blocks.blocks(args.p, None, active, 0):
         temperature = rows_of(args.temperature, rows)
         capped = reference.soft_cap(x, args.scaling.softcap).to(result_dtype(x))
         peak, log_sum, factor = (
@@ -243,7 +241,8 @@ def backward(
             grad[~active] = 0
     room = cpu_passes.Room(row_blocks.gradient_elements(p), p.device)
     step = row_blocks.rows_per_block(p)
-    for rows, x, y in row_blocks.blocks(p, args.q, active, unscaled):
+    most = row_blocks.ROWS_AT_ONCE if unscaled else 0
+    for rows, x, y in row_blocks.blocks(p, args.q, active, most):
         block_args = args.at(rows, x, y)
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
         if isinstance(rows, slice) and unscaled and bool(lean.all()):

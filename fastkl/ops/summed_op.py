@@ -64,7 +64,7 @@ def empty_gradient(
         return None
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     together = ENGINES[inputs.backend].computes_together(inputs.args, like)
-    return torch.empty_like(like, device=p.device) if together else None
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device) if together else None
 
 
 class SummedKL(torch.autograd.Function):

@@ -183,9 +183,9 @@ def test_any_default_type(default, request) -> None:
         stats = token_stats(p, torch.zeros(3, dtype=torch.long), q)
         return loss, *torch.autograd.grad(loss, x), fastkl.kl_divergence(p, q), *stats
 
-    cpu_rows._number.cache_clear()
+    cpu_rows._numbers.cache_clear()
     expected = found(torch.float32)
-    cpu_rows._number.cache_clear()
+    cpu_rows._numbers.cache_clear()
     for dtype in (default, torch.float32):
         assert_same(found(dtype), expected, f"{default}, {dtype}")
 
