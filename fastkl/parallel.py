@@ -126,11 +126,6 @@ class Cut(NamedTuple):
     width: int = 0
     ranks: int = 0
 
-    @classmethod
-    def of(cls, inputs: Any) -> Cut:
-        """Return the Cut among an op's arguments."""
-        return cls(inputs.group, inputs.start, inputs.vocabulary, inputs.width, inputs.ranks)
-
     @property
     def fields(self) -> dict[str, Any]:
         """The fields by name as an op's arguments have them, none without a group."""

@@ -1,6 +1,6 @@
 """The vocabulary of row statistics: fields, saved values, and the arguments that each row has."""
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -123,10 +123,11 @@ def row_args(
     mask: torch.Tensor | None,
     temperatures: torch.Tensor | None,
     temperature: float,
-    divergence: str = "kl",
-    share: float = 0.0,
+    others: tuple[Any, ...] = ("kl", 0.0, ""),
 ) -> RowArgs:
-    """Pack arguments of leading shape [...]; temperatures, unless None, replace the number."""
+    """Pack arguments of leading shape [...]; temperatures, unless None, replace the number; others:
+    the fields of a Divergence and of a Cut.
+    """
     if p.dim() != 2:
         tokens, mask, temperatures = flat(tokens), flat(mask), flat(temperatures)
     args = RowArgs(
@@ -136,7 +137,10 @@ def row_args(
         None if mask is None else mask.contiguous(),
         temperature if temperatures is None else temperatures.contiguous(),
     )
-    return args if divergence == "kl" else args._replace(divergence=Divergence(divergence, share))
+    kind, share, group, *places = others
+    if group:
+        args = args._replace(cut=Cut(group, *places))
+    return args if kind == "kl" else args._replace(divergence=Divergence(kind, share))
 
 
 def flat(value: PerRow) -> PerRow:

@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel import Cut
 from .chunks import row_width
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
@@ -36,7 +35,7 @@ class LinearInputs(NamedTuple):
     temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
     place of the second model; with given_first they are P's, and the lm_head's are Q's.
     logits_dtype: the type that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a
-    default. divergence, share: as in fields.Divergence. group to ranks: as in
+    default. divergence, share: as in fields.Divergence. group to ranks: the fields of
     parallel.Cut; weights and given logits are a shard.
     """
 
@@ -75,16 +74,12 @@ class LinearInputs(NamedTuple):
             self.mask,
             self.temperatures,
             self.temperature,
-            self.divergence,
-            self.share,
+            (self.divergence, self.share, *self[-5:]),
         )
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
-        args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
-        if self.group:
-            args = args._replace(cut=Cut.of(self))
         return ChunkedHeads(
             self[:6],
-            args,
+            args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio)),
             ENGINES[self.backend],
             self.logits_dtype,
             self.chunk_size,

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from ..parallel import Cut
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result_dtype, row_args
@@ -52,33 +51,21 @@ class RowInputs(NamedTuple):
 _NO_GRADIENTS = (None,) * 13
 
 
-class RowGradientInputs(NamedTuple):
-    """Arguments of row_gradients: row_statistics', its saved values and the upstream gradients."""
+class RowUpstream(NamedTuple):
+    """Arguments of row_gradients beside RowInputs: the values that row_statistics saved, the
+    upstream gradient of each of FIELDS, and which gradients are requested.
+    """
 
-    p: Tensor
-    q: Tensor | None
-    tokens: Tensor | None
-    mask: Tensor | None
-    temperatures: Tensor | None
     saved: Tensor
-    g_logprob: Tensor | None
-    g_entropy: Tensor | None
-    g_ref_logprob: Tensor | None
-    g_kl: Tensor | None
-    g_ref_kl: Tensor | None
-    g_lse: Tensor | None
-    g_ref_lse: Tensor | None
-    temperature: float
-    wrt_p: bool
-    wrt_q: bool
-    backend: str
-    divergence: str = "kl"
-    share: float = 0.0
-    group: str = ""
-    start: int = 0
-    vocabulary: int = 0
-    width: int = 0
-    ranks: int = 0
+    g_logprob: Tensor | None = None
+    g_entropy: Tensor | None = None
+    g_ref_logprob: Tensor | None = None
+    g_kl: Tensor | None = None
+    g_ref_kl: Tensor | None = None
+    g_lse: Tensor | None = None
+    g_ref_lse: Tensor | None = None
+    wrt_p: bool = False
+    wrt_q: bool = False
 
 
 def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -123,40 +110,35 @@ def _statistics(inputs: RowInputs) -> Outputs:
         outputs = {FIELDS[at]: results[at] for at in positions(inputs.fields)}
         if inputs.p.dim() != 2:
             outputs = {name: value.view(-1) for name, value in outputs.items()}
-        args = row_args(*inputs[:6], inputs.divergence, inputs.share)
-        if inputs.group:
-            args = args._replace(cut=Cut.of(inputs))
-        rows = saved if saved.dim() == 2 else saved.view(-1, SAVED)
-        ENGINES[inputs.backend].forward(args, outputs, rows)
+            saved = saved.view(-1, SAVED)
+        args = row_args(*inputs[:6], inputs[8:])
+        ENGINES[inputs.backend].forward(args, outputs, saved)
     return results
 
 
-def _gradients(inputs: RowGradientInputs) -> Outputs:
+def _gradients(inputs: RowInputs, given: RowUpstream) -> Outputs:
     """Compute (dP, dQ), gradients of the upstream-weighted statistics, contiguous, in the logits'
     types; None if not requested.
     """
-    grads = _fake_gradients(inputs)
+    grads = _fake_gradients(inputs, given)
     p = inputs.p
     if p.numel():
-        named, rows = zip(FIELDS, inputs[6:13], strict=True), grads
+        named, rows = zip(FIELDS, given[1:8], strict=True), grads
         upstream = {name: flat(value) for name, value in named if value is not None}
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
-        args = row_args(*inputs[:5], inputs.temperature, inputs.divergence, inputs.share)
-        if inputs.group:
-            args = args._replace(cut=Cut.of(inputs))
-        saved = inputs.saved
+        args, saved = row_args(*inputs[:6], inputs[8:]), given.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()
         ENGINES[inputs.backend].backward(args, saved, upstream, *rows)
     return grads
 
 
-def _fake_gradients(inputs: RowGradientInputs) -> Outputs:
+def _fake_gradients(inputs: RowInputs, given: RowUpstream) -> Outputs:
     p, q, layout = inputs.p, inputs.q, torch.contiguous_format
     return (
-        torch.empty_like(p, memory_format=layout) if inputs.wrt_p else None,
-        torch.empty_like(q, memory_format=layout) if inputs.wrt_q and q is not None else None,
+        torch.empty_like(p, memory_format=layout) if given.wrt_p else None,
+        torch.empty_like(q, memory_format=layout) if given.wrt_q and q is not None else None,
     )
 
 
@@ -164,7 +146,7 @@ def _save_for_backward(ctx: Any, groups: tuple[RowInputs], output: Outputs) -> N
     (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[4])
     save_tensors(ctx, *inputs[:5], output[-1])
-    ctx.temperature, ctx.options = inputs.temperature, inputs[7:]
+    ctx.options = inputs[5:]
     mark_constant(ctx, output, inputs.fields, *ctx.needs_input_grad[:2])
 
 
@@ -201,10 +183,10 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     wrt_q = wrt_q and (both or ref_logprob is not None or ref_lse is not None)
     if not (wrt_p or wrt_q):
         return None, None, *_NO_GRADIENTS
+    *tensors, saved = ctx.saved_tensors
     grad_p, grad_q = row_gradients(
-        RowGradientInputs._make(
-            [*ctx.saved_tensors, *g_fields, ctx.temperature, wrt_p, wrt_q, *ctx.options]
-        )
+        RowInputs(*tensors, *ctx.options),
+        RowUpstream._make([saved, *g_fields, wrt_p, wrt_q]),
     )
     return grad_p if wrt_p else None, grad_q if wrt_q else None, *_NO_GRADIENTS
 
@@ -244,7 +226,7 @@ row_statistics = DualOp(
 )
 row_gradients = DualOp(
     "fastkl::row_gradients",
-    (RowGradientInputs,),
+    (RowInputs, RowUpstream),
     _gradients,
     _fake_gradients,
     outputs=2,

@@ -15,7 +15,7 @@ from .. import _modes, _reduce
 from . import dual_op
 from .engine import ENGINES
 from .fields import SAVED, RowArgs, row_args
-from .row_op import RowGradientInputs, per_token, refuse_forward_mode, row_gradients
+from .row_op import RowInputs, RowUpstream, per_token, refuse_forward_mode, row_gradients
 
 
 class SummedInputs(NamedTuple):
@@ -114,27 +114,9 @@ class SummedKL(torch.autograd.Function):
         *tensors, gradient, factor = ctx.saved_tensors
         if ctx.used or torch.is_grad_enabled() or not _modes.eager(upstream):
             p, q, mask, temperatures, saved = tensors
-            result, _ = row_gradients(
-                RowGradientInputs(
-                    p,
-                    q,
-                    tokens=None,
-                    mask=mask,
-                    temperatures=temperatures,
-                    saved=saved,
-                    g_logprob=None,
-                    g_entropy=None,
-                    g_ref_logprob=None,
-                    g_kl=(upstream * factor).expand(p.shape[:-1]),
-                    g_ref_kl=None,
-                    g_lse=None,
-                    g_ref_lse=None,
-                    temperature=ctx.temperature,
-                    wrt_p=True,
-                    wrt_q=False,
-                    backend=ctx.backend,
-                )
-            )
+            inputs = RowInputs(p, q, None, mask, temperatures, ctx.temperature, "kl", ctx.backend)
+            g_kl = (upstream * factor).expand(p.shape[:-1])
+            result, _ = row_gradients(inputs, RowUpstream(saved, g_kl=g_kl, wrt_p=True))
             return _returned(result)
         ctx.used = True
         # Scale in place: because of ctx.used no later call reads it. `.data` has a version counter

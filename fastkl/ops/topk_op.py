@@ -30,22 +30,16 @@ class CellInputs(NamedTuple):
     dtype: torch.dtype = torch.float64
 
 
-class CellGradientInputs(NamedTuple):
-    """Arguments of cell_gradients: the same, the result and the saved values of cells, and upstream
-    gradients.
+class CellUpstream(NamedTuple):
+    """Arguments of cell_gradients beside CellInputs: the result and the saved values of cells, and
+    upstream gradients.
     """
 
-    logits: Tensor
-    ids: Tensor
-    mask: Tensor | None
-    temperatures: Tensor | None
     log_sum: Tensor
     peak: Tensor
     saved: Tensor
     g_listed: Tensor | None
     g_log_sum: Tensor | None
-    temperature: float
-    backend: str
 
 
 def absent_entries(ids: Tensor, vocabulary: int) -> Tensor:
@@ -144,7 +138,7 @@ def _scale(engine: Engine, args: RowArgs) -> Tensor | float:
     )
 
 
-def _rows(inputs: CellInputs | CellGradientInputs) -> RowArgs:
+def _rows(inputs: CellInputs) -> RowArgs:
     """Return the arguments of all rows."""
     return row_args(inputs.logits, None, None, inputs.mask, inputs.temperatures, inputs.temperature)
 
@@ -183,27 +177,24 @@ def empty_cells(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return listed, log_sum, torch.empty_like(log_sum), saved
 
 
-def _gradients(inputs: CellGradientInputs) -> Tensor:
+def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
-    grad, g_listed, g_log_sum = _fake_gradients(inputs), inputs.g_listed, inputs.g_log_sum
-    if not inputs.log_sum.numel():
+    grad, (log_sum, peak, saved, g_listed, g_log_sum) = _fake_gradients(inputs, given), given
+    if not log_sum.numel():
         return grad.zero_()
-    upstream = (
-        None if g_listed is None else matrix(g_listed),
-        None if g_log_sum is None else flat(g_log_sum),
-    )
+    upstream = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
     fill_cell_gradients(
         ENGINES[inputs.backend],
         _rows(inputs),
         matrix(inputs.ids),
-        Outside(flat(inputs.log_sum), flat(inputs.peak), matrix(inputs.saved)),
+        Outside(flat(log_sum), flat(peak), matrix(saved)),
         upstream,
         grad.view(-1, grad.shape[-1]),
     )
     return grad
 
 
-def _fake_gradients(inputs: CellGradientInputs) -> Tensor:
+def _fake_gradients(inputs: CellInputs, _: CellUpstream) -> Tensor:
     return inputs.logits.new_empty(inputs.logits.shape)
 
 
@@ -211,7 +202,7 @@ def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None
     (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[3])
     save_tensors(ctx, *inputs[:4], *output[1:])
-    ctx.options = inputs.temperature, inputs.backend
+    ctx.options = inputs[4:]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -223,8 +214,10 @@ def _backward(
     if g_listed is None and g_log_sum is None:
         return None, *none
     refuse_forward_mode((g_listed, g_log_sum))
-    inputs = CellGradientInputs._make([*ctx.saved_tensors, g_listed, g_log_sum, *ctx.options])
-    return cell_gradients(inputs), *none
+    *tensors, log_sum, peak, saved = ctx.saved_tensors
+    inputs = CellInputs(*tensors, *ctx.options)
+    given = CellUpstream(log_sum, peak, saved, g_listed, g_log_sum)
+    return cell_gradients(inputs, given), *none
 
 
 cells = DualOp(
@@ -237,7 +230,7 @@ cells = DualOp(
 )
 cell_gradients = DualOp(
     "fastkl::cell_gradients",
-    (CellGradientInputs,),
+    (CellInputs, CellUpstream),
     _gradients,
     _fake_gradients,
     outputs=1,

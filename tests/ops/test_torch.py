@@ -128,8 +128,8 @@ def test_opcheck(implementation, mix, grad) -> None:
         saved, asked = ops.row_statistics(*given)[-1], fields.split(",")
         upstream = [data.upstream[i] if name in asked else None for i, name in enumerate(FIELDS)]
         for wrt in [(True, with_q)] if mix != MIXES[-1] else [(1, 1), (1, 0), (0, 1)]:
-            rest = (saved, *upstream, temperature, *map(bool, wrt), *chosen)
-            torch.library.opcheck(ops.row_gradients.default, (*tensors, *rest))
+            rest = (saved, *upstream, *map(bool, wrt))
+            torch.library.opcheck(ops.row_gradients.default, (*given, *rest))
 
 
 # ---- torch.compile and export
