@@ -155,13 +155,6 @@ def local_or_full(name: str) -> str:
     return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
-def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
-    """Check for None or a float tensor of the leading shape."""
-    if value is not None:
-        what, remedy = "a float tensor, what each token counts", "convert it with .float()"
-        per_row("weights", value, leading, device, FLOAT_TYPES, what, remedy)
-
-
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check for a tensor of another's shape and device, both float64 or neither."""
     if value.shape != other.shape:

@@ -29,7 +29,10 @@ def check(
             f"weights: expected None with reduction='none', got {_checks.type_name(weights)}; "
             "multiply the result instead, or use reduction='sum'"
         )
-    _checks.token_weights(weights, leading, device)
+    if weights is not None:
+        what, remedy = "a float tensor, what each token counts", "convert it with .float()"
+        types = _checks.FLOAT_TYPES
+        _checks.per_row("weights", weights, leading, device, types, what, remedy)
     _checks.normalizer(normalizer, reduction, device)
 
 
@@ -78,26 +81,6 @@ def divisor(
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
     """Return the count, or 1 for 0: the divisor of a mean."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)
-
-
-def token_scales(
-    weights: torch.Tensor | None,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-    mask: torch.Tensor | None,
-    leading: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return weights / normalizer [...] in dtype, for a computation that weights each token before
-    it sums.
-
-    A masked token's entry may be anything, NaN included.
-    """
-    ones = torch.ones((), dtype=dtype, device=device).expand(leading)
-    return (ones if weights is None else weights.to(dtype)) / divisor(
-        reduction, normalizer, mask, leading, dtype
-    )
 
 
 def reduced(

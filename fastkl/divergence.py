@@ -85,9 +85,9 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
-    return _checked(
-        p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard
-    ).of("kl", 0.0, None)
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        "kl", 0.0, None
+    )
 
 
 @takes_dtensors
@@ -127,9 +127,10 @@ def js_divergence(  # noqa: PLR0913
     Source: Lin, Divergence measures based on the Shannon entropy, IEEE Trans. Inf. Theory 37
     (1991); Agarwal et al., On-policy distillation of language models (2024).
     """
-    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard)
     _checks.share("beta", beta)
-    return call.of(*of_name("js", None, beta))
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        *of_name("js", None, beta)
+    )
 
 
 @takes_dtensors
@@ -165,9 +166,9 @@ def skew_kl_divergence(  # noqa: PLR0913
 
     Source: Lee, Measures of distributional similarity (1999); Ko et al., DistiLLM (2024).
     """
-    return _checked(
-        p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard
-    ).of(*of_name("skew_kl", alpha, None))
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        *of_name("skew_kl", alpha, None)
+    )
 
 
 @takes_dtensors
@@ -207,9 +208,9 @@ def renyi_divergence(  # noqa: PLR0913
     Source: Rényi, On measures of entropy and information (1961); van Erven & Harremoës, Rényi
     divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014).
     """
-    return _checked(
-        p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard
-    ).of(*of_name("renyi", alpha, None))
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        *of_name("renyi", alpha, None)
+    )
 
 
 @takes_dtensors
@@ -243,9 +244,9 @@ def total_variation(
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """
-    return _checked(
-        p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard
-    ).of(*of_name("total_variation", None, None))
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        *of_name("total_variation", None, None)
+    )
 
 
 @takes_dtensors
@@ -270,13 +271,13 @@ def jeffreys_divergence(
     Source: Jeffreys, An invariant form for the prior probability in estimation problems, Proc. R.
     Soc. A 186 (1946).
     """
-    return _checked(
-        p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard
-    ).of(*of_name("jeffreys", None, None))
+    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
+        *of_name("jeffreys", None, None)
+    )
 
 
 class Call(NamedTuple):
-    """The checked arguments of a divergence of two logits tensors."""
+    """The arguments that all divergences of two logits tensors have in common."""
 
     p: torch.Tensor
     q: torch.Tensor
@@ -288,8 +289,16 @@ class Call(NamedTuple):
     shard: Shards
 
     def of(self, kind: str, share: float, factor: float | None) -> torch.Tensor:
-        """Compute what of_name describes, per token or reduced."""
+        """Check the arguments and compute what of_name describes, per token or reduced."""
         p, q, mask, temperature, weights, reduction, normalizer, shard = self
+        _checks.logits("p_logits", p, shard is not None)
+        _checks.logits("q_logits", q, shard is not None)
+        if shard is None:
+            _checks.same_shape("q_logits", q, "p_logits", p)
+        leading, device = p.shape[:-1], p.device
+        _checks.temperature(temperature, leading, device)
+        _checks.mask(mask, leading, device)
+        _reduce.check(reduction, weights, normalizer, leading, device)
         chosen, cut = backend.select(p, q), WHOLE
         if shard is not None:
             native = chosen == "triton" and kind in ("kl", "jeffreys")
@@ -298,7 +307,7 @@ class Call(NamedTuple):
             summed = SummedInputs(p, q, mask, temperature, None, 1, chosen)
             gradient = empty_gradient(summed, normalizer)
             if gradient is not None:
-                divisor = _reduce.divisor(reduction, normalizer, mask, p.shape[:-1], torch.float32)
+                divisor = _reduce.divisor(reduction, normalizer, mask, leading, torch.float32)
                 return summed_kl(gradient, summed._replace(divisor=divisor))[0]
         if factor is not None:
             p, q = q, p
@@ -308,28 +317,6 @@ class Call(NamedTuple):
         if factor is not None:
             values = factor * values
         return _reduce.reduced(values, mask, weights, reduction, normalizer)
-
-
-def _checked(
-    p_logits: torch.Tensor,
-    q_logits: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    weights: torch.Tensor | None,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
-    shard: Shards,
-) -> Call:
-    """Check the arguments that all divergences have in common."""
-    _checks.logits("p_logits", p_logits, shard is not None)
-    _checks.logits("q_logits", q_logits, shard is not None)
-    if shard is None:
-        _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
-    leading, device = p_logits.shape[:-1], p_logits.device
-    _checks.temperature(temperature, leading, device)
-    _checks.mask(mask, leading, device)
-    _reduce.check(reduction, weights, normalizer, leading, device)
-    return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard)
 
 
 DIVERGENCES = get_args(DivergenceName)

@@ -210,8 +210,10 @@ def reduced(
         keep = keeps_logits(inputs, recompute)
         values: torch.Tensor = linear_statistics(inputs, StatisticsInputs(None, "kl", keep))[3]
         return values
-    scales = _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device)
-    return weighted_kl(inputs, scales)[0]
+    # A masked token's weight may be anything, NaN included.
+    ones = torch.ones((), dtype=dtype, device=device).expand(leading)
+    divisor = _reduce.divisor(reduction, normalizer, mask, leading, dtype)
+    return weighted_kl(inputs, (ones if weights is None else weights.to(dtype)) / divisor)[0]
 
 
 def weighted_kl(inputs: LinearInputs, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

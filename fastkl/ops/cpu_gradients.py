@@ -98,7 +98,8 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    fallback = WHOLE if result.all_valid() else (~result.valid())[:, 0].nonzero()[:, 0]
+    near = result.largest_d is None and result.shift is None
+    fallback = WHOLE if near else (~result.valid())[:, 0].nonzero()[:, 0]
     copies = block.part(fallback) if fallback.numel() else block
     _about_mean(room("d", e.shape), e, result.weight, room)
     _write(e, factor / result.weight, grad, None, None)

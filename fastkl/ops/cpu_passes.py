@@ -45,16 +45,15 @@ class Room:
         if view is None or view.shape != shape:
             buffer, size = self._buffers.get(name), shape[0] * shape[1]
             if buffer is None or buffer.numel() < size:
-                buffer = self._buffers[name] = self._take(size)
+                if self._vectors and self._vectors[-1].numel() >= size:
+                    buffer = self._vectors.pop()
+                else:
+                    buffer = torch.empty(size, dtype=torch.float32, device=self._device)
+                self._buffers[name] = buffer
             if buffer.numel() > size:
                 buffer = buffer[:size]
             view = self._views[name] = buffer.view(shape)
         return view
-
-    def _take(self, size: int) -> torch.Tensor:
-        if self._vectors and self._vectors[-1].numel() >= size:
-            return self._vectors.pop()
-        return torch.empty(size, dtype=torch.float32, device=self._device)
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:

@@ -87,11 +87,14 @@ def statistics(
     if fields == {"kl"} and takes_whole_rows(block.x):
         saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
         saved[:, KIND] = LEAN
-        found = [kl_only(part, room("e", part.x.shape), room) for part in parts]
-        valid = torch.cat([each.valid()[:, 0] for each in found])
-        return {"kl": save(found, saved)}, saved, valid
+        kl_rows = [kl_only(part, room("e", part.x.shape), room) for part in parts]
+        valid = torch.cat([each.valid()[:, 0] for each in kl_rows])
+        return {"kl": save(kl_rows, saved)}, saved, valid
     both = not fields.isdisjoint(("ref_kl", "ref_logprob", "ref_lse"))
-    sums = _joined([_sums(part, "entropy" in fields, both, room) for part in parts])
+    found = [_sums(part, "entropy" in fields, both, room) for part in parts]
+    sums = _Sums._make(
+        None if column[0] is None else torch.cat(column) for column in zip(*found, strict=True)
+    )
     saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     kept, scale = {TOP: sums.top, LOG_SUM: log_sum}, block.scale
@@ -107,15 +110,6 @@ def statistics(
     for column, value in kept.items():
         saved[:, column] = value[:, 0]
     return {name: value[:, 0] for name, value in results.items()}, saved, valid[:, 0]
-
-
-def _joined(parts: list[_Sums]) -> _Sums:
-    """Concatenate the sums of blocks."""
-    if len(parts) == 1:
-        return parts[0]
-    return _Sums._make(
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    )
 
 
 class KLRows(NamedTuple):
@@ -136,10 +130,6 @@ class KLRows(NamedTuple):
         if self.largest_d is not None:
             valid &= self.largest_d < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
-
-    def all_valid(self) -> bool:
-        """Return whether float32 suffices for every row; not computed if all |d| < NEAREST_D."""
-        return (self.largest_d is None and self.shift is None) or bool(self.valid().all())
 
 
 def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:

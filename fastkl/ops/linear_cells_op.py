@@ -32,6 +32,7 @@ from .row_op import (
     wanted,
 )
 from .topk_op import (
+    CellUpstream,
     absent_entries,
     empty_cells,
     fill_cell_gradients,
@@ -57,17 +58,12 @@ class ListInputs(NamedTuple):
 
 
 class ListGradientInputs(NamedTuple):
-    """Further arguments of linear_cell_gradients: ids, and results of linear_cells (logits: None
-    where they were not kept), upstream gradients, and names as in linear_op.GradientInputs.
+    """Further arguments of linear_cell_gradients, beside CellUpstream: ids, logits of linear_cells
+    (None where they were not kept), and names as in linear_op.GradientInputs.
     """
 
     ids: Tensor
-    log_sum: Tensor
-    peak: Tensor
-    saved: Tensor
     logits: Tensor | None
-    g_listed: Tensor | None
-    g_log_sum: Tensor | None
     wrt: str
     by_rows: bool
 
@@ -97,15 +93,17 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
 
-def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: bool = False) -> Any:
+def _gradients(
+    inputs: LinearInputs, request: ListGradientInputs, given: CellUpstream, overwrite: bool = False
+) -> Outputs:
     """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
     heads, wrt = inputs.heads(None), wanted(request.wrt)
     heads.reuse([request.logits], overwrite)
     ids = heads.taken(matrix(request.ids))
-    per_row = flat(request.log_sum), flat(request.peak), matrix(request.saved)
+    per_row = flat(given.log_sum), flat(given.peak), matrix(given.saved)
     others = Outside._make([heads.taken(value) for value in per_row])
-    g_listed = None if request.g_listed is None else heads.taken(matrix(request.g_listed))
-    g_log_sum = None if request.g_log_sum is None else heads.taken(flat(request.g_log_sum))
+    g_listed = None if given.g_listed is None else heads.taken(matrix(given.g_listed))
+    g_log_sum = None if given.g_log_sum is None else heads.taken(flat(given.g_log_sum))
 
     def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
         upstream = rows_of(g_listed, rows), rows_of(g_log_sum, rows)
@@ -139,7 +137,7 @@ def _forward_flops(inputs: LinearInputs, request: Any) -> int:
     return flops(inputs) // vocabulary * (entries if by_rows else vocabulary)
 
 
-def _backward_flops(inputs: LinearInputs, request: Any) -> int:
+def _backward_flops(inputs: LinearInputs, request: Any, _: CellUpstream) -> int:
     entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
     logits = bool(inputs.softcap) if request.by_rows else request.logits is None
     count = flops(inputs, request.wrt, ("logprob",), logits)
@@ -178,17 +176,8 @@ def _backward(
         logits = None
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
-        ListGradientInputs(
-            ids,
-            log_sum,
-            peak,
-            saved,
-            logits,
-            g_listed,
-            g_log_sum,
-            ",".join(names),
-            ctx.by_rows,
-        ),
+        ListGradientInputs(ids, logits, ",".join(names), ctx.by_rows),
+        CellUpstream(log_sum, peak, saved, g_listed, g_log_sum),
         unobserved=overwriting(ctx, _gradients),
     )
     by_name = dict(zip(SIX, gradients, strict=True))
@@ -208,9 +197,9 @@ linear_cells = DualOp(
 )
 linear_cell_gradients = DualOp(
     "fastkl::linear_cell_gradients",
-    (LinearInputs, ListGradientInputs),
+    (LinearInputs, ListGradientInputs, CellUpstream),
     _gradients,
-    lambda inputs, request: empty_gradients(inputs, request.wrt),
+    lambda inputs, request, _: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),
     rules=Rules(refuse_second_derivative, flops=_backward_flops),
 )

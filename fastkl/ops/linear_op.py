@@ -17,6 +17,7 @@ from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, Scaling, fla
 from .lm_head import ChunkedHeads
 from .row_op import (
     Outputs,
+    RowUpstream,
     Upstream,
     empty_outputs,
     mark_constant,
@@ -122,28 +123,14 @@ class StatisticsInputs(NamedTuple):
 
 
 class GradientInputs(NamedTuple):
-    """Further arguments of linear_gradients: token ids, saved values and logits (or None) from
-    linear_statistics, upstream gradients [...], and the names of the tensors to differentiate by,
-    separated by commas.
+    """Further arguments of linear_gradients, beside RowUpstream: token ids, logits (or None) from
+    linear_statistics, and the names of the tensors to differentiate by, separated by commas.
     """
 
     tokens: Tensor | None
-    saved: Tensor
     logits: Tensor | None
     ref_logits: Tensor | None
-    g_logprob: Tensor | None
-    g_entropy: Tensor | None
-    g_ref_logprob: Tensor | None
-    g_kl: Tensor | None
-    g_ref_kl: Tensor | None
-    g_lse: Tensor | None
-    g_ref_lse: Tensor | None
     wrt: str
-
-    @property
-    def upstream(self) -> dict[str, Tensor]:
-        """The upstream gradients by field, without None."""
-        return {k: g for k, g in zip(FIELDS, self[4:11], strict=True) if g is not None}
 
 
 def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
@@ -171,14 +158,16 @@ def kept_logits(inputs: LinearInputs, keep: bool) -> list[Tensor | None]:
     ]
 
 
-def _gradients(inputs: LinearInputs, request: GradientInputs, overwrite: bool = False) -> Outputs:
+def _gradients(
+    inputs: LinearInputs, request: GradientInputs, given: RowUpstream, overwrite: bool = False
+) -> Outputs:
     """Compute the gradients of the upstream-weighted statistics with respect to the six tensors, in
     their types; None if not requested.
 
     overwrite: gradients may overwrite kept logits, which a custom op (no mutation) must not.
     """
-    upstream = {name: flat(value) for name, value in request.upstream.items()}
-    saved = request.saved.reshape(-1, SAVED).contiguous()
+    upstream = {name: flat(value) for name, value in given.fields.items()}
+    saved = given.saved.reshape(-1, SAVED).contiguous()
     kept, wrt = (request.logits, request.ref_logits), wanted(request.wrt)
     # Hold no heads: they hold the sums, which in_their_types frees.
     found = inputs.heads(request.tokens).backward(saved, upstream, wrt, kept, overwrite)
@@ -285,9 +274,11 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = ref_logits = None
-    found = [tokens, saved, logits, ref_logits, *g_fields, ",".join(names)]
     gradients = linear_gradients(
-        inputs, GradientInputs._make(found), unobserved=overwriting(ctx, _gradients)
+        inputs,
+        GradientInputs(tokens, logits, ref_logits, ",".join(names)),
+        RowUpstream._make([saved, *g_fields, False, False]),
+        unobserved=overwriting(ctx, _gradients),
     )
     by_name = dict(zip(SIX, gradients, strict=True))
     return returned({name: by_name[name] for name in names}, StatisticsInputs)
@@ -330,14 +321,14 @@ linear_statistics = DualOp(
 )
 linear_gradients = DualOp(
     "fastkl::linear_gradients",
-    (LinearInputs, GradientInputs),
+    (LinearInputs, GradientInputs, RowUpstream),
     _gradients,
-    lambda inputs, request: empty_gradients(inputs, request.wrt),
+    lambda inputs, request, _: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),
     rules=Rules(
         refuse_second_derivative,
-        flops=lambda inputs, request: flops(
-            inputs, request.wrt, request.upstream, int(request.logits is None)
+        flops=lambda inputs, request, given: flops(
+            inputs, request.wrt, given.fields, int(request.logits is None)
         ),
     ),
 )

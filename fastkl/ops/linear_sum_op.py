@@ -69,11 +69,6 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     return total, kl, unit, *in_their_types(inputs, gradients, wrt, wide=torch.float16)
 
 
-def _fake_weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
-    total, kl = request.weights.new_empty(()), torch.empty_like(request.weights)
-    return total, kl, total.clone(), *empty_gradients(inputs, request.wrt, wide=torch.float16)
-
-
 def _scaled(inputs: ScaledInputs) -> Tensor:
     """Compute gradient · factor in `dtype`, rounded once: torch would round the factor to a 16-bit
     gradient's type first.
@@ -162,7 +157,12 @@ linear_weighted_kl = DualOp(
     "fastkl::linear_weighted_kl",
     (LinearInputs, SumInputs),
     _weighted_kl,
-    _fake_weighted_kl,
+    lambda inputs, request: (
+        request.weights.new_empty(()),
+        torch.empty_like(request.weights),
+        request.weights.new_empty(()),
+        *empty_gradients(inputs, request.wrt, wide=torch.float16),
+    ),
     outputs=len(SIX) + 3,
     rules=Rules(
         _backward_of_sum,

@@ -24,8 +24,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    most = row_blocks.ROWS_AT_ONCE if args.scaling.none else 0
-    for rows, x, y in row_blocks.blocks(p, args.q, mask, most):
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
             _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
@@ -76,8 +75,7 @@ def kl_and_gradient(
     factors = -weights[:, None] * scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
-    most = p.numel() if mask is None else row_blocks.ROWS_AT_ONCE
-    for rows, x, y in row_blocks.blocks(p, q, mask, most):
+    for rows, x, y in row_blocks.blocks(p, q, mask, True, mask is None):
         gathered = isinstance(rows, torch.Tensor)
         # Gathered rows are copies; write their gradients over them.
         grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
@@ -112,7 +110,7 @@ def outside(
     """Fill `others` as Engine.outside, with 0 for saved."""
     for value in others:
         value.zero_()
-    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, 0):
+    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
         # A column more takes the absent ids.
         padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=reference_dtype)
         padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
@@ -136,7 +134,7 @@ def outside_gradient(
     if not bool(active.all()):
         grad[~active] = 0
     factors = upstream / args.temperature
-    for rows, x, _ in row_blocks.blocks(args.p, None, active, 0):
+    for rows, x, _ in row_blocks.blocks(args.p, None, active, False):
         temperature = rows_of(args.temperature, rows)
         capped = reference.soft_cap(x, args.scaling.softcap).to(result_dtype(x))
         peak, log_sum, factor = (
@@ -241,8 +239,7 @@ def backward(
             grad[~active] = 0
     room = cpu_passes.Room(row_blocks.gradient_elements(p), p.device)
     step = row_blocks.rows_per_block(p)
-    most = row_blocks.ROWS_AT_ONCE if unscaled else 0
-    for rows, x, y in row_blocks.blocks(p, args.q, active, most):
+    for rows, x, y in row_blocks.blocks(p, args.q, active, unscaled):
         block_args = args.at(rows, x, y)
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
         if isinstance(rows, slice) and unscaled and bool(lean.all()):

@@ -67,6 +67,11 @@ class RowUpstream(NamedTuple):
     wrt_p: bool = False
     wrt_q: bool = False
 
+    @property
+    def fields(self) -> dict[str, Tensor]:
+        """The upstream gradients by field, without None."""
+        return {k: g for k, g in zip(FIELDS, self[1:8], strict=True) if g is not None}
+
 
 def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """Return (temperatures, temperature) of RowInputs for a number or a tensor [...]."""

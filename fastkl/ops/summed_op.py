@@ -67,6 +67,10 @@ def empty_gradient(
     return torch.empty(p.shape, dtype=p.dtype, device=p.device) if together else None
 
 
+# The gradients of SummedInputs' fields after p.
+_NO_GRADIENTS = (None,) * 6
+
+
 class SummedKL(torch.autograd.Function):
     """Computes (beta·Σ kl / divisor, kl [...])."""
 
@@ -109,7 +113,7 @@ class SummedKL(torch.autograd.Function):
         at later calls, for create_graph and for batched upstream gradients.
         """
         if upstream is None:
-            return _returned(None)
+            return None, None, *_NO_GRADIENTS
         refuse_forward_mode((upstream,))
         *tensors, gradient, factor = ctx.saved_tensors
         if ctx.used or torch.is_grad_enabled() or not _modes.eager(upstream):
@@ -117,22 +121,17 @@ class SummedKL(torch.autograd.Function):
             inputs = RowInputs(p, q, None, mask, temperatures, ctx.temperature, "kl", ctx.backend)
             g_kl = (upstream * factor).expand(p.shape[:-1])
             result, _ = row_gradients(inputs, RowUpstream(saved, g_kl=g_kl, wrt_p=True))
-            return _returned(result)
+            return None, result, *_NO_GRADIENTS
         ctx.used = True
         # Scale in place: because of ctx.used no later call reads it. `.data` has a version counter
         # of its own, so that changes of x.grad do not invalidate the saved tensor. A saved-tensor
         # hook may return a non-contiguous tensor.
         gradient = gradient.data.contiguous()
         ENGINES[ctx.backend].scale(gradient, upstream)
-        return _returned(gradient)
+        return None, gradient, *_NO_GRADIENTS
 
 
 def summed_kl(gradient: torch.Tensor, inputs: SummedInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (beta·Σ kl / divisor, kl [...]), the first with a gradient to P."""
     apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = SummedKL.apply
     return apply(gradient, *inputs)
-
-
-def _returned(grad_p: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of SummedKL's arguments: of `gradient` and of SummedInputs' fields."""
-    return (None, grad_p, *[None for _ in SummedInputs._fields[1:]])

@@ -150,7 +150,7 @@ def matrix(value: Tensor) -> Tensor:
 
 def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
     """Compute (listed [..., K], *Outside of [...]) as fill_cells."""
-    results = _fake_cells(inputs)
+    results = empty_cells(inputs.logits, inputs.ids)
     if results[1].numel():
         listed, log_sum, peak, saved = results
         others = Outside(log_sum.view(-1), peak.view(-1), saved.view(-1, SAVED))
@@ -165,10 +165,6 @@ def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
     return results
 
 
-def _fake_cells(inputs: CellInputs) -> tuple[Tensor, ...]:
-    return empty_cells(inputs.logits, inputs.ids)
-
-
 def empty_cells(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     """Return uninitialised results of cells for logits or hidden states."""
     listed = torch.empty_like(ids, dtype=torch.float64, memory_format=torch.contiguous_format)
@@ -179,7 +175,8 @@ def empty_cells(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
 
 def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
-    grad, (log_sum, peak, saved, g_listed, g_log_sum) = _fake_gradients(inputs, given), given
+    log_sum, peak, saved, g_listed, g_log_sum = given
+    grad = inputs.logits.new_empty(inputs.logits.shape)
     if not log_sum.numel():
         return grad.zero_()
     upstream = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
@@ -192,10 +189,6 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
         grad.view(-1, grad.shape[-1]),
     )
     return grad
-
-
-def _fake_gradients(inputs: CellInputs, _: CellUpstream) -> Tensor:
-    return inputs.logits.new_empty(inputs.logits.shape)
 
 
 def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None:
@@ -224,7 +217,7 @@ cells = DualOp(
     "fastkl::cells",
     (CellInputs,),
     _cells,
-    _fake_cells,
+    lambda inputs: empty_cells(inputs.logits, inputs.ids),
     outputs=4,
     rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
@@ -232,7 +225,7 @@ cell_gradients = DualOp(
     "fastkl::cell_gradients",
     (CellInputs, CellUpstream),
     _gradients,
-    _fake_gradients,
+    lambda inputs, _: inputs.logits.new_empty(inputs.logits.shape),
     outputs=1,
     rules=Rules(refuse_second_derivative, rowwise=True),
 )
