@@ -31,7 +31,7 @@ __all__ = [
     "peek_interpreter_stack",
 ]
 
-# Types that no subclass or mode can override; any other argument sends the call to the op.
+# Types that no subclass or mode can override; of any other the call is not eager.
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
 

@@ -127,8 +127,8 @@ class Cut(NamedTuple):
     ranks: int = 0
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """The fields by name as an op's arguments have them, none without a group."""
+    def as_arguments(self) -> dict[str, Any]:
+        """The fields by name, as ops take them; none without a group."""
         return self._asdict() if self.group else {}
 
     def columns(self, own: int) -> int:

@@ -170,7 +170,14 @@ def token_stats(
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
     inputs = RowInputs(
-        logits, ref_logits, tokens, mask, *per_token(temperature), fields, chosen, **cut.fields
+        logits,
+        ref_logits,
+        tokens,
+        mask,
+        *per_token(temperature),
+        fields,
+        chosen,
+        **cut.as_arguments,
     )
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
@@ -284,8 +291,10 @@ def entropy_from_logits(
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
     (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
-    divided = per_token(temperature)
-    inputs = RowInputs(logits, None, None, mask, *divided, "entropy", chosen, **cut.fields)
+    temperatures = per_token(temperature)
+    inputs = RowInputs(
+        logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments
+    )
     entropy: torch.Tensor = row_statistics(inputs)[1]
     return entropy
 
@@ -335,7 +344,7 @@ def selective_log_softmax(
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.fields)
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.as_arguments)
         )[0]
         return logprob
     dtype = result_dtype(logits)

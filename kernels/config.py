@@ -148,8 +148,8 @@ LONGEST_SEGMENT = 32768
 
 
 def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
-    """Return the length of a row's segments in forward, near `preferred` but at least V/16; the
-    last may be shorter.
+    """Return the length of a row's segments in forward, near `preferred` but at least V/16 of a V
+    up to 524288; the last may be shorter.
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
     part of it holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, …

@@ -376,7 +376,8 @@ def write_fallback(
                     ),
                 )
         if asked.wrt_p:
-            # An entry without probability has no gradient, even where its logarithm is infinite.
+            # An entry without probability has that of the reverse KL alone, though its logarithm
+            # may be infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
             if reading.tokens:
                 grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)

@@ -271,7 +271,8 @@ def backward_plan(
     the KL, to gradients of these types and addresses with rows `stride` apart.
     """
     case, kind = layout.case, dict(divergence)["KIND"]
-    # Of a divergence beside the KL forward's: with one warp, a tile is checked without a barrier.
+    # Other divergences use forward's configuration: with one warp, a tile is checked without a
+    # barrier.
     chosen = config.select(
         "forward" if kind else "backward", case.arch, layout.p.itemsize, layout.vocabulary
     )
@@ -312,12 +313,11 @@ def backward(
     """
     p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
-    first, *others = upstream.values()
-    stacked = first.float().contiguous()
-    if others:
-        stacked = torch.stack(
-            [v if v.dtype is torch.float32 else v.float() for v in upstream.values()]
-        )
+    values = list(upstream.values())
+    if len(values) == 1:
+        stacked = values[0].float().contiguous()
+    else:
+        stacked = torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)

@@ -259,8 +259,8 @@ def row_backward(  # noqa: PLR0913
             REF_KL to Q each chunk of a row whose saved E_q[d] is too inaccurate reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
-    Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an
-            infinite KL has gradients that are not finite.
+    Special values: an entry with probability 0 has gradient exactly 0, dx that of ref_kl alone; a
+            row with a NaN or with an infinite KL has gradients that are not finite.
     """
     args = Arguments(
         p_ptr, q_ptr, grad_p_ptr, grad_q_ptr, tokens_ptr, saved_ptr, upstream_ptr, mask_ptr,
@@ -345,7 +345,7 @@ def row_divergence_backward(  # noqa: PLR0913
     c10: tl.float32,
     c11: tl.float32,
     c12: tl.float32,
-    c13: tl.float32,  # U's seven coefficients and V's
+    c13: tl.float32,  # seven of the polynomial U, seven of V (divergence_math.py)
     CHUNK: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,

@@ -76,8 +76,8 @@ def row_forward(  # noqa: PLR0913, PLR0915
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     ratio_ptr,  # [N] float32, Q's inverse temperature over P's; any pointer without HAS_RATIO
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
-    state_ptr,  # [N, splits, 8] float32: a row_math.State each; any pointer if splits is 1
-    counter_ptr,  # [N] int32, zeros at first: finished segments; any pointer if splits is 1
+    state_ptr,  # [N, splits, 8] float32: a row_math.State each; any pointer if SPLITS is 1
+    counter_ptr,  # [N] int32, finished segments, at first 0; any pointer if SPLITS is 1
     saved_ptr,  # [N, 10] float32: a row_finish.Saved per row
     logprob_ptr,  # [N] float32, like the six below; any pointer without HAS_TOKENS
     entropy_ptr,  # any pointer without WITH_ENTROPY
@@ -122,9 +122,9 @@ def row_forward(  # noqa: PLR0913, PLR0915
     """Sum one segment of one row; the last program of a row to finish writes the row's results.
 
     Math:   the sums and formulas of row_math.py; defined by reference.row_statistics.
-    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V
-            alone, and states are merged in order: a row's bits depend neither on N nor on which
-            program is last.
+    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V, the
+            logits' type and the GPU's architecture, and states are merged in order: a row's bits
+            depend neither on N nor on which program is last.
     Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; three logits of each per
             segment (COMPENSATED) and the token's; nothing of a masked row.
     Writes: 8 · N · splits float32, read again by the last program; 10 saved values and the fields

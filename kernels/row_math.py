@@ -233,7 +233,7 @@ TOTAL_VARIATION = tl.constexpr(4)
 
 
 # Compile-time. name: one of the five numbers above. small_rest: whether rest, Q's share of the
-# mixture m, is so small that log(m/p) needs a series. lg2: whether the GPU has that instruction.
+# mixture m, is so small that log(m/p) needs a series. lg2: whether the GPU has PTX's lg2.approx.
 Kind = namedtuple("Kind", "name small_rest lg2")
 
 

@@ -199,8 +199,8 @@ def row_outside(  # noqa: PLR0913
     Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
     Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
             per row.
-    Saves:  what backward reads of a policy alone whose vocabulary is the rest: origin - 1, and log2
-            of the sum + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM the
+    Saves:  what backward reads of a policy alone whose vocabulary is the rest: origin - 1, and
+            log2(sum) + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM the
             peak and the marked log_sum, as fallback.save_stats. Zeros otherwise.
     Special values: both results are -inf where no entry is left; the log-sum-exp is NaN where an
             entry is NaN or +inf. A masked row gets zeros.

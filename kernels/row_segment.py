@@ -206,7 +206,8 @@ def spread(z, LANES: tl.constexpr):
 @triton.jit
 def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
     """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
-    over all entries so far, this tile included.
+    over all entries so far, this tile included, or over the tile alone if it outweighs the others
+    eightfold.
     """
     state = state_of(sums, part.shift, want)
     peak = tl.max(tile.x[0], 1)

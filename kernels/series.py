@@ -19,10 +19,11 @@ SMALL_REST = 0.05
 
 
 class Series(NamedTuple):
-    """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of G and
-    K, of total variation R's, and of U and V (divergence_math.py), of the highest power first.
+    """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of the
+    polynomials of divergence_math.py, the highest power first.
 
-    forward: () without a second read; backward: () of the KL.
+    forward: of G and K, or R for total variation; () without a second read. backward: of U and V;
+    () for the KL.
     """
 
     kind: str

@@ -198,12 +198,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Check schema, fake results, autograd and AOT dispatch of each op of one call and its backward.
+# Check schema, fake results and autograd of each op of one call and its backward, and AOT dispatch
+# of forward, which includes that of its backward.
 def check_ops(call) -> list:
     with Calls() as calls:
         call()
     torch.library.opcheck(*calls[0])
-    # Of backward: second derivatives are refused, and the dispatch is in the forward's own check.
+    # Second derivatives are refused.
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for func, args in calls[1:]:
         args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)

@@ -19,10 +19,8 @@ import background
 import pytest
 from _pytest import python
 
-# Inductor's cache does not see a change of an op's fake implementation. Code without vectors needs
-# no probes of the compiler, which take ten seconds.
+# Inductor's cache does not see a change of an op's fake implementation.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # Inductor's build step wants the distutils of setuptools, which must come before anything imports
 # the standard library's.
 with contextlib.suppress(ImportError):
@@ -163,10 +161,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
 
 
-# Collections of garbage, which `fastkl compare` and tests of memory ask for, visit what a module's
-# tests made alone.
+# `fastkl compare` and tests of memory call gc.collect(): leave out what is older than the module.
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections() -> None:
+    gc.collect()
     gc.freeze()
 
 

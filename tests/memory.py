@@ -13,7 +13,8 @@ import torch
 # torch.profiler reports those of torch, inside an op too.
 def allocations(call: Callable) -> dict[str, int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
-    gc.freeze()  # so that the collection visits the objects of the call alone
+    gc.collect()
+    gc.freeze()  # so that the next collection scans the objects of the call, not all older ones
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
         gc.collect()  # the interpreter leaves cycles behind

@@ -312,7 +312,7 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
 
 def main(rank: int, folder: str) -> None:
     # A file instead of a port: nothing to collide with.
-    store, limit = dist.FileStore(f"{folder}/store", WORLD), datetime.timedelta(seconds=120)
+    store, limit = dist.FileStore(f"{folder}/store", WORLD), datetime.timedelta(hours=1)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
     torch.set_num_threads(1)
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]

@@ -46,30 +46,30 @@ class LentMemory:
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # A row's d, its products and, for 16-bit logits, its softmax, in float32.
+        # They hold a row's d, its products and, for 16-bit logits, its softmax, in float32.
         self._buffers = 2 if grad.dtype == torch.float32 else 3
-        row = 4 * self._buffers * grad.shape[1]
+        row_bytes = 4 * self._buffers * grad.shape[1]
         self._rows, self._vocabulary, self._step = *grad.shape, 2 * step
         self._own_room = Room(0, p.device)
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
         self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
-        self._gradient_rows = row // (grad.shape[1] * grad.element_size())
+        self._gradient_rows = row_bytes // (grad.shape[1] * grad.element_size())
         if self._lends:
             # An odd last entry of a 16-bit gradient is left out.
             even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
             self._memory = even.view(torch.float32)
-        self._own_rows = max(1, min(2 * step, max(grad.nbytes // 14, OWN_BYTES) // row))
+        self._own_rows = max(1, min(2 * step, max(grad.nbytes // 14, OWN_BYTES) // row_bytes))
 
-    def blocks(self, begin: int, rows: int, lends: bool) -> Iterator[tuple[slice, Room]]:
-        """Cut so many rows from row `begin` on into blocks, counted from there, each with buffers.
+    def blocks(self, begin: int | None, rows: int) -> Iterator[tuple[slice, Room]]:
+        """Yield (the rows of a block, its buffers) of so many rows, counted from the first.
 
-        lends: whether the gradient's rows behind a block are free.
+        begin: the gradient's row of the first; None for gathered ones, behind which no row is free.
         """
         start, room, lent = 0, self._own_room, 0
         while start < rows:
             count = 0
-            if lends and self._lends:
+            if begin is not None and self._lends:
                 free = self._rows - begin - start - 1
                 count = min(self._step, free // (1 + self._gradient_rows))
             if count <= self._own_rows:

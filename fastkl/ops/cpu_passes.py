@@ -30,7 +30,8 @@ class Block(NamedTuple):
 class Room:
     """Float32 buffers by name, each as large as the largest shape requested.
 
-    elements: entries per block, for the caller. vectors: memory for the first buffers.
+    elements: entries per block, for the caller. vectors: memory that the first buffers take where
+    it is enough.
     """
 
     def __init__(

@@ -133,16 +133,15 @@ class KLRows(NamedTuple):
 
 
 def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
-    """Write the values for backward of consecutive blocks to `saved`, which is 0, and LEAN for
-    KIND; return the KL of all rows, [k].
+    """Write CENTRE, LOG1P_T and SHIFT of consecutive blocks, and return the KL of their rows, [k].
+
+    saved: LEAN as KIND, and 0 elsewhere.
     """
-    kl, centre = (torch.cat(each)[:, 0] for each in zip(*[part[:2] for part in parts], strict=True))
-    saved[:, CENTRE], saved[:, LOG1P_T] = centre, kl
-    shifts = [part.shift for part in parts]
-    if any(shift is not None for shift in shifts):
-        zeros = [torch.zeros_like(part.kl) for part in parts]
-        pairs = zip(shifts, zeros, strict=True)
-        saved[:, SHIFT : SHIFT + 1] = torch.cat([b if a is None else a for a, b in pairs])
+    kl = torch.cat([part.kl for part in parts])[:, 0]
+    saved[:, CENTRE], saved[:, LOG1P_T] = torch.cat([part.centre for part in parts])[:, 0], kl
+    if any(part.shift is not None for part in parts):
+        shifts = [torch.zeros_like(part.kl) if part.shift is None else part.shift for part in parts]
+        saved[:, SHIFT] = torch.cat(shifts)[:, 0]
     return kl
 
 
@@ -279,7 +278,7 @@ def _series(
 
 @functools.cache
 def _numbers(factors: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return all factors but the last as tensors, from the last to the first."""
+    """Return factors[-2], …, factors[0] as tensors."""
     return torch.tensor(factors[-2::-1], dtype=torch.float32, device=device).unbind()
 
 

@@ -79,8 +79,9 @@ class DualOp(Generic[Outputs]):
     ) -> None:
         self._name, self._groups, self._compute = name, groups, compute
         kinds = [kind for each in groups for kind in get_type_hints(each).values()]
-        at = [i for i, kind in enumerate(kinds) if _SCHEMA[kind].startswith("Tensor")]
-        self._tensors = operator.itemgetter(*at)
+        tensors = torch.Tensor, torch.Tensor | None
+        # Of all arguments those that may be tensors, of which every op has several.
+        self._tensors = operator.itemgetter(*[i for i, k in enumerate(kinds) if k in tensors])
         backward, setup_context, rowwise, self._flops = rules
         group = self._group
         self.op = torch.library.custom_op(

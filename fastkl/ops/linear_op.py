@@ -166,7 +166,7 @@ def _gradients(
 
     overwrite: gradients may overwrite kept logits, which a custom op (no mutation) must not.
     """
-    upstream = {name: flat(value) for name, value in given.fields.items()}
+    upstream = {name: flat(value) for name, value in given.by_field.items()}
     saved = given.saved.reshape(-1, SAVED).contiguous()
     kept, wrt = (request.logits, request.ref_logits), wanted(request.wrt)
     # Hold no heads: they hold the sums, which in_their_types frees.
@@ -328,7 +328,7 @@ linear_gradients = DualOp(
     rules=Rules(
         refuse_second_derivative,
         flops=lambda inputs, request, given: flops(
-            inputs, request.wrt, given.fields, int(request.logits is None)
+            inputs, request.wrt, given.by_field, int(request.logits is None)
         ),
     ),
 )

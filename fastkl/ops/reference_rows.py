@@ -24,7 +24,8 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
+    most = row_blocks.ROWS_AT_ONCE
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, most if args.scaling.none else 0):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
             _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
@@ -75,15 +76,17 @@ def kl_and_gradient(
     factors = -weights[:, None] * scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
-    for rows, x, y in row_blocks.blocks(p, q, mask, True, mask is None):
+    # All at once but under a mask, of which a gap would cut them into single blocks.
+    most = p.numel() if mask is None else row_blocks.ROWS_AT_ONCE
+    for rows, x, y in row_blocks.blocks(p, q, mask, most):
         gathered = isinstance(rows, torch.Tensor)
         # Gathered rows are copies; write their gradients over them.
         grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
         block = cpu_passes.Block(x, y, None, rows_of(scales, rows))
         factor, keep = factors[rows], gathered or not memory.separate
         found, fallbacks = [], []
-        begin = 0 if isinstance(rows, torch.Tensor) else rows.start
-        for part, room in memory.blocks(begin, x.shape[0], not gathered):
+        begin = None if isinstance(rows, torch.Tensor) else rows.start
+        for part, room in memory.blocks(begin, x.shape[0]):
             result, fallback, copies = cpu_gradients.kl_and_gradient(
                 block.part(part), factor[part], grad[part], room, keep
             )
@@ -110,7 +113,7 @@ def outside(
     """Fill `others` as Engine.outside, with 0 for saved."""
     for value in others:
         value.zero_()
-    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
+    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, 0):
         # A column more takes the absent ids.
         padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=reference_dtype)
         padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
@@ -134,7 +137,7 @@ def outside_gradient(
     if not bool(active.all()):
         grad[~active] = 0
     factors = upstream / args.temperature
-    for rows, x, _ in row_blocks.blocks(args.p, None, active, False):
+    for rows, x, _ in row_blocks.blocks(args.p, None, active, 0):
         temperature = rows_of(args.temperature, rows)
         capped = reference.soft_cap(x, args.scaling.softcap).to(result_dtype(x))
         peak, log_sum, factor = (
@@ -239,7 +242,8 @@ def backward(
             grad[~active] = 0
     room = cpu_passes.Room(row_blocks.gradient_elements(p), p.device)
     step = row_blocks.rows_per_block(p)
-    for rows, x, y in row_blocks.blocks(p, args.q, active, unscaled):
+    most = row_blocks.ROWS_AT_ONCE if unscaled else 0
+    for rows, x, y in row_blocks.blocks(p, args.q, active, most):
         block_args = args.at(rows, x, y)
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
         if isinstance(rows, slice) and unscaled and bool(lean.all()):

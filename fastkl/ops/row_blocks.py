@@ -45,12 +45,11 @@ def blocks(
     p: torch.Tensor,
     q: torch.Tensor | None,
     mask: torch.Tensor | None,
-    several: bool,
-    every: bool = False,
+    most: int,
     start: int = 0,
 ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield (row numbers, their logits [k, V] of P and of Q) of unmasked rows: a block at a time,
-    several blocks, or with `every` all, if that needs no copy.
+    or up to `most` rows if that needs no copy.
 
     start: the number of the first row.
     """
@@ -63,7 +62,7 @@ def blocks(
         count = p.shape[1:-1].numel()
         for i in range(p.shape[0]):
             y = None if q is None else q[i]
-            yield from blocks(p[i], y, mask, several, every, start + i * count)
+            yield from blocks(p[i], y, mask, most, start + i * count)
         return
     step = rows_per_block(p)
     # On the CPU, whatever the default device: the numbers are read, and become slices.
@@ -72,7 +71,6 @@ def blocks(
         if mask is None
         else mask[start : start + len(x)].nonzero()[:, 0]
     )
-    most = len(x) if every else ROWS_AT_ONCE if several else step
     for part in _runs(rows, max(step, most), step):
         numbers = (
             slice(part.start + start, part.stop + start)

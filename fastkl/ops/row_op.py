@@ -48,12 +48,13 @@ class RowInputs(NamedTuple):
 
 
 # The gradients of RowInputs' fields after p and q.
-_NO_GRADIENTS = (None,) * 13
+_NO_GRADIENTS = (None,) * (len(RowInputs._fields) - 2)
 
 
 class RowUpstream(NamedTuple):
-    """Arguments of row_gradients beside RowInputs: the values that row_statistics saved, the
-    upstream gradient of each of FIELDS, and which gradients are requested.
+    """Further arguments of row_gradients and of linear_gradients: the values that forward saved,
+    and the upstream gradient of each of FIELDS. wrt_p, wrt_q: which gradients are requested, of
+    row_gradients; linear_gradients has `wrt`.
     """
 
     saved: Tensor
@@ -68,7 +69,7 @@ class RowUpstream(NamedTuple):
     wrt_q: bool = False
 
     @property
-    def fields(self) -> dict[str, Tensor]:
+    def by_field(self) -> dict[str, Tensor]:
         """The upstream gradients by field, without None."""
         return {k: g for k, g in zip(FIELDS, self[1:8], strict=True) if g is not None}
 

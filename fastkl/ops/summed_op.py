@@ -68,7 +68,7 @@ def empty_gradient(
 
 
 # The gradients of SummedInputs' fields after p.
-_NO_GRADIENTS = (None,) * 6
+_NO_GRADIENTS = (None,) * (len(SummedInputs._fields) - 1)
 
 
 class SummedKL(torch.autograd.Function):

@@ -31,8 +31,8 @@ class CellInputs(NamedTuple):
 
 
 class CellUpstream(NamedTuple):
-    """Arguments of cell_gradients beside CellInputs: the result and the saved values of cells, and
-    upstream gradients.
+    """Further arguments of cell_gradients and of linear_cell_gradients: the result and the saved
+    values of forward, and upstream gradients.
     """
 
     log_sum: Tensor
@@ -203,7 +203,7 @@ def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None
 def _backward(
     ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * 6
+    none = (None,) * (len(CellInputs._fields) - 1)
     if g_listed is None and g_log_sum is None:
         return None, *none
     refuse_forward_mode((g_listed, g_log_sum))

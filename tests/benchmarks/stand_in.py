@@ -28,9 +28,9 @@ SECTIONS = {
 }
 
 
-# Processes that start with this module imported.
+# Forks processes from one that has imported these and keeps the environment of its start.
 READY = multiprocessing.get_context("forkserver")
-READY.set_forkserver_preload(["stand_in", "torch.fx.experimental.symbolic_shapes"])
+READY.set_forkserver_preload(["triton.testing", "torch.fx.experimental.symbolic_shapes"])
 
 
 # Put the device in the place of CUDA, in processes too; put: setattr, or monkeypatch's.

@@ -125,6 +125,7 @@ WAYS = {
     "call, way, half",
     [
         *itertools.product(CALLS, WAYS, [torch.bfloat16]),
+        *itertools.product(("topk", "support"), ["eager"], [torch.bfloat16]),
         *itertools.product((*CALLS, "topk", "support"), ["eager"], [torch.float16]),
     ],
 )

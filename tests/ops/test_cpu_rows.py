@@ -122,8 +122,14 @@ BLOCKS = [(600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)]
 @pytest.mark.parametrize("count", ["all", "some", "none"])
 @pytest.mark.parametrize("elements, own", BLOCKS)
 def test_together_and_apart(kind, dtype, temperature, count, elements, own, monkeypatch) -> None:
-    """The same bits in blocks of any size, memory of any kind, in place and beside NaN."""
+    """The same bits in blocks of any size, memory of any kind, in place and beside NaN; an odd
+    number of entries, of which the last rows' gradients are borrowed from, in every type.
+    """
     rows = mixed(dtype, temperature)._replace(tokens=None)
+    at = torch.arange(31) % rows.count
+    rows = rows._replace(p=rows.p[at], q=rows.q[at])
+    if temperature == "per row":
+        rows = rows._replace(temperature=rows.temperature[at])
     if kind == "near":
         p, q = testing.pair("normal3", rows.count, V, 0.01, dtype=dtype, seed=5)
         rows = rows._replace(p=p, q=q)
@@ -137,6 +143,8 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
     fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
+    lent = cpu_gradients.LentMemory(rows.p, rows.q, fresh, max(1, elements // V)).blocks(0, 31)
+    assert own > 1 or elements < V or any(part.stop > part.start + 1 for part, _ in lent)
     for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
         for name, value in together(rows._replace(p=x), weights, grad).named().items():
             # Treat all NaNs as equal, and -0 as 0.
