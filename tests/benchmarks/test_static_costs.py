@@ -61,7 +61,8 @@ TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 # Every kernel for sm_90 but those of a temperature ratio, and some of the divergences beside the
 # KL; forward also misaligned and in float32, where its loops are others; for the other
-# architectures one of each kind. The command measures the whole plan.
+# architectures one of each kind; of an older Triton those with limits. The command measures the
+# whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
@@ -77,29 +78,36 @@ def chosen_for_sm_90(name):
     return name in FAMILY or (name.startswith(("kl", "token")) and not name.endswith("ratio"))
 
 
+limited, *architectures = sys.argv[1:]
+limited = {tuple(case) for case in json.loads(limited)}
 chosen = [
     case
-    for case in static_costs.cases(plan, sys.argv[1:])
-    if case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
-    or case[2:] == ("bf16", True)
-    and (case[0].name in KINDS or (case[1] == "sm_90" and chosen_for_sm_90(case[0].name)))
+    for case in static_costs.cases(plan, architectures)
+    if (not limited or (case[0].name, *case[1:]) in limited)
+    and (
+        case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
+        or case[2:] == ("bf16", True)
+        and (case[0].name in KINDS or (case[1] == "sm_90" and chosen_for_sm_90(case[0].name)))
+    )
 ]
 print(json.dumps({**static_costs.collect(chosen), "triton": static_costs.triton.__version__}))
 """
 
 
-def run(folder, architectures):
+def run(folder, limited, architectures):
     paths = filter(None, [folder, ROOT, os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-c", COLLECT, *architectures]
+    command = [sys.executable, "-W", "ignore", "-c", COLLECT, json.dumps(limited), *architectures]
     return background.run(command, ROOT, environment)
 
 
 def start_in_background():
     architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
     return {
-        name: background.submit(run, folder, architectures[name])
+        name: background.submit(
+            run, folder, () if name == "installed" else (*LIMITS,), architectures[name]
+        )
         for name, folder in TRITONS.items()
     }
 
