@@ -299,11 +299,9 @@ def temperature(
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
     """Check the temperature of a module, a number; `elsewhere` takes one per token."""
-    if isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{name}: expected a positive number, got a tensor; call {elsewhere} for a temperature "
-            f"per token"
-        )
+    remedy = f"call {elsewhere} for a temperature per token"
+    number = not isinstance(value, torch.Tensor)
+    expect(number, name, "a positive number", value, remedy, TypeError)
     temperature(value, torch.Size(), torch.device("cpu"), name)
 
 
@@ -361,25 +359,33 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
     """
     if value is None:
         return
-    if not reduction.endswith("mean"):
-        raise ValueError(
-            f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it "
-            f"is for means, use reduction='mean'"
-        )
+    expect(
+        reduction.endswith("mean"),
+        "normalizer",
+        f"None with reduction={reduction!r}",
+        described(value),
+        "it is for means, use reduction='mean'",
+    )
     remedy = "pass the number of tokens (sequences) in all micro-batches, or that / world_size"
     if isinstance(value, torch.Tensor):
         not_sharded("normalizer", value, "how many tokens count", "pass normalizer.full_tensor()")
-        if value.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES) or value.numel() != 1:
-            raise (ValueError if value.numel() != 1 else TypeError)(
-                f"normalizer: expected a number or a tensor of one number, got {type_name(value)} "
-                f"of shape {tuple(value.shape)}; {remedy}"
-            )
+        single = value.numel() == 1
+        expect(
+            single and value.dtype in FLOAT_TYPES + INTEGER_TYPES,
+            "normalizer",
+            "a number or a tensor of one number",
+            value if single else f"{type_name(value)} of shape {tuple(value.shape)}",
+            remedy,
+            TypeError if single else ValueError,
+        )
         not_forward_mode("normalizer", value)
-        if value.device != device:
-            raise ValueError(
-                f"normalizer: expected the device of the other tensors, {device}, got "
-                f"{value.device}; move it with .to()"
-            )
+        expect(
+            value.device == device,
+            "normalizer",
+            f"the device of the other tensors, {device}",
+            value.device,
+            "move it with .to()",
+        )
         if not _modes.readable(value):
             return
         value = value.detach().item() or 1.0  # 0 is right

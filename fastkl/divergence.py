@@ -62,7 +62,8 @@ def kl_divergence(
         shard: the columns that both tensors hold of a vocabulary split over processes, a VocabShard
             or a pair of them, one for each; DTensors need none. Every rank gets the same result. On
             a GPU 32 bytes per row and segment are gathered, in two collectives forward and none
-            backward; on the reference backend, and for a pair, all logits.
+            backward. Other divergences but Jeffreys' gather all logits forward and keep 40 bytes
+            per row; the reference backend, and any for a pair, gather and keep all logits.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -301,8 +302,7 @@ class Call(NamedTuple):
         _reduce.check(reduction, weights, normalizer, leading, device)
         chosen, cut = backend.select(p, q), WHOLE
         if shard is not None:
-            native = chosen == "triton" and kind in ("kl", "jeffreys")
-            (p, q), cut = prepared(shard, native, {"p_logits": p, "q_logits": q})
+            (p, q), cut = prepared(shard, chosen == "triton", {"p_logits": p, "q_logits": q})
         if kind == "kl" and reduction != "none" and weights is None and not cut.group:
             summed = SummedInputs(p, q, mask, temperature, None, 1, chosen)
             gradient = empty_gradient(summed, normalizer)

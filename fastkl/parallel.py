@@ -135,6 +135,12 @@ class Cut(NamedTuple):
         """Return how many of a tensor's `own` columns are no padding."""
         return min(max(self.vocabulary - self.start, 0), own)
 
+    def part(self, whole: torch.Tensor, own: int) -> torch.Tensor:
+        """Return a tensor's `own` columns of [..., V], 0 for padding."""
+        columns = self.columns(own)
+        part = whole[..., self.start : self.start + columns]
+        return torch.nn.functional.pad(part, (0, own - columns))
+
 
 WHOLE = Cut()
 
@@ -263,21 +269,15 @@ class _Whole(torch.autograd.Function):
                 f"{held}: per rank and tensor rows, bytes, vocab_size, width, whether start fits",
                 "pass each rank's own columns, and VocabShard.megatron(group, width, vocab_size)",
             )
-        ctx.places = [(cut, value.shape) for cut, value in zip(cuts, logits, strict=True)]
+        ctx.places = [(cut, value.shape[-1]) for cut, value in zip(cuts, logits, strict=True)]
         ctx.set_materialize_grads(False)
         return tuple(gather_columns(cuts, logits))
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the part of each gradient that belongs to this rank's columns."""
-        grads: list[torch.Tensor | None] = []
-        for value, (cut, shape) in zip(upstream, ctx.places, strict=True):
-            if value is not None:
-                own = cut.columns(shape[-1])
-                value = value[..., cut.start : cut.start + own]
-                value = torch.nn.functional.pad(value, (0, shape[-1] - own))
-            grads.append(value)
-        return None, None, *grads
+        named = zip(upstream, ctx.places, strict=True)
+        return None, None, *[None if g is None else cut.part(g, own) for g, (cut, own) in named]
 
 
 def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:

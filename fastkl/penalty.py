@@ -60,11 +60,14 @@ class _Penalty(torch.nn.Module):
             if isinstance(self._beta, (int, float))
             else getattr(self._beta, "beta", self._beta)
         )
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(
-                f"beta: expected a number or a controller with an attribute `beta`, got "
-                f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
-            )
+        _checks.expect(
+            _checks.is_number(value),
+            "beta",
+            "a number or a controller with an attribute `beta`",
+            value,
+            "for a tensor or numpy scalar pass float(beta)",
+            TypeError,
+        )
         _checks.expect(
             0 <= value <= sys.float_info.max,
             "beta",

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _checks
+
 # Fields of fastkl.TokenStats that `Truth.stats` has.
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
 # Divergences below SMALL_KL: relative and absolute error; from there on: relative error.
@@ -130,7 +132,7 @@ def gradients(
     grad_p, grad_q = zero, zero
     for name, value in upstream.items():
         weight = (value.detach().double().to(p.device) / scale)[..., None]
-        _one_of("upstream", name, FIELDS)
+        _checks.choice("upstream", name, FIELDS)
         to_p, to_q = formulas[name]()
         grad_p = grad_p + _weighted(weight, to_p)
         grad_q = grad_q + _weighted(weight, to_q)
@@ -251,11 +253,6 @@ def bits(value: torch.Tensor) -> torch.Tensor:
     return value.detach().contiguous().view(integers[value.element_size()])
 
 
-def _one_of(argument: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}: expected one of {allowed}, got {value!r}; correct it")
-
-
 def _same(kinds: Sequence[object], what: str) -> None:
     if kinds[0] != kinds[1]:
         raise AssertionError(f"{what}: got {kinds[0]}, expected {kinds[1]}")
@@ -323,7 +320,7 @@ def logits(
     kind: str, rows: int, vocabulary: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Draw float32 logits [rows, vocabulary] of one of KINDS, with peaks at random positions."""
-    _one_of("kind", kind, KINDS)
+    _checks.choice("kind", kind, KINDS)
     noise = torch.randn(rows, vocabulary, generator=generator, device="cpu")
     if kind.startswith("normal"):
         return noise * float(kind.removeprefix("normal"))

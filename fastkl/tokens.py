@@ -319,7 +319,7 @@ def selective_log_softmax(
             An id outside 0 … V-1 (-100 included) is an error on the reference backend; it gives NaN
             on a GPU and, for K ids per row, in torch.compile and vmap.
         shard: as in kl_divergence; index holds ids of the whole vocabulary. For K ids per row all
-            logits are gathered.
+            logits are gathered forward, and on a GPU not kept.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -337,7 +337,7 @@ def selective_log_softmax(
     )
     chosen, ids, cut = backend.select(logits), index.long(), WHOLE
     if shard is not None:
-        (logits,), cut = prepared(shard, chosen == "triton" and not several, {"logits": logits})
+        (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
     vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"
@@ -352,7 +352,8 @@ def selective_log_softmax(
         return logits.gather(-1, ids).to(dtype)
     in_order = sorted_ids(ids, vocabulary)
     # An id beyond the last finds the place of the rest, and becomes NaN below.
-    listed, rest, *_ = cells(CellInputs(logits, in_order, None, None, 1.0, chosen, dtype))
+    rows = in_order, None, None, 1.0
+    listed, rest, *_ = cells(CellInputs(logits, *rows, chosen, dtype, **cut.as_arguments))
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)
     return values.masked_fill((ids < 0) | (ids >= vocabulary), torch.nan)

@@ -86,7 +86,7 @@ def topk_kl_divergence(  # noqa: PLR0913
         temperature: divides the student's logits only: the teacher's log-probs have theirs already.
         weights, reduction, normalizer: as in kl_divergence.
         shard: as in kl_divergence; topk_ids are ids of the whole vocabulary. All logits are
-            gathered.
+            gathered forward, and on a GPU not kept.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats; ≥ 0 but for "ignore" and clip.
@@ -265,9 +265,10 @@ def _topk(
     _checks.temperature(how.temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
     chosen = backend.select(logits)
-    (logits,), _ = prepared(shard, False, {"logits": logits})
-    teacher = _merged(ids, logprobs, mask, logits.shape[-1])
-    inputs = CellInputs(logits, teacher.ids, teacher.counted, *per_token(how.temperature), chosen)
+    (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
+    teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
+    rows = teacher.ids, teacher.counted, *per_token(how.temperature)
+    inputs = CellInputs(logits, *rows, chosen, **cut.as_arguments)
     listed, rest, *_ = cells(inputs)
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
 

@@ -90,8 +90,16 @@ FUNCTIONS: dict[str, Callable] = {
         c.p, c.tokens[:, None].repeat(1, 2), **more
     ),
     "js": lambda c, **more: fastkl.js_divergence(c.p, c.q, c.mask, **more),
+    "renyi": lambda c, **more: fastkl.renyi_divergence(c.p, c.q, c.mask, alpha=2.0, **more),
+    "tv": lambda c, **more: fastkl.total_variation(
+        c.p, c.q, c.mask, temperature=c.temperature, **more
+    ),
     "topk": lambda c, **more: fastkl.topk_kl_divergence(
-        c.p, c.temperature[:, None].neg(), c.tokens[:, None], c.mask, **more
+        c.p,
+        c.temperature[:, None].repeat(1, 3).neg() - 1.0,
+        c.tokens[:, None] + torch.tensor([300, 0, 0]),
+        c.mask,
+        **more,
     ),
 }
 # Functions whose logits the kernels do not gather.

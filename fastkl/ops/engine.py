@@ -133,8 +133,6 @@ class Kernels(Engine):
         grad_q: torch.Tensor | None,
     ) -> None:
         if args.cut.group:
-            if args.divergence.kind not in ("kl", "jeffreys"):
-                return shard_rows.backward(self.backward, args, saved, upstream, (grad_p, grad_q))
             args = shard_rows.local(args)
             grad_p, grad_q = shard_rows.columns(args, (grad_p, grad_q))
         p, q = args.p, args.q

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,13 +74,8 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     return parts
 
 
-def _kernels(name: str) -> ModuleType:
-    """Import a module of fastkl.kernels, at its first use because it needs Triton."""
-    return importlib.import_module(f"..kernels.{name}", __package__)
-
-
-# Functions without arguments that return their module.
+# Functions without arguments that return their module of fastkl.kernels, which needs Triton.
 launchers, outside_launchers, fused_launchers, series = (
-    functools.cache(functools.partial(_kernels, name))
+    functools.cache(functools.partial(importlib.import_module, f"..kernels.{name}", __package__))
     for name in ("launch", "launch_outside", "launch_fused", "series")
 )

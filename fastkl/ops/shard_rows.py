@@ -3,19 +3,19 @@ rows, are gathered and merged on every rank, and backward needs no communication
 merged, all logits are gathered, forward and backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import parallel
-from .fields import RowArgs
+from .fields import PerRow, RowArgs
 from .problems import launchers, problems
 
 
 def local(args: RowArgs) -> RowArgs:
-    """Return the arguments with this process's columns that are no padding, and with token ids
-    relative to them, -1 for others.
+    """Return the arguments of this process's columns that are no padding, with token ids relative
+    to them, -1 for others.
     """
     columns = args.cut.columns(args.p.shape[-1])
     tokens = args.tokens
@@ -24,7 +24,7 @@ def local(args: RowArgs) -> RowArgs:
         tokens = tokens.masked_fill((tokens < 0) | (tokens >= columns), -1)
     p, q = (None if value is None else value[..., :columns] for value in (args.p, args.q))
     assert p is not None
-    return args._replace(p=p, q=q, tokens=tokens)
+    return args._replace(p=p, q=q, tokens=tokens, cut=parallel.WHOLE)
 
 
 def whole(args: RowArgs) -> RowArgs:
@@ -36,9 +36,7 @@ def whole(args: RowArgs) -> RowArgs:
     return args._replace(p=p, q=q[0] if q else None, cut=parallel.WHOLE)
 
 
-def columns(
-    args: RowArgs, grads: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor | None, ...]:
+def columns(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
     """Return the columns of gradients [N, width] that `local` has taken, and fill the others with
     0.
     """
@@ -46,7 +44,7 @@ def columns(
     for grad in grads:
         if grad is not None:
             grad[:, count:] = 0
-    return tuple([None if grad is None else grad[:, :count] for grad in grads])
+    return [None if grad is None else grad[:, :count] for grad in grads]
 
 
 def backward(
@@ -57,12 +55,12 @@ def backward(
     grads: tuple[torch.Tensor | None, ...],
 ) -> None:
     """Fill the columns of this process of the gradients that an engine computes from all logits."""
-    start, shape = args.cut.start, (len(saved), args.cut.vocabulary)
+    shape = len(saved), args.cut.vocabulary
     found = [None if grad is None else grad.new_empty(shape) for grad in grads]
     of_whole(whole(args), saved, upstream, *found)
-    for part, grad in zip(columns(local(args), grads), found, strict=True):
-        if part is not None and grad is not None:
-            part.copy_(grad[:, start : start + part.shape[-1]])
+    for grad, value in zip(grads, found, strict=True):
+        if grad is not None and value is not None:
+            grad.copy_(args.cut.part(value, grad.shape[-1]))
 
 
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import shard_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES, Engine
 from .fields import SAVED, Outside, RowArgs, flat, result_dtype, row_args
@@ -17,8 +18,8 @@ from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temper
 
 class CellInputs(NamedTuple):
     """Arguments of cells: logits [..., V], int64 ids [..., K], each row's sorted, mask and
-    temperature as in row_op.RowInputs, dtype as in Engine.outside. V, and all but the first of
-    equal ids, stand for absent entries.
+    temperature as in row_op.RowInputs, dtype as in Engine.outside, and the fields of parallel.Cut.
+    V of the whole vocabulary, and all but the first of equal ids, stand for absent entries.
     """
 
     logits: Tensor
@@ -28,6 +29,11 @@ class CellInputs(NamedTuple):
     temperature: float
     backend: str
     dtype: torch.dtype = torch.float64
+    group: str = ""
+    start: int = 0
+    vocabulary: int = 0
+    width: int = 0
+    ranks: int = 0
 
 
 class CellUpstream(NamedTuple):
@@ -111,17 +117,18 @@ def fill_cell_gradients(
     absent = absent_entries(ids, args.p.shape[-1])
     if args.mask is not None:
         absent |= ~args.mask[:, None]
-    # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
-    ids = torch.where(absent, ids[:, :1], ids).masked_fill(absent[:, :1], 0)
+    # An absent id repeats the row's first one; a row without any keeps its first entry.
+    none = absent[:, :1]
+    ids = torch.where(absent, ids[:, :1], ids).masked_fill(none, 0)
     value = torch.zeros_like(ids, dtype=torch.float64)
     if g_listed is not None:
         value = listed_gradient(engine, args, _at(args.p, ids), g_listed)
-    value = torch.where(absent, value[:, :1], value).masked_fill(absent[:, :1], 0.0)
+    value = torch.where(absent, value[:, :1], value).to(grad.dtype)
     if g_log_sum is None:
         grad.zero_()
     else:
         engine.outside_gradient(args, others, g_log_sum, grad)
-    grad.scatter_(-1, ids, value.to(grad.dtype))
+    grad.scatter_(-1, ids, torch.where(none, grad[:, :1], value))
 
 
 def _at(p: Tensor, ids: Tensor) -> Tensor:
@@ -140,7 +147,8 @@ def _scale(engine: Engine, args: RowArgs) -> Tensor | float:
 
 def _rows(inputs: CellInputs) -> RowArgs:
     """Return the arguments of all rows."""
-    return row_args(inputs.logits, None, None, inputs.mask, inputs.temperatures, inputs.temperature)
+    given, divergence = (inputs.mask, inputs.temperatures, inputs.temperature), ("kl", 0.0)
+    return row_args(inputs.logits, None, None, *given, (*divergence, *inputs[7:]))
 
 
 def matrix(value: Tensor) -> Tensor:
@@ -156,7 +164,7 @@ def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
         others = Outside(log_sum.view(-1), peak.view(-1), saved.view(-1, SAVED))
         fill_cells(
             ENGINES[inputs.backend],
-            _rows(inputs),
+            shard_rows.whole(_rows(inputs)),
             matrix(inputs.ids),
             listed.view(-1, listed.shape[-1]),
             others,
@@ -179,15 +187,19 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
     grad = inputs.logits.new_empty(inputs.logits.shape)
     if not log_sum.numel():
         return grad.zero_()
-    upstream = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
-    fill_cell_gradients(
-        ENGINES[inputs.backend],
-        _rows(inputs),
-        matrix(inputs.ids),
-        Outside(flat(log_sum), flat(peak), matrix(saved)),
-        upstream,
-        grad.view(-1, grad.shape[-1]),
-    )
+    g_listed, g_log_sum = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
+    args, ids, rows = _rows(inputs), matrix(inputs.ids), grad.view(-1, grad.shape[-1])
+    if args.cut.group:
+        ids, args = ids - args.cut.start, shard_rows.local(args)
+        columns = args.p.shape[-1]
+        outside = (ids < 0) | (ids >= columns)
+        ids, order = ids.masked_fill(outside, columns).sort(stable=True, dim=-1)
+        g_listed = None if g_listed is None else g_listed.gather(-1, order)
+        (rows,) = shard_rows.columns(args, (rows,))
+    if rows.numel():
+        others = Outside(flat(log_sum), flat(peak), matrix(saved))
+        engine = ENGINES[inputs.backend]
+        fill_cell_gradients(engine, args, ids, others, (g_listed, g_log_sum), rows)
     return grad
 
 

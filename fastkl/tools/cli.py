@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from .. import __version__
 from . import demo, options
-from .errors import UseError, told
+from .errors import UseError, expect, told
 from .files import check_uses, check_writable, find_texts
 
 
@@ -94,13 +94,13 @@ def _run_demo(given: argparse.Namespace) -> int:
     with told("--out", "a folder that can be written to", repr(str(given.out)), "choose another"):
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
-    if given.algorithm == "distill" and (given.beta is not None or given.save_models):
-        raise UseError(
-            "--algorithm distill",
-            "neither --beta nor --save-models, which are of ppo",
-            "one of them",
-            "leave it out",
-        )
+    expect(
+        given.algorithm != "distill" or (given.beta is None and not given.save_models),
+        "--algorithm distill",
+        "neither --beta nor --save-models, which are of ppo",
+        "one of them",
+        "leave it out",
+    )
     given.device = _choose_device(given.device)
     settings = demo.choose_settings(
         **{name: x for name, x in vars(given).items() if name not in ("command", "run", "out")}
@@ -117,22 +117,22 @@ def _run_compare(given: argparse.Namespace) -> int:
 
 def _run_plot(given: argparse.Namespace) -> int:
     source: Path = given.source
-    if not (source.is_file() or source.is_fifo()):
-        raise UseError(
-            "RUN.jsonl",
-            "a file that KLMonitor(jsonl=...) wrote",
-            repr(str(source)),
-            "name one that exists",
-        )
+    expect(
+        source.is_file() or source.is_fifo(),
+        "RUN.jsonl",
+        "a file that KLMonitor(jsonl=...) wrote",
+        repr(str(source)),
+        "name one that exists",
+    )
     named = source.suffix.lower() in (".jsonl", ".json")
     out = given.out or (source.with_suffix(".png") if named else Path(f"{source}.png"))
-    if out.suffix.lower() != ".png" or (out.exists() and out.samefile(source)):
-        raise UseError(
-            "--out",
-            "the name of a PNG file, another than the run's",
-            repr(str(out)),
-            "end it in .png",
-        )
+    expect(
+        out.suffix.lower() == ".png" and not (out.exists() and out.samefile(source)),
+        "--out",
+        "the name of a PNG file, another than the run's",
+        repr(str(out)),
+        "end it in .png",
+    )
     with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
     print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
@@ -163,13 +163,13 @@ def _choose_device(text: str) -> str:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{index}" for index in range(gpus))]
-    if text != "auto" and text not in known:
-        raise UseError(
-            "--device",
-            f"one that this machine has ({', '.join(known)}) or auto",
-            repr(text),
-            "choose one of these",
-        )
+    expect(
+        text in ("auto", *known),
+        "--device",
+        f"one that this machine has ({', '.join(known)}) or auto",
+        repr(text),
+        "choose one of these",
+    )
     return known[0] if text == "auto" else text
 
 

@@ -15,6 +15,12 @@ class UseError(Exception):
         return " ".join("{}: expected {}, got {}; remedy: {}".format(*self.args).split())
 
 
+def expect(holds: object, argument: str, expected: str, got: str, remedy: str) -> None:
+    """Raise a UseError unless the condition holds."""
+    if not holds:
+        raise UseError(argument, expected, got, remedy)
+
+
 @contextlib.contextmanager
 def told(argument: str, expected: str, got: str, remedy: str) -> Iterator[None]:
     """Turn an exception of another library into a UseError that quotes its message."""

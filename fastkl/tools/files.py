@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import UseError, told
+from .errors import expect, told
 
 # The path "-": standard input for a text, standard output for a result.
 STDIN = STDOUT = Path("-")
@@ -30,13 +30,13 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
             pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
             names = glob.glob(pattern, recursive=True)
             group = sorted(Path(name) for name in names if os.path.isfile(name))
-        if not group:
-            raise UseError(
-                "--text",
-                "files with text",
-                repr(str(path)),
-                "check the name, or pass a pattern such as 'folder/**/*.txt'",
-            )
+        expect(
+            group,
+            "--text",
+            "files with text",
+            repr(str(path)),
+            "check the name, or pass a pattern such as 'folder/**/*.txt'",
+        )
         found += group
     return tuple(found)
 
@@ -48,8 +48,7 @@ def check_uses(texts: Iterable[Path], html: Path | None, json_path: Path | None)
     for option, path in [*(("--text", path) for path in texts), *outputs]:
         place = (option == "--text") if path == STDIN else os.path.realpath(path)
         got, remedy = repr(str(path)), "choose another name"
-        if place in seen:
-            raise UseError(option, "a file that has no other use", got, remedy)
+        expect(place not in seen, option, "a file that has no other use", got, remedy)
         seen.add(place)
         if option != "--text" and path != STDOUT:
             with told(option, "a file in a folder that can be written to", got, remedy):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..errors import UseError, told
+from ..errors import UseError, expect, told
 from ..files import STDIN
 
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
@@ -209,13 +209,13 @@ def read(
         kept = [document for document in made if document["scored"].any()]
         found += kept
         skipped += [] if kept else [path]
-    if not found:
-        raise UseError(
-            "--text",
-            "files with text",
-            f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}",
-            "check the names",
-        )
+    expect(
+        found,
+        "--text",
+        "files with text",
+        f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}",
+        "check the names",
+    )
     return found, skipped
 
 

@@ -17,7 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from fastkl import Head
 from fastkl.integrations.transformers import head_of
 
-from ..errors import UseError, told
+from ..errors import expect, told
 from .inputs import TextTokenizer, readable
 
 # Elements of a 16-bit weight that are widened to float32 at a time.
@@ -133,13 +133,13 @@ class Model:
         """Refuse a model that looks ahead."""
         ids = ids[:CHECKED_TOKENS]
         whole, half = (self.hidden(part).float() for part in (ids, ids[: (len(ids) + 1) // 2]))
-        if (half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max():
-            raise UseError(
-                self.checkpoint.argument,
-                "a causal LM",
-                f"{self.checkpoint.name!r}, whose logits depend on tokens that follow",
-                "choose a model that reads from left to right",
-            )
+        expect(
+            not ((half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max()),
+            self.checkpoint.argument,
+            "a causal LM",
+            f"{self.checkpoint.name!r}, whose logits depend on tokens that follow",
+            "choose a model that reads from left to right",
+        )
 
 
 # ---- checkpoints

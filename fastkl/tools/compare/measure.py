@@ -20,7 +20,7 @@ import fastkl
 from fastkl.rl import KLMonitor
 
 from ..console import progress
-from ..errors import UseError
+from ..errors import expect
 from ..files import STDIN, STDOUT, json_text, write_whole
 from . import inputs, report
 from .inputs import Vocabulary, readable
@@ -45,21 +45,21 @@ def choose_windows(settings: Namespace, configs: Iterable[Any]) -> tuple[int, in
     ]
     limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
     context = settings.context or min(DEFAULT_CONTEXT, limit)
-    if context > limit:
-        raise UseError(
-            "--context",
-            f"at most {limit} (max_position_embeddings)",
-            str(context),
-            f"--context {limit} or less",
-        )
+    expect(
+        context <= limit,
+        "--context",
+        f"at most {limit} (max_position_embeddings)",
+        str(context),
+        f"--context {limit} or less",
+    )
     overlap = context // 4 if settings.overlap is None else settings.overlap
-    if overlap >= context:
-        raise UseError(
-            "--overlap",
-            f"fewer tokens than --context ({context})",
-            str(overlap),
-            "a smaller --overlap, or a larger --context",
-        )
+    expect(
+        overlap < context,
+        "--overlap",
+        f"fewer tokens than --context ({context})",
+        str(overlap),
+        "a smaller --overlap, or a larger --context",
+    )
     return context, overlap
 
 
@@ -140,13 +140,13 @@ def token_values(
         blocks.append(block_values(logits_a, logits_b, following.to(device)))
     values = pd.concat(blocks)
     for letter in "ab":
-        if values[f"logprob_{letter}"].isna().any():
-            raise UseError(
-                f"MODEL_{letter.upper()}",
-                "finite logits",
-                "NaN on this text",
-                "--dtype float32 or bfloat16",
-            )
+        expect(
+            not values[f"logprob_{letter}"].isna().any(),
+            f"MODEL_{letter.upper()}",
+            "finite logits",
+            "NaN on this text",
+            "--dtype float32 or bfloat16",
+        )
     return values
 
 
@@ -295,10 +295,13 @@ def compare_share(settings: Namespace, rank: int, count: int) -> tuple[Any, Comp
     """Compute the values of every count-th window; return (a digest of the whole text, they), and
     the results of compare without values.
     """
-    if count > 1 and STDIN in settings.text:
-        raise UseError(
-            "--text", "files, which every process reads", "'-'", "write the text to a file"
-        )
+    expect(
+        count == 1 or STDIN not in settings.text,
+        "--text",
+        "files, which every process reads",
+        "'-'",
+        "write the text to a file",
+    )
     if settings.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     models = {
@@ -311,13 +314,13 @@ def compare_share(settings: Namespace, rank: int, count: int) -> tuple[Any, Comp
         tokenizers, {letter: model.rows for letter, model in models.items()}
     )
     for model in models.values():
-        if model.rows is not None and model.rows < vocabulary.size:
-            raise UseError(
-                model.argument,
-                f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids",
-                f"{model.rows} in {model.name!r}",
-                "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
-            )
+        expect(
+            model.rows is None or model.rows >= vocabulary.size,
+            model.argument,
+            f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids",
+            f"{model.rows} in {model.name!r}",
+            "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
+        )
     documents, skipped = inputs.read(settings.text, tokenizers, vocabulary)
     values, about = measure(
         documents,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import UseError
+from ..errors import UseError, expect
 
 
 def gathered(run: Callable[[int, int], tuple[Any, Any]]) -> tuple[list[Any], Any]:
@@ -41,11 +41,11 @@ def gathered(run: Callable[[int, int], tuple[Any, Any]]) -> tuple[list[Any], Any
     for each in everything:
         if isinstance(each, Exception):
             raise each
-    if len({digest for digest, _ in everything}) > 1:
-        raise UseError(
-            "--text",
-            "the same text for every process of torchrun",
-            "others",
-            "name files that are the same on every machine",
-        )
+    expect(
+        len({digest for digest, _ in everything}) == 1,
+        "--text",
+        "the same text for every process of torchrun",
+        "others",
+        "name files that are the same on every machine",
+    )
     return (everything, own) if rank == 0 else sys.exit()
