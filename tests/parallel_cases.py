@@ -147,6 +147,9 @@ SIZES: dict[str, Size] = {
     "more rows": (64, 16, 13, torch.float32, 0.01, False),
 }
 
+# Sizes that groups of two processes compute too.
+SIZES_OF_HALVES = ("even", "far", "large", "small")
+
 
 @functools.cache
 def whole_case(name: str) -> Case:

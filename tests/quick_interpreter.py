@@ -10,10 +10,18 @@ out.
 import types
 from collections.abc import Callable
 
+import numpy as np
+
 # Operands that need no promotion: types of elements, and those of Python numbers.
 NUMBERS = {("int32", int), ("int64", int), ("fp32", float), ("fp64", float)}
 SAME = {(name, name) for name in ("int1", "int32", "int64", "fp32", "fp64")}
 SAME |= NUMBERS | {pair[::-1] for pair in NUMBERS}
+
+# What elementwise_in_numpy computes, and of which types.
+ELEMENTS = {"fp32": np.float32, "fp64": np.float64, "int32": np.int32, "int64": np.int64}
+ARITHMETIC = {"__add__": np.add, "__sub__": np.subtract, "__mul__": np.multiply}
+COMPARISONS = {"__lt__": np.less, "__le__": np.less_equal, "__gt__": np.greater}
+COMPARISONS |= {"__ge__": np.greater_equal}
 
 
 def once(known: dict, key: object, make: Callable) -> object:
@@ -75,3 +83,79 @@ def hurry() -> None:
     semantic.binary_op_type_checking_impl = same_type
     interpreter.TensorHandle.__post_init__ = lambda self: None
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+    elementwise_in_numpy()
+
+
+# Compute sums, products, comparisons, fma and where in NumPy, where no operand is promoted.
+def elementwise_in_numpy() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    core, tensor = tl.core, tl.core.tensor
+    builder, handle = interpreter.interpreter_builder, interpreter.TensorHandle
+
+    # (NumPy values, element type, type of the result) of such operands, None of others.
+    def plain(*operands):
+        element = shape = None
+        values = []
+        for x in operands:
+            if type(x) is tensor:
+                if element is None:
+                    element = x.dtype
+                elif x.dtype.name != element.name:
+                    return None
+                if x.type is not x.dtype and x.type is not shape:
+                    if shape is not None:
+                        return None
+                    shape = x.type
+        make = None if element is None else ELEMENTS.get(element.name)
+        if make is None:
+            return None
+        for x in operands:
+            if type(x) is core.constexpr:
+                x = x.value
+            if type(x) is tensor:
+                values.append(x.handle.data)
+            elif type(x) is int or type(x) is float and make in (np.float32, np.float64):
+                values.append(make(x))
+            else:
+                return None
+        return values, element, shape or element
+
+    def elementwise(general, operation, compares):
+        def call(self, other):
+            given = plain(self, other)
+            if given is None:
+                return general(self, other)
+            values, element, kind = given
+            kind = kind.with_element_ty(tl.int1) if compares else kind
+            return tensor(handle(operation(*values), element), kind)
+
+        return call
+
+    for table, compares in ((ARITHMETIC, False), (COMPARISONS, True)):
+        for name, operation in table.items():
+            setattr(tensor, name, elementwise(getattr(tensor, name), operation, compares))
+
+    general_fma, general_where = tl.fma, tl.where
+
+    def fma(x, y, z):
+        given = plain(x, y, z)
+        if given is None:
+            return general_fma(x, y, z)
+        values, element, kind = given
+        x, y, z = (handle(np.asarray(value), element) for value in values)
+        return tensor(builder.create_fma(x, y, z), kind)
+
+    def where(condition, x, y):
+        given = plain(x, y) if type(condition) is tensor else None
+        if given is None or condition.dtype.name != "int1":
+            return general_where(condition, x, y)
+        values, element, kind = given
+        mask = condition.type
+        if mask is not condition.dtype and mask is not kind.with_element_ty(tl.int1):
+            return general_where(condition, x, y)
+        return tensor(handle(np.where(condition.handle.data, *values), element), kind)
+
+    tl.fma = tl.math.fma = fma
+    tl.where = core.where = where

@@ -19,15 +19,15 @@ pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The files that share a process, whose start takes seconds; the longest first.
 GROUPS = (
-    ("test_divergence", "test_divergence_rows", "test_divergence_family"),
     (
-        *("test_kernels", "test_row_segment", "test_row_fused", "test_topk"),
-        *("test_linear_divergences", "test_linear_topk"),
+        *("test_divergence", "test_divergence_rows", "test_divergence_family", "test_engine"),
+        *("test_far_rows", "test_torch", "test_dispatch", "test_transforms", "test_checks"),
+        *("test_penalty", "test_backend"),
     ),
-    ("test_tokens", "test_support", "test_linear", "test_linear_options", "test_linear_checks"),
     (
-        *("test_engine", "test_far_rows", "test_torch", "test_dispatch", "test_transforms"),
-        *("test_checks", "test_penalty", "test_backend"),
+        *("test_kernels", "test_row_segment", "test_row_fused", "test_topk", "test_tokens"),
+        *("test_support", "test_linear", "test_linear_divergences", "test_linear_topk"),
+        *("test_linear_options", "test_linear_checks"),
     ),
 )
 
