@@ -153,6 +153,21 @@ def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
     return result
 
 
+def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Return the logits [..., V] at ids [..., K] of the whole vocabulary; the gradient is that of
+    this rank's columns.
+    """
+    if not cut.group:
+        return logits.gather(-1, ids)
+    columns, own = cut.columns(logits.shape[-1]), ids - cut.start
+    elsewhere = (own < 0) | (own >= columns)
+    if not columns:
+        logits = torch.nn.functional.pad(logits, (0, 1))
+    mine = logits.gather(-1, own.masked_fill(elsewhere, 0)).masked_fill(elsewhere, 0.0)
+    # One rank has each logit, the others have 0.
+    return torch.where(elsewhere, all_gather(mine.detach(), cut.group, cut.ranks).sum(0), mine)
+
+
 def shards_of(
     shard: VocabShard | tuple[VocabShard, VocabShard], logits: dict[str, torch.Tensor]
 ) -> list[VocabShard]:

@@ -1,7 +1,7 @@
 """The KL penalty of RLHF as a module, from logits or from hidden states."""
 
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -55,7 +55,7 @@ class _Penalty(torch.nn.Module):
     @property
     def beta(self) -> float:
         """The weight of the next call."""
-        value = (
+        value: Any = (
             self._beta
             if isinstance(self._beta, (int, float))
             else getattr(self._beta, "beta", self._beta)

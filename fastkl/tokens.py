@@ -15,7 +15,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import WHOLE, Shards, prepared
+from .parallel import WHOLE, Shards, logits_at, prepared
 
 
 class TokenStats(NamedTuple):
@@ -130,7 +130,7 @@ def token_stats(
             float64 from K logits a row; only their gradient has V entries, NaN in a row whose KL is
             infinite.
         shard: as in kl_divergence; tokens and support are ids of the whole vocabulary. With
-            support= all logits are gathered.
+            support= K logits a row are gathered from each tensor.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
@@ -160,13 +160,17 @@ def token_stats(
     both = [logits] if ref_logits is None else [logits, ref_logits]
     chosen, cut = backend.select(*both), WHOLE
     if shard is not None:
-        named = dict(zip(("logits", "ref_logits"), both, strict=False))
-        both, cut = prepared(shard, chosen == "triton" and support is None, named)
+        both, cut = prepared(
+            shard,
+            chosen == "triton",
+            dict(zip(("logits", "ref_logits"), both, strict=False)),
+        )
         logits, ref_logits = both[0], None if ref_logits is None else both[1]
     if support is not None:
-        kept = Support.of(support, mask, logits.shape, logits.device, chosen)
+        shape = *leading, cut.vocabulary or logits.shape[-1]
+        kept = Support.of(support, mask, shape, logits.device, chosen)
         within, divisor = kept.ids.masked_fill(kept.absent, 0), kept.divisor(temperature)
-        models = [(each.gather(-1, within).double() / divisor, 0.0) for each in both]
+        models = [(logits_at(each, within, cut).double() / divisor, 0.0) for each in both]
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
     inputs = RowInputs(
@@ -198,7 +202,7 @@ class Support(NamedTuple):
         cls,
         ids: torch.Tensor,
         mask: torch.Tensor | None,
-        shape: torch.Size,
+        shape: tuple[int, ...],
         device: torch.device,
         chosen: str,
     ) -> Support:
@@ -352,8 +356,9 @@ def selective_log_softmax(
         return logits.gather(-1, ids).to(dtype)
     in_order = sorted_ids(ids, vocabulary)
     # An id beyond the last finds the place of the rest, and becomes NaN below.
-    rows = in_order, None, None, 1.0
-    listed, rest, *_ = cells(CellInputs(logits, *rows, chosen, dtype, **cut.as_arguments))
+    listed, rest, *_ = cells(
+        CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments)
+    )
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)
     return values.masked_fill((ids < 0) | (ids >= vocabulary), torch.nan)

@@ -267,9 +267,16 @@ def _topk(
     chosen = backend.select(logits)
     (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
     teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
-    rows = teacher.ids, teacher.counted, *per_token(how.temperature)
-    inputs = CellInputs(logits, *rows, chosen, **cut.as_arguments)
-    listed, rest, *_ = cells(inputs)
+    listed, rest, *_ = cells(
+        CellInputs(
+            logits,
+            teacher.ids,
+            teacher.counted,
+            *per_token(how.temperature),
+            chosen,
+            **cut.as_arguments,
+        )
+    )
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
 
 

@@ -94,6 +94,14 @@ FUNCTIONS: dict[str, Callable] = {
     "tv": lambda c, **more: fastkl.total_variation(
         c.p, c.q, c.mask, temperature=c.temperature, **more
     ),
+    "support": lambda c, **more: fastkl.token_stats(
+        c.p,
+        c.tokens,
+        c.q,
+        mask=c.mask,
+        support=c.tokens[:, None] + torch.tensor([0, 300, 1, 0]),
+        **more,
+    ),
     "topk": lambda c, **more: fastkl.topk_kl_divergence(
         c.p,
         c.temperature[:, None].repeat(1, 3).neg() - 1.0,
@@ -208,6 +216,19 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
                 error = (part[finite, :own].double() - held[finite].double()).norm(dim=-1)
                 limit = 1e-5 if dtype == torch.float32 else 4e-3
                 assert bool((error <= limit * size + 1e-9).all()), (what, error / size)
+
+
+def parallel_logits(local: torch.Tensor, mesh: object) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Split
+
+    return DTensor.from_local(local, mesh, [Split(local.dim() - 1)])
+
+
+def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(local, mesh, [Replicate()])
 
 
 def short_segments(name: str) -> contextlib.AbstractContextManager:

@@ -29,6 +29,8 @@ from parallel_cases import (
     case,
     columns,
     compare,
+    parallel_logits,
+    replicated,
     results,
     short_segments,
 )
@@ -228,19 +230,6 @@ def train(sharded: bool) -> None:
         losses.append((float(average), float(whole)))
     assert all(abs(own - whole) <= 1e-5 for own, whole in losses), losses
     assert losses[-1][1] < 0.9 * losses[0][1]
-
-
-def parallel_logits(local: torch.Tensor, mesh: object) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor import Shard as Split
-
-    return DTensor.from_local(local, mesh, [Split(local.dim() - 1)])
-
-
-def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(local, mesh, [Replicate()])
 
 
 def costs(group: dist.ProcessGroup) -> None:

@@ -147,8 +147,15 @@ def _scale(engine: Engine, args: RowArgs) -> Tensor | float:
 
 def _rows(inputs: CellInputs) -> RowArgs:
     """Return the arguments of all rows."""
-    given, divergence = (inputs.mask, inputs.temperatures, inputs.temperature), ("kl", 0.0)
-    return row_args(inputs.logits, None, None, *given, (*divergence, *inputs[7:]))
+    return row_args(
+        inputs.logits,
+        None,
+        None,
+        inputs.mask,
+        inputs.temperatures,
+        inputs.temperature,
+        ("kl", 0.0, *inputs[7:]),
+    )
 
 
 def matrix(value: Tensor) -> Tensor:
@@ -197,9 +204,14 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
         g_listed = None if g_listed is None else g_listed.gather(-1, order)
         (rows,) = shard_rows.columns(args, (rows,))
     if rows.numel():
-        others = Outside(flat(log_sum), flat(peak), matrix(saved))
-        engine = ENGINES[inputs.backend]
-        fill_cell_gradients(engine, args, ids, others, (g_listed, g_log_sum), rows)
+        fill_cell_gradients(
+            ENGINES[inputs.backend],
+            args,
+            ids,
+            Outside(flat(log_sum), flat(peak), matrix(saved)),
+            (g_listed, g_log_sum),
+            rows,
+        )
     return grad
 
 

@@ -110,8 +110,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy.accuracy, "__defaults__", ("p", (1e-8, 1.0)))
     monkeypatch.setattr(accuracy, "DISTRIBUTIONS", ("peaked",))
     words = "--rows 2 --vocabulary 211 --providers fastkl torch".split()
-    words.append("fastkl (Triton, interpreted)")
-    assert accuracy.main([*words, "--json", str(file), "--plot", str(picture)]) == 0
+    more = ["fastkl (Triton, interpreted)", "--json", str(file), "--plot", str(picture)]
+    assert accuracy.main([*words, *more]) == 0
     data = json.loads(file.read_text())
     assert len(data["records"]) == 2 * 2 + 2 * len(work.FAMILY)
     assert data["command"].endswith(f"--plot {picture}")

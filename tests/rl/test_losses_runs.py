@@ -121,9 +121,9 @@ def test_dpo_normalizer_and_types() -> None:
 # ---- where it runs
 
 
-def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
+def every_loss(made, mask: torch.Tensor, where: dict, step: int = 1) -> torch.Tensor:
     losses = []
-    for i, (call, more, kl) in enumerate(WITH_KL):
+    for i, (call, more, kl) in enumerate(WITH_KL[::step]):
         more = more if more["reduction"] == "sum" else {**more, "normalizer": mask.sum()}
         # Alternately, so that both have every form.
         per = made.per_token if i % 3 else made.per_sequence
@@ -156,15 +156,15 @@ def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
 
 
 def test_values_are_not_looked_at() -> None:
-    # Meta tensors have none, backward too; all losses of packed sequences have the same bits in
-    # one graph.
+    # Meta tensors have none, backward too; losses of packed sequences have the same bits in one
+    # graph, of which a quarter of the mixes is enough.
     for given in layouts("meta"):
         losses = every_loss(*given)
         assert losses.dim() == 1 and losses.device.type == "meta"
         torch.autograd.grad(losses.sum(), given[0].logprob)
     compiled = torch.compile(every_loss, backend="eager", fullgraph=True)
     for given in layouts("cpu")[1:]:
-        results = compiled(*given), every_loss(*given)
+        results = compiled(*given, step=4), every_loss(*given, step=4)
         testing.assert_same_bits(*results, "losses")
         torch.testing.assert_close(
             *(torch.autograd.grad(losses.sum(), given[0].logprob) for losses in results)

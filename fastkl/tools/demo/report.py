@@ -79,16 +79,8 @@ def run_demo(settings: Settings, out: Path) -> int:
     print(f"{text}\n\n{numbers['seconds']:.0f} s; wrote {names} into {out}")
     if settings.save_models:
         folder = out / "models"
-        how = shlex.join(
-            [
-                "fastkl",
-                "compare",
-                f"{folder}/reference",
-                f"{folder}/with-penalty",
-                "--text",
-                f"{folder}/held-out.txt",
-            ]
-        )
+        pair = f"{folder}/reference", f"{folder}/with-penalty"
+        how = shlex.join(["fastkl", "compare", *pair, "--text", f"{folder}/held-out.txt"])
         print(f"wrote the models into {folder}; how two of them differ: {how}")
     return 0
 
@@ -220,13 +212,12 @@ def conclusion(before: Figures, without: Figures, penalised: Figures) -> str:
     perplexity, distinct = before["perplexity"], before["distinct"]
     collapsed = without["perplexity"] > 10 * perplexity and without["distinct"] < 0.5 * distinct
     kept = penalised["perplexity"] < 2 * perplexity and penalised["distinct"] > 0.5 * distinct
-    if collapsed and kept and penalised["reward"] > before["reward"]:
-        return (
-            f"{text} That is what the penalty is for: the reward rises in both runs, but only the "
-            "penalised policy still writes code."
-        )
-    return (
-        f"{text} These settings do not show what the penalty is for; the defaults of --steps and "
+    shown = collapsed and kept and penalised["reward"] > before["reward"]
+    return f"{text} " + (
+        "That is what the penalty is for: the reward rises in both runs, but only the penalised "
+        "policy still writes code."
+        if shown
+        else "These settings do not show what the penalty is for; the defaults of --steps and "
         "--beta do."
     )
 
@@ -242,10 +233,10 @@ def watch(numbers: Figures, settings: Settings) -> str:
             f"The run {name!r}: its KL rises most at step {jump}, from {kl[jump - 2]:.2g} to "
             f"{kl[jump - 1]:.2g} nats per token; the monitor's alarm {rings}. "
         )
-    if settings.beta is not None:
-        return f"{text}Its beta is fixed at {settings.beta:g}."
-    return (
-        f"{text}A PID controller moves its beta, between {min(series['beta']):.2f} and "
+    return text + (
+        f"A PID controller moves its beta, between {min(series['beta']):.2f} and "
         f"{max(series['beta']):.2f}, to hold a KL of {settings.target_kl:g}: the last {LAST_STEPS} "
         f"steps have {run['last']:.3f}, {run['last'] / settings.target_kl - 1:+.0%}."
+        if settings.beta is None
+        else f"Its beta is fixed at {settings.beta:g}."
     )
