@@ -44,10 +44,16 @@ def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
             wanted = placements if argument.endswith("logits") else outer
             fits = isinstance(value, DTensor) and value.device_mesh == mesh
             _checks.expect(
-                fits and value.placements == wanted and not any(x.is_partial() for x in wanted),
+                fits
+                and value.placements == wanted
+                and (wanted is outer or value.shape == first.shape)
+                and not any(x.is_partial() for x in wanted),
                 argument,
-                f"a DTensor on the mesh of {name} with placements {wanted}, whole or split",
-                value.placements if isinstance(value, DTensor) else "a plain tensor",
+                f"a DTensor on the mesh of {name} with placements {wanted}, whole or split"
+                + f", of shape {tuple(first.shape)}" * (wanted is placements),
+                f"{value.placements} of shape {tuple(value.shape)}"
+                if isinstance(value, DTensor)
+                else "a plain tensor",
                 "use DTensor.redistribute or DTensor.from_local",
             )
             given[argument] = value.to_local()

@@ -189,6 +189,13 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
     )
     assert shard is not None
     cut = checked_cut(shard, "weight", len(heads[0].weight))
+    _checks.expect(
+        cut.width * (cut.ranks - 1) < cut.vocabulary,
+        "weight.shard",
+        f"rows of the vocabulary of {cut.vocabulary} on every rank",
+        f"{cut.ranks} ranks of {cut.width}, of which the last has padding alone",
+        "pad the lm_head less, or split it over fewer ranks",
+    )
     rows = cut.columns(len(heads[0].weight))
     for model in models:
         if isinstance(model[0], torch.Tensor):

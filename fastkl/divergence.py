@@ -61,9 +61,10 @@ def kl_divergence(
             gradients, the number in all processes / world_size.
         shard: the columns that both tensors hold of a vocabulary split over processes, a VocabShard
             or a pair of them, one for each; DTensors need none. Every rank gets the same result. On
-            a GPU 32 bytes per row and segment are gathered, in two collectives forward and none
-            backward. Other divergences but Jeffreys' gather all logits forward and keep 40 bytes
-            per row; the reference backend, and any for a pair, gather and keep all logits.
+            a GPU 32 bytes per row and segment and 80 per row and rank are gathered, in two
+            collectives forward and none backward. Other divergences but Jeffreys' gather all logits
+            forward and keep 40 bytes per row; the reference backend, and either backend for a pair,
+            gathers and keeps all logits. No second derivative.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical

@@ -207,8 +207,9 @@ def reduced(
     leading, device, dtype = hidden.shape[:-1], hidden.device, result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
-        keep = keeps_logits(inputs, recompute)
-        values: torch.Tensor = linear_statistics(inputs, StatisticsInputs(None, "kl", keep))[3]
+        values: torch.Tensor = linear_statistics(
+            inputs, StatisticsInputs(None, "kl", keeps_logits(inputs, recompute))
+        )[3]
         return values
     # A masked token's weight may be anything, NaN included.
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 
@@ -22,8 +23,9 @@ class VocabShard:
 
     The tensor [..., width] on rank r of `group` holds columns start … start + width - 1. Those at
     and beyond vocab_size are padding: they are not read, and their gradient is exactly 0. Ranks
-    hold the columns in order, all as many but for fewer or none on the last ones. Every rank of the
-    group makes the same call, with the same rows, and gets the same result.
+    hold the columns in order. Every rank holds the same number of them, except the last ones, which
+    may hold fewer or none. Every rank of the group makes the same call, with the same rows, and
+    gets the same result.
 
     Args:
         group: a torch.distributed process group: the tensor-parallel one.
@@ -83,8 +85,7 @@ class VocabShard:
         """Return the shard of Megatron-LM's layout: rank r starts at column r·width, and padding up
         to a multiple of 128 · ranks follows the vocabulary.
         """
-        first = cls(group, 0, vocab_size)
-        return dataclasses.replace(first, start=group.rank() * width)
+        return dataclasses.replace(cls(group, 0, vocab_size), start=group.rank() * width)
 
     @classmethod
     def dtensor(cls, tensor: Any, vocab_size: int | None = None) -> VocabShard:
@@ -107,8 +108,7 @@ class VocabShard:
         )
         mesh, columns = tensor.device_mesh, tensor.shape[-1]
         group = mesh.get_group(found[0])
-        start = group.rank() * -(-columns // group.size())
-        return cls(group, start, columns if vocab_size is None else vocab_size)
+        return cls(group, group.rank() * -(-columns // group.size()), vocab_size or columns)
 
 
 # The argument `shard`: of all tensors, or of each of two.
@@ -132,7 +132,7 @@ class Cut(NamedTuple):
         return self._asdict() if self.group else {}
 
     def columns(self, own: int) -> int:
-        """Return how many of a tensor's `own` columns are no padding."""
+        """Return how many of a tensor's `own` columns are not padding."""
         return min(max(self.vocabulary - self.start, 0), own)
 
     def part(self, whole: torch.Tensor, own: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
 
 def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor:
     """Return the logits [..., V] at ids [..., K] of the whole vocabulary; the gradient is that of
-    this rank's columns.
+    this rank's columns. Refuses second derivatives, which depend on those of other ranks.
     """
     if not cut.group:
         return logits.gather(-1, ids)
@@ -164,6 +164,16 @@ def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor
     if not columns:
         logits = torch.nn.functional.pad(logits, (0, 1))
     mine = logits.gather(-1, own.masked_fill(elsewhere, 0)).masked_fill(elsewhere, 0.0)
+    if mine.requires_grad:
+        mine.register_hook(
+            lambda gradient: _checks.expect(
+                not gradient.requires_grad,
+                "shard",
+                "None for second derivatives, which depend on columns of other ranks",
+                "one",
+                "gather the logits first",
+            )
+        )
     # One rank has each logit, the others have 0.
     return torch.where(elsewhere, all_gather(mine.detach(), cut.group, cut.ranks).sum(0), mine)
 
@@ -173,16 +183,17 @@ def shards_of(
 ) -> list[VocabShard]:
     """Check `shard` and return the shard of each tensor; a pair is for two tensors."""
     (own, first), *others = logits.items()
+    same = -1 if isinstance(shard, tuple) else None
     for name, value in others:
         _checks.expect(
-            value.shape[:-1] == first.shape[:-1],
+            value.shape[:same] == first.shape[:same],
             name,
-            f"the leading shape of {own}, {tuple(first.shape[:-1])}",
-            tuple(value.shape[:-1]),
-            "align the batch and time dimensions",
+            f"the shape of {own}, {tuple(first.shape)}, or for a pair of shards but its columns",
+            tuple(value.shape),
+            "align the other dimensions, and pass a pair where the models' columns differ",
         )
         _checks.same_device_and_precision(name, value, own, first)
-    pair = list(shard) if isinstance(shard, (tuple, list)) else [shard] * len(logits)
+    pair = list(shard) if isinstance(shard, tuple) else [shard] * len(logits)
     one = "a fastkl.VocabShard"
     _checks.expect(
         len(pair) == len(logits) and all(isinstance(each, VocabShard) for each in pair),
@@ -203,12 +214,15 @@ def shards_of(
 
 
 def cut_of(shard: VocabShard, own: int) -> tuple[Cut, bool]:
-    """Return the Cut of a tensor with `own` columns, and whether rank r's start at r times a width
-    and those of all make a vocabulary, as far as this rank knows.
+    """Return the Cut of a tensor with `own` columns, and whether they start at rank · width and
+    fill their place in the vocabulary. Other ranks are not asked.
     """
     rank, ranks = shard.group.rank(), shard.group.size()
     width = shard.start // rank if rank else own
-    fits = shard.start == rank * width and own <= width and width * ranks >= shard.vocab_size
+    place = min(width, max(shard.vocab_size - shard.start, 0))
+    fits = (
+        shard.start == rank * width and place <= own <= width and width * ranks >= shard.vocab_size
+    )
     return Cut(shard.group.group_name, shard.start, shard.vocab_size, width, ranks), fits
 
 
@@ -218,8 +232,8 @@ def checked_cut(shard: VocabShard, name: str, own: int) -> Cut:
     _checks.expect(
         fits,
         "shard",
-        f"rank r's columns of {name} to start at r times the number of the first rank's, and those "
-        f"of all to make the vocabulary of {shard.vocab_size}",
+        f"rank r's first column of {name} to be r · width, and the columns of all ranks to make "
+        f"the vocabulary of {shard.vocab_size}",
         f"start {shard.start} beside {own} columns on rank {shard.group.rank()}",
         "pass this rank's columns alone, and VocabShard.megatron(group, width, vocab_size)",
     )
@@ -229,7 +243,7 @@ def checked_cut(shard: VocabShard, name: str, own: int) -> Cut:
 def prepared(
     shard: Shards, native: bool, logits: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], Cut]:
-    """Check `shard` and return the logits and their Cut; if `native` is False, or for a pair, the
+    """Check `shard` and return the logits and their Cut; without `native`, or for a pair, the
     logits of the whole vocabulary and no Cut. All ranks decide alike.
     """
     if shard is None:
@@ -254,7 +268,10 @@ def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[
     ranks = all_gather(torch.cat(packed, -1), cuts[0].group, cuts[0].ranks)
     parts = ranks.split([value.shape[-1] for value in packed], -1)
     return [
-        part.contiguous().view(value.dtype).movedim(0, -2).flatten(-2)[..., : cut.vocabulary]
+        part.clone(memory_format=torch.contiguous_format)
+        .view(value.dtype)
+        .movedim(0, -2)
+        .flatten(-2)[..., : cut.vocabulary]
         for cut, value, part in zip(cuts, logits, parts, strict=True)
     ]
 
@@ -271,24 +288,36 @@ class _Whole(torch.autograd.Function):
         cuts = [cut for cut, _ in found]
         if not torch.compiler.is_compiling():
             mine = [
-                [value.shape[:-1].numel(), value.itemsize, cut.vocabulary, cut.width, fits]
+                [
+                    value.shape[:-1].numel(),
+                    _checks.FLOAT_TYPES.index(value.dtype),
+                    cut.vocabulary,
+                    cut.width,
+                    fits,
+                ]
                 for value, (cut, fits) in zip(logits, found, strict=True)
             ]
-            numbers = torch.tensor(mine, device=logits[0].device)
-            held = all_gather(numbers, cuts[0].group, cuts[0].ranks).tolist()
+            held = all_gather(
+                torch.tensor(mine, device=logits[0].device), cuts[0].group, cuts[0].ranks
+            ).tolist()
+            wrong = [i for i, each in enumerate(held) if each != held[0] or not each[0][4]]
             _checks.expect(
-                all(each == held[0] for each in held) and all(each[4] for each in held[0]),
+                not wrong,
                 name,
                 "the same rows, type, vocab_size and width on all ranks of shard.group, and rank "
                 "r's columns from r·width on",
-                f"{held}: per rank and tensor rows, bytes, vocab_size, width, whether start fits",
+                f"{held[wrong[0]]} on rank {wrong[0]} for {held[0]}" if wrong else "",
                 "pass each rank's own columns, and VocabShard.megatron(group, width, vocab_size)",
             )
         ctx.places = [(cut, value.shape[-1]) for cut, value in zip(cuts, logits, strict=True)]
         ctx.set_materialize_grads(False)
-        return tuple(gather_columns(cuts, logits))
+        whole = gather_columns(cuts, logits)
+        needs = zip(whole, ctx.needs_input_grad[2:], strict=True)
+        ctx.mark_non_differentiable(*[value for value, wanted in needs if not wanted])
+        return tuple(whole)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the part of each gradient that belongs to this rank's columns."""
         named = zip(upstream, ctx.places, strict=True)

@@ -1,7 +1,7 @@
 """The KL penalty of RLHF as a module, from logits or from hidden states."""
 
 import sys
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 
@@ -187,9 +187,9 @@ class KLPenalty(_Penalty):
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
         if type(policy_logits) is not torch.Tensor and hasattr(type(policy_logits), "full_tensor"):
-            given = dict(normalizer=normalizer, shard=shard)
-            loss: torch.Tensor = on_local(self.forward, policy_logits, ref_logits, mask, **given)
-            return loss
+            given = policy_logits, ref_logits, mask
+            more = dict(normalizer=normalizer, shard=shard)
+            return cast(torch.Tensor, on_local(self.forward, *given, **more))
         _checks.logits("policy_logits", policy_logits, shard is not None)
         _checks.logits("ref_logits", ref_logits, shard is not None)
         if shard is None:

@@ -5,7 +5,7 @@ from one read of their logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, cast, overload
 
 import torch
 
@@ -129,8 +129,8 @@ def token_stats(
             log-probability of -inf and no gradient; a row without support is masked. Computed in
             float64 from K logits a row; only their gradient has V entries, NaN in a row whose KL is
             infinite.
-        shard: as in kl_divergence; tokens and support are ids of the whole vocabulary. With
-            support= K logits a row are gathered from each tensor.
+        shard: as in kl_divergence; tokens and support are ids of the whole vocabulary. On a GPU
+            support= gathers K logits a row of each tensor.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
@@ -299,8 +299,7 @@ def entropy_from_logits(
     inputs = RowInputs(
         logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments
     )
-    entropy: torch.Tensor = row_statistics(inputs)[1]
-    return entropy
+    return cast(torch.Tensor, row_statistics(inputs)[1])
 
 
 @takes_dtensors

@@ -153,8 +153,8 @@ def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
     part of it holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, …
-    parts instead. width: of a shard, to hold whole segments, so that all degrees of parallelism sum
-    the same ones.
+    parts instead. width: of a shard, which then holds whole segments; if they are those of the
+    whole vocabulary, so are its bits.
     """
     parts = 16
     while vocabulary > parts * LONGEST_SEGMENT:

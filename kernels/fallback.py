@@ -112,10 +112,11 @@ def fallback_statistics(
             y_weights += tl.exp((y - y_peak) * q_scale)
             y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
             x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
-    log_sum = tl.log(tl.where(x_empty, 1.0, tl.sum(x_weights, 0)))
+    # Added, not chosen: a NaN among logits of -inf must stay.
+    log_sum = tl.log(tl.sum(x_weights, 0) + tl.where(x_empty, 1.0, 0.0))
     log_sum_ratio = log_sum * 0.0
     if WITH_KL:
-        log_sum_ratio = tl.log(tl.where(y_empty, 1.0, tl.sum(y_weights, 0))) - log_sum
+        log_sum_ratio = tl.log(tl.sum(y_weights, 0) + tl.where(y_empty, 1.0, 0.0)) - log_sum
     # The means and the entropy follow below; peak_ratios reads none of them.
     stats = Fallback(
         x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum,

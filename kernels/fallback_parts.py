@@ -45,7 +45,8 @@ def part_shares(peaks, log_sums, scale):
 @triton.jit
 def mean_of_parts(share, means, at_peaks, at_peak, gap, infinite):
     """Return E[d - d at the row's peak] from that of each part about its own peak, where the part's
-    d is smaller by `gap`; `infinite` if d at the peak of a part with probability is, or its gap.
+    d is smaller by `gap`. Return `infinite` if a part with probability has an infinite d at its
+    peak or an infinite gap.
     """
     inside = tl.where(
         (at_peaks == infinite) | (gap == infinite), infinite, means + ((at_peaks - at_peak) + gap)

@@ -25,7 +25,7 @@ POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 PREFETCH_BYTES = 33_554_432
 # float64 values of a part of a fallback row.
 PART = 9
-# Finished segments of a shard's row at first, so that no program is the last.
+# Start a shard's counters here: no program then counts as the last, and none writes results.
 NEVER_LAST = -(2**30)
 # Tests set it to False: fallback rows then keep a NaN as their first saved value.
 RUN_FALLBACK = True
@@ -33,7 +33,8 @@ RUN_FALLBACK = True
 
 class Shard(NamedTuple):
     """A vocabulary split over processes: its size, the width of all shards but the last, and the
-    number of ranks, 0 for one that is not. merges: whether the launch merges the states of all.
+    number of ranks; 0 if the vocabulary is not split. merges: whether the launch merges the states
+    of all ranks.
     """
 
     vocabulary: int = 0
@@ -141,9 +142,10 @@ def forward(
     beside lse if q is given. Another divergence is written in place of the KL, without other
     fields.
 
-    shard: of a vocabulary split over processes, for KLs. Without `merges` fill `state`, which
-    starts with [N, splits, 8], alone. With it fill all but fallback rows from those of all ranks;
-    problem: of one logit a row, that of its token, whose id is 0, or -1 outside the vocabulary.
+    shard: of a vocabulary split over processes, for KLs. merges=False: write this rank's states,
+    [N, splits, 8], to the front of `state` and nothing else. merges=True: compute every row but
+    fallback rows from the states of all ranks; problem.p and problem.q hold each row's token logit,
+    [N, 1], and problem.tokens is 0, or -1 for an id outside the vocabulary.
     """
     p, q, tokens, mask, temperatures, ratios = given = tensors(problem)
     layout, plan = problem.layout, plan_for(problem, outputs, divergence, shard)

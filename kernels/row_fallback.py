@@ -96,12 +96,14 @@ def row_fallback(  # noqa: PLR0913
     """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
     Math:   Fallback, fallback_divergence and write_fallback, in float64; defined by
-            reference.row_statistics and row_gradients, and f_divergences.divergence.
+            reference.row_statistics and row_gradients, and f_divergences.divergence. With RANKS,
+            merge_parts.
     Grid:   (⌈N / ROWS⌉,).
     Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, V more for
-            a divergence beside the KL and WITH_GRADIENT.
+            a divergence beside the KL and WITH_GRADIENT. With RANKS, in place of V entries, the
+            sampled logit and 9 · ranks float64.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
-            of weight·KL to P.
+            of weight·KL to P. With PART 9 float64 of those rows and nothing else.
     Saves:  save_stats' ten values, marked by the sign of the second; of a divergence beside the KL
             the means of its gradients in place of four.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never

@@ -121,16 +121,18 @@ def row_forward(  # noqa: PLR0913, PLR0915
 ):
     """Sum one segment of one row; the last program of a row to finish writes the row's results.
 
+    With MERGE, the states are those of all ranks of a split vocabulary: p and q are each row's
+    sampled logit, V is 1, and a token is 0, or -1 outside the vocabulary.
+
     Math:   the sums and formulas of row_math.py; defined by reference.row_statistics.
-    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V, the
-            logits' type and the GPU's architecture, and states are merged in order: a row's bits
-            depend neither on N nor on which program is last.
+    Grid:   (N · splits,), a row's segments next to each other; (N,) with MERGE. Lengths of segments
+            depend on V, the logits' type and the GPU's architecture, and states are merged in
+            order: a row's bits depend neither on N nor on which program is last.
     Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; three logits of each per
-            segment (COMPENSATED) and the token's; nothing of a masked row.
+            segment (COMPENSATED) and the token's; nothing of a masked row. With MERGE, in place of
+            the segments, 8 · ranks · splits float32 per row.
     Writes: 8 · N · splits float32, read again by the last program; 10 saved values and the fields
             asked for, per row.
-            With MERGE, Grid (N,): p and q are each row's sampled logit, V is 1, and a token is 0,
-            or -1 outside the vocabulary, which is split over processes.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a fallback row (infinities, a
             NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
@@ -227,7 +229,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
     statistics = row_statistics(states, scale, gamma, want)
     valid = statistics.valid
     if MERGE and WITH_REF_KL:
-        # Else backward would read all of the row for the gradient of KL(Q‖P) to Q.
+        # Send the row to the fallback: backward cannot compute E_q[d] again from one shard's columns.
         valid = valid & (tl.abs(statistics.unshifted.mean_q_d) <= LARGEST_MEAN_GAP)
     whole = Row(p_row, q_row, V, token, scale, ratio)
     store_statistics(row_outputs(outputs, row), statistics, valid, whole, want, reading)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -62,6 +64,8 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
         lambda row: q[row, :width].fill_(-torch.inf),
         lambda row: p[row, width:].fill_(-torch.inf),
         lambda row: q[row, p[row, :width].argmax()].fill_(-torch.inf),
+        lambda row: (p[row, :width].fill_(-torch.inf), p[row, 1].fill_(torch.nan)),
+        lambda row: (q[row, :width].fill_(-torch.inf), q[row, 1].fill_(torch.nan)),
     ]
     for row, kind in zip(range(1, rows), kinds, strict=False):
         kind(row)
@@ -116,7 +120,7 @@ NATIVE = ("kl", "jeffreys", "stats", "policy", "entropy", "selective")
 
 def results(function: Callable, given: Case, **more) -> tuple[list[torch.Tensor], list]:
     """Return the results of a function and its gradients to P and Q, of upstream gradients that
-    differ by row and field; None for a tensor that is not in it.
+    differ by row and field; None for a tensor that the function does not use.
     """
     p, q = (value.detach().clone().requires_grad_() for value in given[:2])
     found = function(given._replace(p=p, q=q), **more)
@@ -144,8 +148,8 @@ class Count:
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
-    "even": (1024, 256, 11, torch.float32, 0.1, True),
-    "far": (1024, 256, 11, torch.bfloat16, 3.0, True),
+    "even": (1024, 256, 13, torch.float32, 0.1, True),
+    "far": (1024, 256, 13, torch.bfloat16, 3.0, True),
     "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
     "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
     "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
@@ -237,3 +241,52 @@ def short_segments(name: str) -> contextlib.AbstractContextManager:
 
     cut = config.RowConfig(64, 1, 256, "short segments") if SIZES[name][0] == 1024 else None
     return config.override(forward=cut)
+
+
+def mistakes(rank: int, group: dist.ProcessGroup) -> None:
+    """Shards and rows that do not fit together are errors on every rank."""
+    shard, logits = Shard.megatron(group, 5, 20), torch.zeros(3, 5)
+    both = fastkl.kl_divergence, fastkl.total_variation
+    wrong = [
+        (shard, torch.zeros(3 + rank % 2, 5)),
+        (shard, logits.to((torch.float32, torch.bfloat16)[rank % 2])),
+        (shard, logits.to((torch.float16, torch.bfloat16)[rank % 2])),
+        (Shard(group, rank * 5, 21), logits),
+        (Shard(group, rank * 5, 20 - rank % 2), logits),
+        (Shard(group, rank * 6, 20), logits),
+        (shard, torch.zeros(3, 5 + 2 * (rank == 3))),
+        (shard, torch.zeros(3, 5 - 2 * (rank == 1))),
+    ]
+    for function, (given, value) in itertools.product(both, wrong):
+        with pytest.raises(ValueError, match=r"^p_logits: expected the same rows, type, vocab"):
+            function(value, value, shard=given)
+    with fastkl.use_backend("triton"):
+        for start in (5, 6)[: 2 if rank in (1, 2) else 1]:  # the others do not see the gap
+            with pytest.raises(ValueError, match="^shard: expected rank r's first column of p_log"):
+                fastkl.kl_divergence(logits, logits, shard=Shard(group, rank * start, 26 - start))
+    for given in (group, (shard,), (shard, group), [shard, shard]):
+        with pytest.raises(TypeError, match=r"^shard: expected a fastkl\.VocabShard, or a pair"):
+            fastkl.kl_divergence(logits, logits, shard=given)
+    other = Shard.megatron(group, 5, 19)
+    with pytest.raises(ValueError, match="^shard: expected one group and one vocab_size"):
+        fastkl.kl_divergence(logits, logits, shard=(shard, other))
+    for value in (logits[:2], logits[:, :4]):
+        with pytest.raises(ValueError, match="^q_logits: expected the shape of p_logits"):
+            fastkl.kl_divergence(logits, value, shard=shard)
+    head = fastkl.Head(torch.zeros(16, 2), shard=Shard.megatron(group, 16, 33))
+    with pytest.raises(ValueError, match="^weight.shard: expected rows of the vocabulary of 33 on"):
+        fastkl.linear_token_stats(torch.zeros(3, 2), head, torch.zeros(3, dtype=torch.long))
+
+
+def derivatives(group: dist.ProcessGroup, backend: str) -> None:
+    """A frozen tensor gets no gradient; second derivatives are refused."""
+    shard, tokens = Shard.megatron(group, 5, 20), torch.tensor([3, 4, 7])
+    p, q = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    p.requires_grad_()
+    with fastkl.use_backend(backend):
+        for support in (None, torch.arange(3)[:, None] + torch.arange(0, 20, 5)):
+            stats = fastkl.token_stats(p, tokens, q, support=support, shard=shard)
+            assert stats.kl.requires_grad and not stats.ref_logprob.requires_grad
+            with pytest.raises((RuntimeError, ValueError), match="second|been used in the graph"):
+                (first,) = torch.autograd.grad(stats.entropy.sum(), p, create_graph=True)
+                torch.autograd.grad(first.square().sum(), p)

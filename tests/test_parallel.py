@@ -5,7 +5,6 @@ call on the whole vocabulary.
 import concurrent.futures
 import dataclasses
 import datetime
-import itertools
 import os
 import pathlib
 import sys
@@ -29,6 +28,8 @@ from parallel_cases import (
     case,
     columns,
     compare,
+    derivatives,
+    mistakes,
     parallel_logits,
     replicated,
     results,
@@ -161,6 +162,21 @@ def dtensors(backend: str) -> None:
                 (TypeError, ValueError), match=f"^{name}: expected a DTensor on the mesh"
             ):
                 fastkl.kl_divergence(**given)
+    nine = case(9, 4, torch.float32, 0.1, 3)  # the last rank has no column
+    mesh = init_device_mesh("cpu", (4,))
+    split = [distribute_tensor(value, mesh, [Split(1)]) for value in nine[:2]]
+    rows = [distribute_tensor(value, mesh, [Replicate()]) for value in nine[2:]]
+    for label in ("kl", "js", "several"):
+        with fastkl.use_backend(backend):
+            found, grads = results(FUNCTIONS[label], Case(*split, *rows))
+            exact, gradients = results(FUNCTIONS[label], nine)
+        pairs = zip([*found, *grads[:1]], [*exact, *gradients[:1]], strict=True)
+        for result, value in pairs:
+            torch.testing.assert_close(
+                result.full_tensor(), value, rtol=1e-5, atol=1e-6, equal_nan=True
+            )
+    with pytest.raises(ValueError, match="^q_logits: expected a DTensor on the mesh .*shape"):
+        fastkl.kl_divergence(split[0], distribute_tensor(nine.q[:, :8], mesh, [Split(1)]))
     with pytest.raises(ValueError, match="^p_logits: expected logits whose rows are not split"):
         fastkl.kl_divergence(mine.p, mine.q, reduction="mean")
     with pytest.raises(ValueError, match="^shard: expected None beside DTensors"):
@@ -234,7 +250,7 @@ def train(sharded: bool) -> None:
 
 def costs(group: dist.ProcessGroup) -> None:
     """At most two gathers forward and none backward; 40 bytes per row are saved beside the inputs,
-    and a divergence is no reason to keep the logits that it gathered.
+    and a divergence keeps none of the logits it gathered.
     """
     whole = case(1024, 6, torch.bfloat16, 0.1, 256)
     shard = Shard.megatron(group, 256, 1024)
@@ -266,33 +282,6 @@ def costs(group: dist.ProcessGroup) -> None:
         assert count.calls == 4
         outside = fastkl.selective_log_softmax(mine.p, mine.tokens * 0 + 1024, shard=shard)
         assert bool(outside.isnan().all())
-
-
-def mistakes(rank: int, group: dist.ProcessGroup) -> None:
-    """Shards and rows that do not fit together are errors on every rank."""
-    shard, logits = Shard.megatron(group, 5, 20), torch.zeros(3, 5)
-    both = fastkl.kl_divergence, fastkl.total_variation
-    wrong = [
-        (shard, torch.zeros(3 + rank % 2, 5)),
-        (shard, logits.to((torch.float32, torch.bfloat16)[rank % 2])),
-        (Shard(group, rank * 5, 21), logits),
-        (Shard(group, rank * 5, 20 - rank % 2), logits),
-        (Shard(group, rank * 6, 20), logits),
-        (shard, torch.zeros(3, 5 + 2 * (rank == 3))),
-    ]
-    for function, (given, value) in itertools.product(both, wrong):
-        with pytest.raises(ValueError, match=r"^p_logits: expected the same rows, type, vocab"):
-            function(value, value, shard=given)
-    with fastkl.use_backend("triton"), pytest.raises(ValueError, match="^shard: expected rank r"):
-        fastkl.kl_divergence(logits, logits, shard=Shard(group, rank * 5, 21))
-    for given in (group, (shard,), (shard, group)):
-        with pytest.raises(TypeError, match=r"^shard: expected a fastkl\.VocabShard, or a pair"):
-            fastkl.kl_divergence(logits, logits, shard=given)
-    other = Shard.megatron(group, 5, 19)
-    with pytest.raises(ValueError, match="^shard: expected one group and one vocab_size"):
-        fastkl.kl_divergence(logits, logits, shard=(shard, other))
-    with pytest.raises(ValueError, match="^q_logits: expected the leading shape of p_logits"):
-        fastkl.kl_divergence(logits, logits[:2], shard=shard)
 
 
 def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
@@ -327,6 +316,7 @@ def main(rank: int, folder: str) -> None:
     for backend in backends:
         padded_differently(dist.group.WORLD, backend)
         dtensors(backend)
+        derivatives(dist.group.WORLD, backend)
         linear(groups[0], backend, "sequence", 62)
         linear(groups[1], backend, "replicated", 61)
     train(sharded=False)

@@ -23,7 +23,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -192,8 +192,7 @@ def register(
         repr(name),
         "choose another",
     )
-    registered: Callable[..., Any] = core.register_policy_loss(name)(loss)
-    return registered
+    return cast(Callable[..., Any], core.register_policy_loss(name)(loss))
 
 
 def install_kl_penalty() -> None:

@@ -68,8 +68,8 @@ class RowArgs(NamedTuple):
     """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
 
     q, tokens, mask: None if absent. temperature: a number or a vector. divergence: for another one
-    than the KL, "kl" is the only field. cut: of logits that are a shard, whose token ids count in
-    the whole vocabulary.
+    than the KL, "kl" is the only field. cut: where the logits lie in a split vocabulary; token ids
+    then refer to the whole one.
     """
 
     p: torch.Tensor

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,8 +43,7 @@ def near_series(divergence: Divergence) -> Any:
             "gap": FACTOR * nodes.expm1() / x,
         }[name]
         powers = torch.linalg.vander(x, N=number).flip(-1)
-        solved: list[float] = torch.linalg.solve(powers, curve).tolist()
-        return solved
+        return cast(list[float], torch.linalg.solve(powers, curve).tolist())
 
     if kind == "total_variation":
         gap = (*fit(count, "gap"), *(0.0,) * moment_count)

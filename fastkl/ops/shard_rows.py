@@ -1,6 +1,6 @@
-"""Rows whose vocabulary is split over processes: the kernels' states, and the parts of fallback
-rows, are gathered and merged on every rank, and backward needs no communication. For what is not
-merged, all logits are gathered, forward and backward.
+"""Rows whose vocabulary is split over processes. The kernels' states, and the parts of fallback
+rows, are gathered and merged on every rank; divergences that have no states to merge gather all
+logits. Backward needs no communication, but for the reference, which gathers all logits again.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from .problems import launchers, problems
 
 
 def local(args: RowArgs) -> RowArgs:
-    """Return the arguments of this process's columns that are no padding, with token ids relative
-    to them, -1 for others.
+    """Return the arguments of this process's columns without padding, with token ids relative to
+    them, -1 for others.
     """
     columns = args.cut.columns(args.p.shape[-1])
     tokens = args.tokens
@@ -37,8 +37,8 @@ def whole(args: RowArgs) -> RowArgs:
 
 
 def columns(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
-    """Return the columns of gradients [N, width] that `local` has taken, and fill the others with
-    0.
+    """Set the gradient [N, width] of padding columns to 0, and return views of the other columns,
+    those of `local`.
     """
     count = args.p.shape[-1]
     for grad in grads:

@@ -192,7 +192,7 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
     log_sum, peak, saved, g_listed, g_log_sum = given
     grad = inputs.logits.new_empty(inputs.logits.shape)
-    if not log_sum.numel():
+    if not (log_sum.numel() and grad.numel()):
         return grad.zero_()
     g_listed, g_log_sum = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
     args, ids, rows = _rows(inputs), matrix(inputs.ids), grad.view(-1, grad.shape[-1])

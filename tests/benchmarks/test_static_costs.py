@@ -59,10 +59,10 @@ OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.
 TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 
-# Every kernel for sm_90 but those of a temperature ratio, and some of the divergences beside the
-# KL; forward also misaligned and in float32, where its loops are others; for the other
-# architectures one of each kind; of an older Triton those with limits. The command measures the
-# whole plan.
+# Kernels for sm_90 but those of a temperature ratio, some of the divergences beside the KL, and of a
+# soft cap forward alone; forward also misaligned and in float32, where its loops are others; for the
+# other architectures one of each kind; of an older Triton those with limits. The command measures
+# the whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
@@ -75,6 +75,8 @@ FAMILY = ("js.forward", "js.backward_p", "renyi.forward", "total_variation.forwa
 
 
 def chosen_for_sm_90(name):
+    if name.endswith("softcap"):
+        return name in ("kl_divergence.forward_softcap", "kl_divergence.backward_p_softcap")
     return name in FAMILY or (name.startswith(("kl", "token")) and not name.endswith("ratio"))
 
 
@@ -85,7 +87,7 @@ chosen = [
     for case in static_costs.cases(plan, architectures)
     if (not limited or (case[0].name, *case[1:]) in limited)
     and (
-        case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
+        case[0].name == "kl_divergence.forward" and case[1] == "sm_90"
         or case[2:] == ("bf16", True)
         and (case[0].name in KINDS or (case[1] == "sm_90" and chosen_for_sm_90(case[0].name)))
     )

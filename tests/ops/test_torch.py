@@ -160,9 +160,10 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """
     inductor, function = compiler == "inductor", COMPILED[name]
     if inductor and (
-        implementation.interpreted or (implementation.device == "cpu" and not HAS_CPP)
+        implementation.interpreted
+        or (implementation.device == "cpu" and (not HAS_CPP or name == "penalty"))
     ):
-        pytest.skip("inductor needs a C++ compiler, and is checked on the reference")
+        pytest.skip("inductor needs a C++ compiler, takes 20 s of it, or runs on the reference")
     compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
     for leading in ((1, 2), (1, 3)) if dynamic else ((1, 2),):
         data = inputs(implementation.device, leading)

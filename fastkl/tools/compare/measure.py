@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -204,10 +204,10 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
         index=groups["index"].first(),
         text=texts,
     ).sort_values("kl_ab", ascending=False, kind="stable")
-    found: list[dict[str, Any]] = (
-        units[: limit if by == "line" else None].reset_index().to_dict("records")
+    return cast(
+        list[dict[str, Any]],
+        units[: limit if by == "line" else None].reset_index().to_dict("records"),
     )
-    return found
 
 
 def worst_tokens(

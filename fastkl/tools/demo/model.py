@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,7 @@ class LanguageModel(nn.Module):
         stream = self.transformer["wte"](tokens)
         for layer, block in enumerate(self.transformer["h"]):
             stream = block(stream, rotation, cache, layer)
-        hidden: torch.Tensor = self.transformer["ln_f"](stream)
-        return hidden
+        return cast(torch.Tensor, self.transformer["ln_f"](stream))
 
     def response_hidden(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Return hidden states [B, length, H] that predict the last tokens of tokens [B, T]."""
@@ -101,8 +100,7 @@ class Block(nn.Module):
         # With a cache, every call but the first has one token, which sees all before it.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=stream.shape[1] > 1)
         mixed = attn["out_proj"](attended.transpose(1, 2).flatten(2))
-        out: torch.Tensor = stream + mixed + self.mlp(normal)
-        return out
+        return cast(torch.Tensor, stream + mixed + self.mlp(normal))
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
