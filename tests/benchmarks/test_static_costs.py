@@ -59,10 +59,10 @@ OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.
 TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 
-# Kernels for sm_90 but those of a temperature ratio, some of the divergences beside the KL, and of a
-# soft cap forward alone; forward also misaligned and in float32, where its loops are others; for the
-# other architectures one of each kind; of an older Triton those with limits. The command measures
-# the whole plan.
+# Kernels for sm_90 but those of a temperature ratio, some of the divergences beside the KL, and two
+# of a soft cap; forward also misaligned and in float32, where its loops are others; for the other
+# architectures one of each kind; of an older Triton those with limits. The command measures the
+# whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
