@@ -240,7 +240,7 @@ def checked_cut(shard: VocabShard, name: str, own: int) -> Cut:
     return cut
 
 
-def prepared(
+def sharded_logits(
     shard: Shards, native: bool, logits: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], Cut]:
     """Check `shard` and return the logits and their Cut; without `native`, or for a pair, the

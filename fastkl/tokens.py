@@ -15,7 +15,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import WHOLE, Shards, logits_at, prepared
+from .parallel import WHOLE, Shards, logits_at, sharded_logits
 
 
 class TokenStats(NamedTuple):
@@ -160,7 +160,7 @@ def token_stats(
     both = [logits] if ref_logits is None else [logits, ref_logits]
     chosen, cut = backend.select(*both), WHOLE
     if shard is not None:
-        both, cut = prepared(
+        both, cut = sharded_logits(
             shard,
             chosen == "triton",
             dict(zip(("logits", "ref_logits"), both, strict=False)),
@@ -294,7 +294,7 @@ def entropy_from_logits(
     _checks.temperature(temperature, logits.shape[:-1], logits.device)
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
-    (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
+    (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     temperatures = per_token(temperature)
     inputs = RowInputs(
         logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments
@@ -340,7 +340,7 @@ def selective_log_softmax(
     )
     chosen, ids, cut = backend.select(logits), index.long(), WHOLE
     if shard is not None:
-        (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
+        (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"

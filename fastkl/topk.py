@@ -14,7 +14,7 @@ from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import Shards, prepared
+from .parallel import Shards, sharded_logits
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
@@ -265,7 +265,7 @@ def _topk(
     _checks.temperature(how.temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
     chosen = backend.select(logits)
-    (logits,), cut = prepared(shard, chosen == "triton", {"logits": logits})
+    (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
     listed, rest, *_ = cells(
         CellInputs(

@@ -24,7 +24,7 @@ POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 # Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
 # float64 values of a part of a fallback row.
-PART = 9
+PART_VALUES = 9
 # Start a shard's counters here: no program then counts as the last, and none writes results.
 NEVER_LAST = -(2**30)
 # Tests set it to False: fallback rows then keep a NaN as their first saved value.

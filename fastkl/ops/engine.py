@@ -134,7 +134,7 @@ class Kernels(Engine):
     ) -> None:
         if args.cut.group:
             args = shard_rows.local(args)
-            grad_p, grad_q = shard_rows.columns(args, (grad_p, grad_q))
+            grad_p, grad_q = shard_rows.zero_padding(args, (grad_p, grad_q))
         p, q = args.p, args.q
         if p.stride(-1) != 1 or (q is not None and q.stride(-1) != 1):
             # A saved-tensor hook may return logits with another stride along the vocabulary.

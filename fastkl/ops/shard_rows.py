@@ -36,7 +36,7 @@ def whole(args: RowArgs) -> RowArgs:
     return args._replace(p=p, q=q[0] if q else None, cut=parallel.WHOLE)
 
 
-def columns(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
+def zero_padding(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
     """Set the gradient [N, width] of padding columns to 0, and return views of the other columns,
     those of `local`.
     """
@@ -92,7 +92,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
         of_tokens = of_tokens._replace(tokens=torch.where(outside, -1, 0))
     merging, problem_of_tokens = shard._replace(merges=True), _problem(of_tokens)
     launch.forward(problem_of_tokens, outputs, saved, shard=merging, state=gathered)
-    parts = saved.new_zeros(rows, launch.PART, dtype=torch.float64)
+    parts = saved.new_zeros(rows, launch.PART_VALUES, dtype=torch.float64)
     launch.fallback(problem, outputs, saved, shard=shard, parts=parts)
     parts = parallel.all_gather(parts, cut.group, cut.ranks)
     launch.fallback(problem_of_tokens, outputs, saved, shard=merging, parts=parts)

@@ -202,7 +202,7 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
         outside = (ids < 0) | (ids >= columns)
         ids, order = ids.masked_fill(outside, columns).sort(stable=True, dim=-1)
         g_listed = None if g_listed is None else g_listed.gather(-1, order)
-        (rows,) = shard_rows.columns(args, (rows,))
+        (rows,) = shard_rows.zero_padding(args, (rows,))
     if rows.numel():
         fill_cell_gradients(
             ENGINES[inputs.backend],

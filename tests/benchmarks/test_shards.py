@@ -15,7 +15,7 @@ def test_the_page_has_the_tables(capsys):
     page = (record.ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     for table in capsys.readouterr().out.strip().split("\n\n"):
         assert table in page, "run python -m benchmarks.shards"
-    assert (model["STATE"], model["PART"]) == (4 * launch.STATE.value, 8 * launch.PART)
+    assert (model["STATE"], model["PART"]) == (4 * launch.STATE.value, 8 * launch.PART_VALUES)
 
 
 def test_collectives_of_nccl():
