@@ -181,7 +181,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     ALL_NEAR: as for add_terms; of Rényi's divergence and of total variation one formula serves all.
     """
     formula = terms.formula
-    mean_u, mean_v = terms.saved.mean_p_d, terms.saved.mean_q_d
+    mean_u, mean_v = terms.saved.mean_p, terms.saved.mean_q
     p = tl.exp2(log2_p)
     q = tl.exp2(tl.fma(d, LOG2E / D_FACTOR, log2_p))
     log_ratio = d * (1.0 / D_FACTOR)

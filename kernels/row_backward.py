@@ -118,7 +118,7 @@ def write_chunk(  # noqa: PLR0915
     if reading.tokens:
         token = tl.load(args.tokens + row)
     needs_fallback = is_fallback(saved_ptr)
-    if asked.ref_kl and asked.wrt_q:  # its mean_q_d is the saved value 8
+    if asked.ref_kl and asked.wrt_q:  # its mean_q is the saved value 8
         needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if needs_fallback & (activity != 0.0):
         whole = Row(p_row, q_row, args.V, token, scale, ratio)

@@ -169,7 +169,7 @@ def row_divergence(  # noqa: PLR0913
         scale * LOG2E,
         row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO),
         zero,
-        Second(formula, terms.lse_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
+        Second(formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
     )
     state = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
     moment, value, p_above = state.W, state.U, state.R
@@ -188,7 +188,7 @@ def row_divergence(  # noqa: PLR0913
     IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
     value = tl.where(value < 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
-    # In place of mean_p_d, mean_q_d and the entropy.
+    # In place of mean_p, mean_q and the entropy.
     tl.store(saved_ptr + 7, moment * factor if IS_TV else value - moment * factor)
     tl.store(saved_ptr + 8, p_above * factor if IS_TV else moment * factor)
     tl.store(saved_ptr + 9, value)

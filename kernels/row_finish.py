@@ -40,11 +40,12 @@ Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl lse
 
 # The values of a row that backward needs, in memory order.
 #
-# Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
-# E_p[d] and E_q[d], entropy.
+# Base 2: origin, log2_S, and log2_Z_q, of Q's partition function Z, as hi and lo. Base e: centre as
+# hi and lo, log1p_t, the means E_p[d] and E_q[d] (of another divergence, those of its gradients),
+# entropy.
 Saved = namedtuple(
     "Saved",
-    "origin log2_S lse_q lse_q_lo centre centre_lo log1p_t mean_p_d mean_q_d entropy",
+    "origin log2_S log2_Z_q log2_Z_q_lo centre centre_lo log1p_t mean_p mean_q entropy",
 )
 
 
@@ -115,7 +116,7 @@ def load_states(state_ptr, mask, want: tl.constexpr):
 
 
 @triton.jit
-def q_partition(state, log2_S, log_ratio, mean_q_d, scale):
+def q_partition(state, log2_S, log_ratio, mean_q, scale):
     """Return Q's log2-partition function log2 Σ 2^((y - shift)·scale_log2) from P's and the centre,
     as hi and lo.
 
@@ -129,7 +130,7 @@ def q_partition(state, log2_S, log_ratio, mean_q_d, scale):
     rest = (
         tl.fma(state.centre, LOG2E, -centre_log2)
         + log_ratio * LOG2E
-        - (state.centre + mean_q_d) * rounding
+        - (state.centre + mean_q) * rounding
     )
     return two_sum(lse, lo + more + rest)
 
@@ -157,33 +158,33 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
         # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
         # plain division may be off by 2 ulp.
         mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
-        mean_p_d = tl.div_rn(state.W, state.S)
-        kl = kl_of_means(mean_h, mean_p_d)
+        mean_p = tl.div_rn(state.W, state.S)
+        kl = kl_of_means(mean_h, mean_p)
         valid = valid & (kl < LARGE_KL)
         ref_kl = zero
-        mean_q_d = zero
+        mean_q = zero
         if want.ref_kl:
             mean_r = tl.div_rn(state.R, state.S)
-            ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p_d)
-            mean_q_d = tl.div_rn(state.R + state.W, state.S + state.U + state.W)
+            ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p)
+            mean_q = tl.div_rn(state.R + state.W, state.S + state.U + state.W)
             # Reject a KL(Q‖P) that is a small difference of large terms, as beside an entry masked
             # in Q alone: it has too few digits.
-            terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p_d)
+            terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p)
             valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
-        log1p_t = log1p(mean_h + mean_p_d)
-        lse_q, lse_q_lo = q_partition(state, log2_S, log1p_t, mean_q_d, scale)
+        log1p_t = log1p(mean_h + mean_p)
+        log2_Z_q, log2_Z_q_lo = q_partition(state, log2_S, log1p_t, mean_q, scale)
         apart = tl.abs(tl.fma(state.shift, scale, state.centre))
-        valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
+        valid = valid & (tl.abs(log2_Z_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
         if not want.compensated:
             valid = valid & (apart < scale * LARGEST_DIFFERENCE)
         if want.kind.name == RENYI:
-            kl = renyi_of_means(tl.div_rn(state.R, state.S), mean_h, mean_p_d, gamma)
+            kl = renyi_of_means(tl.div_rn(state.R, state.S), mean_h, mean_p, gamma)
             valid = valid & (kl * tl.abs(gamma) < LARGE_KL)
-            mean_p_d = kl * -gamma
-            mean_q_d = mean_p_d
+            mean_p = kl * -gamma
+            mean_q = mean_p
         unshifted = Saved(
-            state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
-            entropy,
+            state.origin, log2_S, log2_Z_q, log2_Z_q_lo, state.centre, zero, log1p_t, mean_p,
+            mean_q, entropy,
         )  # fmt: skip
         return Statistics(unshifted, state.shift, kl, ref_kl, valid)
 
@@ -243,7 +244,9 @@ def saved_values(statistics, scale):
     """The Saved of a row from its Statistics."""
     unshifted = statistics.unshifted
     shift = statistics.shift
-    lse_q, lse_q_lo = add_product(unshifted.lse_q, unshifted.lse_q_lo, shift, scale * LOG2E)
+    log2_Z_q, log2_Z_q_lo = add_product(
+        unshifted.log2_Z_q, unshifted.log2_Z_q_lo, shift, scale * LOG2E
+    )
     centre, centre_lo = add_product(unshifted.centre, unshifted.centre_lo, shift, scale)
     # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
     # being negative: its sign bit marks fallback rows.
@@ -251,13 +254,13 @@ def saved_values(statistics, scale):
     return Saved(
         tl.where(below, unshifted.origin - 1.0, unshifted.origin),
         tl.where(below, unshifted.log2_S + 1.0, unshifted.log2_S),
-        lse_q,
-        lse_q_lo,
+        log2_Z_q,
+        log2_Z_q_lo,
         centre,
         centre_lo,
         unshifted.log1p_t,
-        unshifted.mean_p_d,
-        unshifted.mean_q_d,
+        unshifted.mean_p,
+        unshifted.mean_q,
         unshifted.entropy,
     )
 
@@ -280,7 +283,7 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
         want,
     )
     lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
-    store_lse(out, lse, tl.fma(saved.lse_q, LN2, saved.lse_q_lo * LN2), want)
+    store_lse(out, lse, tl.fma(saved.log2_Z_q, LN2, saved.log2_Z_q_lo * LN2), want)
     if reading.tokens:
         # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow where the
         # log-probability is finite.
@@ -291,7 +294,7 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
         if want.kl:
             y, y_lo = scale_reference(y, row.ratio, reading.ratio)
             y, more = two_sum(y, -statistics.shift)
-            half_q = tl.fma(y, half_scale, unshifted.lse_q * -0.5) - unshifted.lse_q_lo * 0.5
+            half_q = tl.fma(y, half_scale, unshifted.log2_Z_q * -0.5) - unshifted.log2_Z_q_lo * 0.5
             half_q = tl.fma(y_lo + more, half_scale, half_q)
             tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))
 

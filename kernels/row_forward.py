@@ -230,6 +230,6 @@ def row_forward(  # noqa: PLR0913, PLR0915
     valid = statistics.valid
     if MERGE and WITH_REF_KL:
         # Send the row to the fallback: a shard's columns do not give E_q[d] again in backward.
-        valid = valid & (tl.abs(statistics.unshifted.mean_q_d) <= LARGEST_MEAN_GAP)
+        valid = valid & (tl.abs(statistics.unshifted.mean_q) <= LARGEST_MEAN_GAP)
     whole = Row(p_row, q_row, V, token, scale, ratio)
     store_statistics(row_outputs(outputs, row), statistics, valid, whole, want, reading)

@@ -38,10 +38,11 @@ Asked = namedtuple(
 
 # The constants of a row's gradients: its Saved, and what follows from it.
 #
-# 2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q with
-# saved.lse_q. lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
-# entropy belongs to the rounded lse_p. formula: of a divergence beside the KL its Formula.
-Terms = namedtuple("Terms", "saved lse_p factor_p factor_q lse_gap lse_gap_lo entropy formula")
+# The inverse of P's partition function Z = Σ exp(x·s) is 2^-log2_Z_p · factor_p, with log2_Z_p
+# rounded; likewise Q's with saved.log2_Z_q. lse_gap, lse_gap_lo: log Z of Q minus that of P, in
+# nats; log(q/p) is (y - x)·s less these two. entropy belongs to the rounded log2_Z_p. formula: of a
+# divergence beside the KL its Formula.
+Terms = namedtuple("Terms", "saved log2_Z_p factor_p factor_q lse_gap lse_gap_lo entropy formula")
 
 
 # Where a row's 16-byte blocks lie, and the factors of its entries.
@@ -74,17 +75,17 @@ def load_saved(saved_ptr):
 @triton.jit
 def gradient_terms(saved, formula):
     """The Terms of a row from its Saved."""
-    lse_p, lse_p_lo = two_sum(saved.origin, saved.log2_S)
+    log2_Z_p, log2_Z_p_lo = two_sum(saved.origin, saved.log2_S)
     # As hi and lo, so that a large centre costs no digits of log(q/p).
     lse_gap, lse_gap_lo = two_sum(saved.centre, saved.log1p_t)
     return Terms(
         saved,
-        lse_p,
-        tl.exp2(-lse_p_lo),
-        tl.exp2(-saved.lse_q_lo),
+        log2_Z_p,
+        tl.exp2(-log2_Z_p_lo),
+        tl.exp2(-saved.log2_Z_q_lo),
         lse_gap,
         lse_gap_lo + saved.centre_lo,
-        saved.entropy - lse_p_lo * LN2,
+        saved.entropy - log2_Z_p_lo * LN2,
         formula,
     )
 
@@ -102,7 +103,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
     """
     # p and q stay without their factors, which join the row's constants: one multiplication less
     # per entry.
-    log2_p = tl.fma(x, scale * LOG2E, -terms.lse_p)
+    log2_p = tl.fma(x, scale * LOG2E, -terms.log2_Z_p)
     p = tl.exp2(log2_p)
     d = x
     q = x
@@ -115,7 +116,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         if asked.compensated:
             d = d - terms.saved.centre_lo
     if (asked.wrt_p and asked.ref_kl) or asked.wrt_q:
-        q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.saved.lse_q))
+        q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.saved.log2_Z_q))
         true_p = p * terms.factor_p
         # No fma: of equal rows the rounded products are equal, and the gradient is exactly 0.
         q_minus_p = q * terms.factor_q - true_p
@@ -136,7 +137,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         if asked.entropy:
             bracket = tl.fma(log2_p, weight * (-LN2) * g.entropy, bracket)
         if asked.kl:
-            bracket = tl.fma(d - terms.saved.mean_p_d, -weight * g.kl, bracket)
+            bracket = tl.fma(d - terms.saved.mean_p, -weight * g.kl, bracket)
         grad_x = p * bracket
         if asked.entropy or asked.kl:
             # An entry without probability has no gradient, even where its logarithm is infinite.
@@ -148,7 +149,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
             weight = scale * terms.factor_q
             bracket = -weight * (g.ref_logprob - g.ref_lse)
             if asked.ref_kl:
-                bracket = tl.fma(d - terms.saved.mean_q_d, weight * g.ref_kl, bracket)
+                bracket = tl.fma(d - terms.saved.mean_q, weight * g.ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)
             if asked.kl:
                 grad_y = tl.fma(q_minus_p, scale * g.kl, grad_y)
@@ -174,7 +175,7 @@ def entry_ratio(x, y, y_lo, scale, terms, COMPENSATED: tl.constexpr, HAS_RATIO: 
     if HAS_RATIO:
         lo = lo + y_lo
     d = centred(difference, lo, scale * D_FACTOR, terms.lse_gap * D_FACTOR, COMPENSATED)
-    return tl.fma(x, scale * LOG2E, -terms.lse_p), d - terms.lse_gap_lo * D_FACTOR
+    return tl.fma(x, scale * LOG2E, -terms.log2_Z_p), d - terms.lse_gap_lo * D_FACTOR
 
 
 # Entries as read, tuples with one tensor per group: offsets in the row's blocks, and raw logits.
