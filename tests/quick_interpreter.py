@@ -1,10 +1,10 @@
 """Triton's interpreter without what takes three quarters of its time and changes no result:
 conftest.py makes it so where kernels are interpreted.
 
-It replaces the functions of triton.language at every launch and at every call of a helper; makes
-types, shapes and constants anew for every operation, and promotes operands of one type; and
-computes every sum and product of integers again in 64 bits, for an assertion that it then leaves
-out.
+The interpreter replaces the functions of triton.language at every launch and at every call of a
+helper; makes types, shapes and constants anew for every operation, and promotes operands of one
+type; takes ten calls to add two blocks; and computes every sum and product of integers again in 64
+bits, for an assertion that it then leaves out.
 """
 
 import types
@@ -17,7 +17,7 @@ NUMBERS = {("int32", int), ("int64", int), ("fp32", float), ("fp64", float)}
 SAME = {(name, name) for name in ("int1", "int32", "int64", "fp32", "fp64")}
 SAME |= NUMBERS | {pair[::-1] for pair in NUMBERS}
 
-# What elementwise_in_numpy computes, and of which types.
+# The operations and element types of elementwise_in_numpy.
 ELEMENTS = {"fp32": np.float32, "fp64": np.float64, "int32": np.int32, "int64": np.int64}
 ARITHMETIC = {"__add__": np.add, "__sub__": np.subtract, "__mul__": np.multiply}
 COMPARISONS = {"__lt__": np.less, "__le__": np.less_equal, "__gt__": np.greater}
