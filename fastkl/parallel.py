@@ -108,7 +108,8 @@ class VocabShard:
         )
         mesh, columns = tensor.device_mesh, tensor.shape[-1]
         group = mesh.get_group(found[0])
-        return cls(group, group.rank() * -(-columns // group.size()), vocab_size or columns)
+        start = group.rank() * -(-columns // group.size())
+        return cls(group, start, columns if vocab_size is None else vocab_size)
 
 
 # The argument `shard`: of all tensors, or of each of two.
@@ -137,9 +138,8 @@ class Cut(NamedTuple):
 
     def part(self, whole: torch.Tensor, own: int) -> torch.Tensor:
         """Return a tensor's `own` columns of [..., V], 0 for padding."""
-        columns = self.columns(own)
-        part = whole[..., self.start : self.start + columns]
-        return torch.nn.functional.pad(part, (0, own - columns))
+        part = whole[..., self.start : self.start + self.columns(own)]
+        return torch.nn.functional.pad(part, (0, own - part.shape[-1]))
 
 
 WHOLE = Cut()
@@ -300,7 +300,9 @@ class _Whole(torch.autograd.Function):
             held = all_gather(
                 torch.tensor(mine, device=logits[0].device), cuts[0].group, cuts[0].ranks
             ).tolist()
-            wrong = [i for i, each in enumerate(held) if each != held[0] or not each[0][4]]
+            wrong = [
+                i for i, each in enumerate(held) if each != held[0] or not all(x[4] for x in each)
+            ]
             _checks.expect(
                 not wrong,
                 name,

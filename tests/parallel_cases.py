@@ -270,6 +270,9 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
     other = Shard.megatron(group, 5, 19)
     with pytest.raises(ValueError, match="^shard: expected one group and one vocab_size"):
         fastkl.kl_divergence(logits, logits, shard=(shard, other))
+    wide = Shard.megatron(group, 6, 21), Shard.megatron(group, 5, 21)  # Q has 20 columns in all
+    with pytest.raises(ValueError, match="^p_logits: expected the same rows, type, vocab"):
+        fastkl.kl_divergence(torch.zeros(3, 6), logits, shard=wide)
     for value in (logits[:2], logits[:, :4]):
         with pytest.raises(ValueError, match="^q_logits: expected the shape of p_logits"):
             fastkl.kl_divergence(logits, value, shard=shard)
@@ -287,6 +290,7 @@ def derivatives(group: dist.ProcessGroup, backend: str) -> None:
         for support in (None, torch.arange(3)[:, None] + torch.arange(0, 20, 5)):
             stats = fastkl.token_stats(p, tokens, q, support=support, shard=shard)
             assert stats.kl.requires_grad and not stats.ref_logprob.requires_grad
+            # once_differentiable leaves a graph without P.
             with pytest.raises((RuntimeError, ValueError), match="second|been used in the graph"):
                 (first,) = torch.autograd.grad(stats.entropy.sum(), p, create_graph=True)
                 torch.autograd.grad(first.square().sum(), p)
