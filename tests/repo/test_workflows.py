@@ -1,0 +1,132 @@
+# The commands of the workflows are the repository's: targets and variables of the Makefile that
+# .ci/run or a test runs, options that the parsers take, markers and paths that exist.
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from fastkl.tools import cli
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# Targets that .ci/run makes.
+CHECKED = set(re.findall(r"^make .*?(\w+)$", (ROOT / ".ci" / "run").read_text(), re.M))
+
+
+STEPS = [
+    (path.stem, step)
+    for path in WORKFLOWS
+    for job in yaml.safe_load(path.read_text())["jobs"].values()
+    for step in job["steps"]
+]
+LINES = {
+    f"{workflow}: {line}": line
+    for workflow, step in STEPS
+    if step.get("id") != "version"
+    for line in step.get("run", "").splitlines()
+}
+
+
+def check_make(words):
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    makefile = (ROOT / "Makefile").read_text()
+    for name in named:
+        assert re.search(rf"^{name} :?\??=", makefile, re.M), f"{name}: no variable of the Makefile"
+    targets = [word for word in words if "=" not in word]
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert CHECKED.issuperset(targets), f"{targets}: expected {CHECKED}, which .ci/run makes"
+    check_pytest(shlex.split(named.get("ARGS", "")))
+
+
+def check_pytest(words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-m")
+    parser.add_argument("paths", nargs="*")
+    given = parser.parse_args(words)
+    assert all((ROOT / path).exists() for path in given.paths), given.paths
+    assert given.m is None or f'"{given.m}:' in (ROOT / "pyproject.toml").read_text(), given.m
+
+
+def check_module(words):
+    # A module of the benchmarks that has tests, and options that it takes.
+    module, *options = words
+    stem = module.removeprefix("benchmarks.")
+    assert list(ROOT.glob(f"tests/benchmarks/test_{stem}.py")), module
+    import_module(module).parse(options)
+
+
+PROGRAMS = {
+    "make": check_make,
+    ".venv/bin/fastkl": lambda words: cli.build_parser().parse_args(words),
+    ".venv/bin/python -m": check_module,
+    "gh api": lambda words: None,  # of the runner
+}
+
+
+def check(line):
+    program, how = next(
+        ((each, how) for each, how in PROGRAMS.items() if line.startswith(each + " ")), ("", None)
+    )
+    assert how, f"{line}: expected one of {', '.join(PROGRAMS)}"
+    how(shlex.split(line.removeprefix(program)))
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_commands_exist(line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where parsers make folders for output
+    check(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make tests",
+        "make bench",
+        'make test ARG="-m gpu"',
+        'make test ARGS="-m cuda"',
+        'make test ARGS="tests/gone"',
+        ".venv/bin/fastkl doctor --gpu",
+        ".venv/bin/python -m benchmarks.fast --check",
+        ".venv/bin/python -m benchmarks.speed --check --suite gone",
+        "tox",
+    ],
+)
+def test_a_command_that_is_gone_is_found(line):
+    with pytest.raises((AssertionError, subprocess.CalledProcessError, SystemExit)):
+        check(line)
+
+
+@pytest.mark.parametrize(
+    ("date", "tag", "version"),
+    [("2026-11-30", "v1.1", "1.2"), ("Unreleased", "v1.1", None), ("2026-11-30", "v1.2", None)],
+    ids=["to release", "not yet", "released"],
+)
+def test_what_is_released(date, tag, version, tmp_path):
+    # A version with a date in the changelog and without a tag.
+    (script,) = (step["run"] for _, step in STEPS if step.get("id") == "version")
+    source = (ROOT / "fastkl" / "__init__.py").read_text()
+    (tmp_path / "fastkl").mkdir()
+    (tmp_path / "fastkl" / "__init__.py").write_text(
+        re.sub(r"^__version__ = .*", '__version__ = "1.2"', source, flags=re.M)
+    )
+    (tmp_path / "CHANGELOG.md").write_text(
+        f"# Changelog\n\n## [1.2] - {date}\n\n## [1.1] - 2026-01-01\n"
+    )
+    author = "-c user.name=a -c user.email=a@b.c".split()
+    for words in (
+        ["init", "-q"],
+        [*author, "commit", "-q", "--allow-empty", "-m", "x"],
+        ["tag", tag],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    environment = {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": str(tmp_path / "output")}
+    subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)
+    output = tmp_path / "output"
+    assert (output.read_text() if output.exists() else "") == f"version={version}\n" * bool(version)
