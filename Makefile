@@ -20,7 +20,7 @@ ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear lint dist clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear gpu lint dist clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -57,6 +57,13 @@ bench-accuracy:
 bench-linear:
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 
+# On a machine with a CUDA GPU: its tests, doctor, the right results and 65 % of a copy's bandwidth. A missing GPU is an error.
+gpu: $(INSTALLED) $(PEERS)
+	FASTKL_REQUIRE_GPU=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	$(VENV)/bin/fastkl doctor --device cuda
+	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --providers fastkl
+	$(VENV)/bin/python -m benchmarks.speed --suite main --providers fastkl --at-least 65 --out build/gpu
+
 lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -65,6 +72,8 @@ lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/vermin --quiet --no-tips --violations --target=3.10- --exclude tomllib fastkl kernels benchmarks tests setup.py
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
 # What a release uploads, in dist, and tests of the public functions on the wheel. pytest, not python -m pytest, keeps the checkout off the path.
