@@ -23,6 +23,13 @@ from . import demo, options
 from .errors import UseError, expect, told
 from .files import check_uses, check_writable, find_texts
 
+# Names of files that say in which form they are written.
+SUFFIXES = {
+    "plot": (".png", ".svg", ".pdf"),
+    "tokens": (".jsonl", ".parquet"),
+    "save_reference": (".safetensors",),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
@@ -109,10 +116,46 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 
 def _run_compare(given: argparse.Namespace) -> int:
-    given.text = find_texts(given.text)
-    check_uses(given.text, given.html, given.json)
+    given.text, given.documents = find_texts(given.text), None
+    many = len(given.candidates)
+    expect(
+        many or given.save_reference, "MODEL_B", "a model", "none", "name one, or --save-reference"
+    )
+    expect(
+        given.text or os.path.isfile(given.model_a),
+        "--text",
+        "what to compare on",
+        "nothing",
+        "name files",
+    )
+    expect(many < 26, "MODEL_B", "at most 25 candidates", str(many), "compare fewer at a time")
+    outputs = ("html", "json", "plot", "tokens", "save_reference")
+    check_uses(given.text, {name: getattr(given, name) for name in outputs})
+    for name, suffixes in SUFFIXES.items():
+        path = getattr(given, name)
+        expect(
+            not path or path.suffix in suffixes,
+            f"--{name.replace('_', '-')}",
+            f"a name that ends in {' or '.join(suffixes)}",
+            repr(str(path)),
+            "rename it",
+        )
+    expect(
+        many == 1 or not given.html,
+        "--html",
+        "one candidate",
+        str(many),
+        "write a page for each, one at a time",
+    )
+    if given.plot:
+        _load("plots", ".plot")
+    if given.tokens and given.tokens.suffix == ".parquet":
+        with told(
+            "--tokens", "the package pyarrow", "none", "pip install pyarrow, or name a .jsonl"
+        ):
+            importlib.import_module("pyarrow")
     given.device = _choose_device(given.device)
-    return int(_load("compare", ".compare.measure").run_compare(given))
+    return int(_load("compare", ".compare.run").run_compare(given))
 
 
 def _run_plot(given: argparse.Namespace) -> int:
@@ -140,7 +183,7 @@ def _run_plot(given: argparse.Namespace) -> int:
 
 
 def _run_doctor(given: argparse.Namespace) -> int:
-    check_uses((), None, given.json)  # before a minute of checks
+    check_uses((), {"json": given.json})  # before a minute of checks
     from .doctor import run_doctor
 
     return run_doctor(_choose_device(given.device), given.json)
