@@ -267,7 +267,9 @@ def run_compare(settings: Namespace) -> int:
         write_whole(path, outputs[path]())
     out = sys.stderr if STDOUT in paths else sys.stdout
     if settings.format == "llama.cpp":
-        print(*(f"{each.llama_table()}\n" for each in found), sep="\n", file=out)
+        for each in found:
+            model = report.model_line(each.report["letter"], each.report["models"][1])
+            print(f"{model}\n\n{each.llama_table()}\n", file=out)
     elif found:
         print(text(whole), file=out)
     paths += [settings.save_reference] if settings.save_reference else []
