@@ -48,10 +48,10 @@ def text(whole: dict[str, Any], width: int) -> str:
     (unit, count), *_ = reports[0]["summary"]["interval_units"].items()
     lines += ["", f"KL(A‖·) in nats per token, intervals by a bootstrap over {count:,} {unit}s:"]
     lines += table([head, *rows], "<>>>>>>>", width)
-    lines += ["", "mean KL of one minus that of the one before, over the same tokens:"]
+    lines += ["", f"differences of mean KL over the same tokens, p by sign flips of {unit}s:"]
     lines += [
         f"{each['more']} - {each['less']}  {each['mean']:.3g} {_interval(each['interval'])}  "
-        f"p = {each['p']:.2g} (sign flips over {next(iter(each['units'].values())):,} {unit}s)"
+        f"p = {each['p']:.2g}"
         for each in whole["differences"]
     ]
     return "\n".join(lines)
@@ -76,11 +76,12 @@ def picture(found: Sequence[Any], floor: Any, form: str) -> bytes:
     """Draw the mean KL(A‖·) of each candidate, with its interval, against its size on disk."""
     from matplotlib.figure import Figure
 
+    unit = 1e9 if max(each.report["models"][1]["bytes"] for each in found) >= 1e8 else 1e6
     figure = Figure(figsize=(7.0, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for each in found:
         about, summary = each.report["models"][1], each.report["summary"]
-        kl, place = summary["kl_ab"]["mean"], about["bytes"] / 1e9
+        kl, place = summary["kl_ab"]["mean"], about["bytes"] / unit
         low, high = (summary["intervals"] or {}).get("kl_ab", (kl, kl))
         axes.errorbar(place, kl, [[kl - low], [high - kl]], fmt="o", capsize=3, color="#00798c")
         label = f"{each.report['letter']} {visible(Path(about['name']).name)}"
@@ -89,7 +90,10 @@ def picture(found: Sequence[Any], floor: Any, form: str) -> bytes:
         height = floor.report["summary"]["kl_ab"]["mean"]
         axes.axhline(height, color="#555555", linestyle="--", linewidth=1)
         axes.text(0.01, height, "floor", transform=axes.get_yaxis_transform(), va="bottom")
-    axes.set(xlabel="size on disk (GB)", ylabel="mean KL(A‖·) (nats per token)")
+    axes.set(
+        xlabel=f"size on disk ({'GB' if unit == 1e9 else 'MB'})",
+        ylabel="mean KL(A‖·) (nats per token)",
+    )
     if all(each.report["summary"]["kl_ab"]["mean"] > 0 for each in found):
         axes.set_yscale("log")
     axes.margins(x=0.2, y=0.15)

@@ -89,11 +89,11 @@ def buckets(tokens: pd.DataFrame) -> list[dict[str, float]]:
 
 
 def histogram(tokens: pd.DataFrame) -> list[dict[str, float]]:
-    """Count tokens by KL(A‖B), two bins a decade; the first has those from 0 on."""
+    """Count tokens by KL(A‖B), two bins a decade; below LOWEST_BIN there is one, from 0 on."""
     kl = scored_of(tokens)["kl_ab"]
     level = np.floor(2 * np.log10(kl.clip(LOWEST_BIN, 1e3)))
     counts = level.astype(int).value_counts()
-    numbers = range(int(2 * math.log10(LOWEST_BIN)), int(level.max()) + 1)
+    numbers = range(int(level.min()), int(level.max()) + 1)
     return [{"from": 10 ** (at / 2), "tokens": int(counts.get(at, 0))} for at in numbers]
 
 

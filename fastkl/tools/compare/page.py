@@ -27,7 +27,7 @@ HEAD = """<!doctype html>
 :root{color-scheme:light dark;--ink:#222;--paper:#fff;--line:#ddd;--dim:#767676;--bar:#00798c}
 body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:1.5rem auto;padding:0 1rem;
 color:var(--ink);background:var(--paper)}
-h1,h2,caption{font-size:1.1rem;font-weight:600}caption{text-align:left}
+h1,h2{font-size:1.1rem}caption{font-size:1rem;font-weight:600;text-align:left;white-space:nowrap}
 section{overflow-x:auto;margin:1rem 0}a{color:inherit}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.15rem .7rem .15rem 0;text-align:left;white-space:nowrap;vertical-align:top}
@@ -143,11 +143,11 @@ def bars(title: str, values: Sequence[tuple[float, float]], height: int = 150) -
             "</title></rect>"
         )
         if number % math.ceil(len(values) / 8) == 0:
-            parts.append(f'<text x="{10 + number * step:.1f}" y="{height + 36}">{start:.0e}</text>')
-    return (
-        f'<figure><figcaption>{clean(title)}</figcaption><svg viewBox="0 0 400 {height + 45}" '
-        f'role="img"><text x="10" y="12">at most {most:.4g}</text>{"".join(parts)}</svg></figure>\n'
-    )
+            name = f"{start:,.0f}" if start >= 1 else f"{start:.0e}"
+            parts.append(f'<text x="{10 + number * step:.1f}" y="{height + 36}">{name}</text>')
+    parts.append(f'<text x="10" y="12">tallest: {most:,.4g}</text>')
+    drawn = f'<svg viewBox="0 0 400 {height + 45}" role="img">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{clean(title)}</figcaption>{drawn}</figure>\n"
 
 
 def clean(text: str) -> str:

@@ -133,8 +133,8 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         [NAMES[name], *(f"{summary[name][key]:.4g}" for key in keys), within(summary, name)]
         for name in NAMES
     ]
-    head = ["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % interval of the mean"]
-    yield "", "<>>>>>><", [head, *nats]
+    head = ["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % of the mean"]
+    yield "", "<>>>>>>>", [head, *nats]
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
@@ -142,7 +142,7 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         "perplexity of the text": [math.exp(min(700.0, -value)) for value in likely],
     }
     rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
-    shares = {"same top-1 token": "same_top1", "accepted drafts, 1 - total variation": "acceptance"}
+    shares = {"same top-1 token": "same_top1", "acceptance rate, 1 - total variation": "acceptance"}
     rows += [
         [title, percent(summary[key], 2), within(summary, key)] for title, key in shares.items()
     ]
@@ -156,7 +156,7 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         for each in report["buckets"]
         for number in [CONFIDENCE.index(each["from"]) + 1]
     ]
-    head = ["A's probability", "tokens", "mean KL", "same top-1", "accepted"]
+    head = ["A's probability", "tokens", "mean KL", "same top-1", "acceptance rate"]
     yield "tokens by the probability of A's most likely one", "<>>>>", [head, *rows]
     rows = [
         [
@@ -191,7 +191,7 @@ def notes(report: dict[str, Any]) -> Iterator[str]:
     floor = report.get("floor")
     if floor:
         kl = floor["kl_ab"]["mean"]
-        times = f"; B's mean is {summary['kl_ab']['mean'] / kl:.3g} times it" if kl else ""
+        times = f"; B's mean is {summary['kl_ab']['mean'] / kl:,.1f} times it" if kl else ""
         yield f"Floor, KL(A‖A in another type): mean {kl:.3g}{times}."
 
 
