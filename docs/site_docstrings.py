@@ -5,8 +5,9 @@ import re
 
 import griffe
 
-SECTION = re.compile(r"(Args|Returns|Raises|Gradient|Special values|Memory|Accuracy):")
-LABEL = re.compile(r"(Source|Raises|Special values|autocast)(?=: )")
+WORD = "(?:Args|Returns|Raises|Gradient|Special values|Memory|Accuracy|autocast|Source)"
+SECTION = re.compile(f"({WORD}):")
+LABEL = re.compile(f"({WORD}(?:, {WORD})*): ")
 NAMES = re.compile(r"(\w+(?:, \w+)*): ")
 
 
@@ -20,20 +21,18 @@ def markdown(docstring):
             continue
         if line and not line.startswith(" "):
             section = ""
-            if LABEL.match(line):
-                line = LABEL.sub(r"**\1**", line, count=1)
+            if label := LABEL.match(line):
                 lines.append("")
+                line = f"**{label[1]}**: {line[label.end() :]}"
         elif section:
             line = line[4:]
             if section == "Args" and line and not line.startswith(" "):
-                line = "- " + NAMES.sub(lambda names: f"{code(names[1])}: ", line, count=1)
+                if names := NAMES.match(line):
+                    code = ", ".join(f"`{name}`" for name in names[1].split(", "))
+                    line = f"{code}: {line[names.end() :]}"
+                line = f"- {line}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def code(names):
-    """Mark up names as code."""
-    return ", ".join(f"`{name}`" for name in names.split(", "))
 
 
 class Docstrings(griffe.Extension):

@@ -53,7 +53,7 @@ def cell(one):
             encoded = "".join(data["image/png"]).replace("\n", "")
             parts.append(f"![Figure](data:image/png;base64,{encoded})")
         else:
-            parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+            parts.append(f"```{{.text .output}}\n{''.join(data['text/plain']).rstrip()}\n```")
     return "\n\n".join(parts)
 
 
