@@ -19,10 +19,11 @@ SOURCES: dict[str, str] = {}
 
 def in_site(path):
     """Return where a file of the repository stands in the site."""
-    uri = path[len("docs/") :] if path.startswith("docs/") else f"repo/{path}"
     if path.endswith(".ipynb"):
-        return uri.removesuffix(".ipynb") + ".md"
-    return uri if path.endswith((".md", *ASSETS)) else f"{uri}.md"
+        path = path.removesuffix(".ipynb") + ".md"
+    if not path.endswith((".md", *ASSETS)):
+        return f"repo/{path}.md"
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"repo/{path}"
 
 
 def targets(path, text):
@@ -81,6 +82,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Turn links between files of the repository into links between pages."""
     uri = page.file.src_uri
+    if uri.startswith("repo/"):
+        page.meta["search"] = {"boost": 0.2}  # after the pages for users
     to = targets(SOURCES[uri], markdown)
     return LINK.sub(
         lambda link: (
