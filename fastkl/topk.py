@@ -149,8 +149,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
 
     Args:
         hidden, weight, bias, softcap, logits_dtype, chunk_size, recompute: as in
-            linear_token_stats, for the student alone.
-        The others: as in topk_kl_divergence.
+            linear_token_stats, for the student alone. The others: as in topk_kl_divergence.
 
     Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
     linear_token_stats, for one model; from forward to backward, beside kept logits, about 190·K +
