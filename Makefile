@@ -1,4 +1,4 @@
-# From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make clean
+# From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make docs  |  make clean
 # Each installs what it needs into .venv, once. PYTHON=... picks the interpreter for it; ARGS=... goes to the command (make test ARGS="-k linear").
 
 PYTHON ?= python3
@@ -11,13 +11,14 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-peers
 BENCH_PEERS := $(VENV)/.installed-bench-peers
 LINTER := $(VENV)/.installed-lint
+SITE := $(VENV)/.installed-docs
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # Triton is published for Linux only; elsewhere the tests skip what needs it.
 ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear lint clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -60,6 +61,10 @@ lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports
 
+# The site, in build/site; a broken link is an error. The variable silences an advertisement.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build $(ARGS)
+
 # Leaves .venv alone: it takes minutes to rebuild. To start over, remove it.
 clean:
 	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .hypothesis
@@ -80,6 +85,10 @@ $(BENCH_PEERS): setup.py constraints.txt | $(INSTALLED)
 
 $(LINTER): constraints.txt | $(VENV)/bin/pip
 	$(PIP_INSTALL) -c constraints.txt ruff import-linter
+	@touch $@
+
+$(SITE): setup.py constraints.txt | $(INSTALLED)
+	$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # --no-deps and a folder of its own: beside the pinned Triton, never in its place.

@@ -316,9 +316,10 @@ class TeacherMixin:
     first entries have to be the same tokens: the wider one is padded.
 
     Args:
-        those of the Trainer, without compute_loss_func. teacher: a model of transformers; it is put
-            into eval mode on the Trainer's device, whole in each process, and gets no gradient.
-            distillation_loss: its `last` has the terms of the last micro-batch. Default:
+        those of the Trainer, without compute_loss_func.
+        teacher: a model of transformers; it is put into eval mode on the Trainer's device, whole in
+            each process, and gets no gradient.
+        distillation_loss: its `last` has the terms of the last micro-batch. Default:
             DistillationLoss().
 
     Raises TypeError for a teacher that is no model, ValueError for a batch without labels.
