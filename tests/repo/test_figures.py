@@ -41,7 +41,7 @@ def test_divergences_of_two_tokens() -> None:
     # Each is 0 where both gaps are 2; KL(P‖Q) alone is still growing at the ends.
     gap, *curves = FIGURES["two_tokens"]().values()
     slopes = [float((curve[0] - curve[20]) / (gap[20] - gap[0])) for curve in curves]
-    assert all(abs(float(curve[200])) < 1e-15 for curve in curves) and float(gap[200]) == 2.0
+    assert all(abs(float(curve[200])) < 1e-15 for curve in curves)
     assert slopes[0] == pytest.approx(0.88, abs=0.01) and max(slopes[1:]) < 0.2
 
 
