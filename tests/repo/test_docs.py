@@ -7,21 +7,26 @@ import ast
 import pathlib
 import re
 import subprocess
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 import call_sites
 import memory
 import pytest
 import torch
 import torch.distributed as dist
+import verl_stand_in
 
 import fastkl
+from fastkl.integrations.verl import FSDP_LOSSES
 from fastkl.tools import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = {
     path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 }
+TRAINER_PAGES = [path for path in PAGES if path.parent.name == "trainers"]
 WORDS = "\n".join(PAGES.values())
 
 
@@ -67,13 +72,16 @@ def group(request) -> dist.ProcessGroup:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks("python", PAGES[page]) and page.parent.name != "trainers"],
+    [page for page in PAGES if blocks("python", PAGES[page]) and page not in TRAINER_PAGES],
     ids=lambda page: page.stem,
 )
 def test_python_blocks_run_in_order(page, group, tmp_path, monkeypatch) -> None:
     # Page by page, the python blocks run one after the other. In the README the one call gives what
     # the user's lines give.
     monkeypatch.chdir(tmp_path)
+    if "Qwen/" in PAGES[page]:
+        pytest.importorskip("trl")
+        import_module("trl_cases").link_models(tmp_path)
     scope, losses = names() | {"group": group, "dp_cp_group": group}, []
     for block in blocks("python", PAGES[page]):
         for module in re.findall(r"^(?:from|import) (\w+)", block, flags=re.M):
@@ -83,6 +91,27 @@ def test_python_blocks_run_in_order(page, group, tmp_path, monkeypatch) -> None:
     if page.stem == "README":
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-6)
         assert scope["policy_logits"].grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", TRAINER_PAGES, ids=lambda page: page.stem)
+def test_the_pages_of_trainers_run(page, request, monkeypatch, tmp_path) -> None:
+    # In a folder where the models that they name are tiny random ones; without verl, a stand-in.
+    monkeypatch.chdir(tmp_path)
+    scope = names() | call_sites.names() | {"__name__": page.stem}
+    if page.stem == "megatron":
+        scope["group"] = request.getfixturevalue("group")
+    if page.stem in ("trl", "transformers"):
+        pytest.importorskip("trl")
+        import_module("trl_cases").link_models(tmp_path)
+    if page.stem == "verl" and not find_spec("verl"):
+        stand_in = {**verl_stand_in.stand_in(), FSDP_LOSSES: verl_stand_in.fsdp_losses()}
+        for name, module in stand_in.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    for block in blocks("python", PAGES[page]):
+        exec(block, scope)
+        if "trainer.train()" in block:
+            assert scope["trainer"].state.global_step == scope["args"].max_steps
 
 
 def training_names() -> dict[str, object]:
