@@ -80,16 +80,16 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
 def run_names(sources: Sequence[Path]) -> list[str]:
     """Name runs by their files, with as many of the folders above as make the names differ."""
     # A file's name may have bytes that are no text.
-    paths = [Path(os.fsencode(path.absolute()).decode(errors="replace")).parts for path in sources]
-    for depth in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-depth:]).removesuffix(".jsonl") for parts in paths]
+    paths = [Path(os.fsencode(path.absolute()).decode(errors="replace")) for path in sources]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[1:][-depth:]).removesuffix(".jsonl") for path in paths]
         if len({*names}) == len(names):
             break
     expect(
         len({*names}) == len(names),
         "RUN.jsonl",
         "files that differ",
-        ", ".join(names),
+        ", ".join(map(str, paths)),
         "name each once",
     )
     return names
