@@ -7,7 +7,7 @@ VENV := .venv
 # The compile checks run on a second Triton too: kernels must stay good on the oldest release still in wide use, not only on the pinned one.
 OLD_TRITON := 3.6.0
 INSTALLED := $(VENV)/.installed
-# Integrations are tested against the real packages.
+# Integrations, and the package for the Hub, are tested against the real packages.
 PEERS := $(VENV)/.installed-peers
 BENCH_PEERS := $(VENV)/.installed-bench-peers
 LINTER := $(VENV)/.installed-lint
@@ -18,7 +18,7 @@ ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear lint docs clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear hub lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -55,6 +55,11 @@ bench-accuracy:
 bench-linear:
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 
+# The repository of a kernel on Hugging Face's Hub, into build/hub: hub/README.md.
+hub: $(INSTALLED)
+	rm -rf build/hub
+	$(VENV)/bin/python hub/build.py build/hub
+
 lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -76,7 +81,7 @@ $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
 	@touch $@
 
 $(PEERS): setup.py constraints.txt | $(INSTALLED)
-	$(PIP_INSTALL) -c constraints.txt -e '.[trl]' peft
+	$(PIP_INSTALL) -c constraints.txt -e '.[trl]' peft kernels
 	@touch $@
 
 $(BENCH_PEERS): setup.py constraints.txt | $(INSTALLED)

@@ -159,26 +159,35 @@ def _run_compare(given: argparse.Namespace) -> int:
 
 
 def _run_plot(given: argparse.Namespace) -> int:
-    source: Path = given.source
+    sources: list[Path] = given.source
+    for source in sources:
+        expect(
+            source.is_file() or source.is_fifo(),
+            "RUN.jsonl",
+            "a file that KLMonitor(jsonl=...) wrote",
+            repr(str(source)),
+            "name one that exists",
+        )
     expect(
-        source.is_file() or source.is_fifo(),
-        "RUN.jsonl",
-        "a file that KLMonitor(jsonl=...) wrote",
-        repr(str(source)),
-        "name one that exists",
-    )
-    named = source.suffix.lower() in (".jsonl", ".json")
-    out = given.out or (source.with_suffix(".png") if named else Path(f"{source}.png"))
-    expect(
-        out.suffix.lower() == ".png" and not (out.exists() and out.samefile(source)),
+        given.out or len(sources) == 1,
         "--out",
-        "the name of a PNG file, another than the run's",
+        "a name for the picture of several runs",
+        "none",
+        "pass --out runs.png",
+    )
+    named = sources[0].suffix.lower() in (".jsonl", ".json")
+    out = given.out or Path(f"{sources[0].with_suffix('') if named else sources[0]}.png")
+    expect(
+        out.suffix.lower() in (".png", ".svg", ".pdf")
+        and not (out.exists() and any(map(out.samefile, sources))),
+        "--out",
+        "the name of a PNG, SVG or PDF file, another than a run's",
         repr(str(out)),
-        "end it in .png",
+        "end it in .png, .svg or .pdf",
     )
     with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
-    print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
+    print(_load("plots", ".plot").plot_runs(sources, out))
     return 0
 
 

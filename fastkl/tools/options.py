@@ -55,10 +55,14 @@ Exit codes: 0 done, 1 failed while running (no memory, no disk space), 2 wrong u
 one line on stderr that says what to change, 130 interrupted.""",
     ),
     "plot": dict(
-        help="draw a run that fastkl.rl.KLMonitor(jsonl=...) wrote",
+        help="draw runs that fastkl.rl.KLMonitor(jsonl=...) wrote",
         description="""\
-Draws reward, KL (mean and quantiles), beta and spikes of a run, as far as the file has
-them, over its steps.""",
+Draws reward, KL (mean, quantiles, the controller's target), entropy, beta and spikes of a
+run, as far as the file has them, over its steps, and the KL against the position in the
+sequence. Several runs, at most 8, are overlaid, without quantiles.
+
+  fastkl plot run.jsonl
+  fastkl plot old.jsonl new.jsonl --out both.svg""",
     ),
     "doctor": dict(
         help="check that fastkl is right on this machine",
@@ -235,12 +239,13 @@ ARGUMENTS: dict[str, Arguments] = {
     },
     "plot": {
         "source": (
-            "the file that the monitor wrote, also of a run that still goes on",
-            dict(type=Path, metavar="RUN.jsonl"),
+            "a file that the monitor wrote, also of a run that still goes on",
+            dict(type=Path, nargs="+", metavar="RUN.jsonl"),
         ),
         "--out": (
-            "the picture (default: beside the file, with its name)",
-            dict(type=Path, metavar="FILE.png"),
+            "the picture, a PNG, SVG or PDF by its suffix; required for several runs (default: a "
+            "PNG beside the file, with its name)",
+            dict(type=Path, metavar="FILE"),
         ),
     },
     "doctor": {
