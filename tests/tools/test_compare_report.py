@@ -1,8 +1,12 @@
 """`fastkl compare` without transformers: windows, figures on disk, the terminal and the page."""
 
+import html
+import json
 import math
 import random
 import re
+import shutil
+import subprocess
 from xml.etree import ElementTree
 
 import pytest
@@ -116,3 +120,35 @@ def test_a_page_is_well_formed_and_holds_the_text(filled, by):
     assert (np.diff(levels[np.argsort(kl, kind="stable")]) >= 0).all() and {*levels} >= {0, 8}
     links = {each.get("href") for each in body.iter("a")}
     assert len(links) > 5 and links <= {f"#{each.get('id')}" for each in body.iter()}
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+# Points at the token with the largest KL, and notes what is seen.
+POINT = """<script>
+const worst=document.querySelector(".text .k8"),box=worst.getBoundingClientRect();
+worst.dispatchEvent(new MouseEvent("mousemove",{bubbles:true,clientX:380,clientY:box.top}));
+const at=tip.getBoundingClientRect(),page=document.documentElement;
+document.title=JSON.stringify({tip:tip.textContent,right:at.right,width:innerWidth,
+scrolled:page.scrollWidth,paper:getComputedStyle(document.body).backgroundColor});
+</script>"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_page_on_a_narrow_screen(filled, tmp_path, dark):
+    written = "".join(page.page(make_report(filled), filled, "<{}>".format))
+    path = tmp_path / "x.html"
+    path.write_text(written.replace("</body>", f"{POINT}</body>"), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    dumped = subprocess.run(
+        [BROWSER, *options, f"--user-data-dir={tmp_path}", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", dumped)[1]))
+    largest = filled["kl_ab"].max()
+    assert seen["tip"].startswith(f"KL(A‖B)     {largest:.3g}\nKL(B‖A)")
+    assert seen["right"] <= seen["width"] and seen["scrolled"] <= seen["width"]
+    assert seen["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
