@@ -1,4 +1,4 @@
-# From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make clean
+# From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make docs  |  make clean
 # Each installs what it needs into .venv, once. PYTHON=... picks the interpreter for it; ARGS=... goes to the command (make test ARGS="-k linear").
 # WITH=... replaces pins of constraints.txt, a bare name by its newest release: make test VENV=.venv-old WITH="torch==2.10.0 triton==3.6.0".
 
@@ -9,18 +9,19 @@ VENV := .venv
 # The compile checks run on a second Triton too: kernels must stay good on the oldest release still in wide use, not only on the pinned one.
 OLD_TRITON := 3.6.0
 INSTALLED := $(VENV)/.installed
-# Integrations are tested against the real packages.
+# Integrations, and the package for the Hub, are tested against the real packages.
 PEERS := $(VENV)/.installed-peers
 BENCH_PEERS := $(VENV)/.installed-bench-peers
 LINTER := $(VENV)/.installed-lint
 PINS := $(VENV)/constraints.txt
+SITE := $(VENV)/.installed-docs
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # Triton is published for Linux only; elsewhere the tests skip what needs it.
 ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear gpu lint dist clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear hub gpu lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -64,13 +65,18 @@ gpu: $(INSTALLED) $(PEERS)
 	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --providers fastkl
 	$(VENV)/bin/python -m benchmarks.speed --suite main --providers fastkl --at-least 65 --out build/gpu
 
+# The repository of a kernel on Hugging Face's Hub, into build/hub: hub/README.md.
+hub: $(INSTALLED)
+	rm -rf build/hub
+	$(VENV)/bin/python hub/build.py build/hub
+
 lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy --python-version 3.10
 	$(VENV)/bin/python -m mypy --python-version 3.13
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/vermin --quiet --no-tips --violations --target=3.10- --exclude tomllib fastkl kernels benchmarks tests setup.py
+	$(VENV)/bin/vermin --quiet --no-tips --violations --target=3.10- --exclude tomllib fastkl kernels benchmarks tests hub docs setup.py
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
@@ -83,6 +89,10 @@ dist: $(INSTALLED)
 	$(PIP_INSTALL) --quiet --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(VENV)/bin/pytest -o pythonpath=tests tests/test_divergence.py tests/test_tokens.py $(ARGS)
 
+# The site, in build/site; a broken link is an error. The variable silences an advertisement.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build $(ARGS)
+
 # Leaves .venv alone: it takes minutes to rebuild. To start over, remove it.
 clean:
 	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .hypothesis
@@ -94,7 +104,7 @@ $(INSTALLED): setup.py $(PINS) | $(VENV)/bin/pip
 	@touch $@
 
 $(PEERS): setup.py $(PINS) | $(INSTALLED)
-	$(PIP_INSTALL) -c $(PINS) -e '.[trl]' peft
+	$(PIP_INSTALL) -c $(PINS) -e '.[trl]' peft kernels
 	@touch $@
 
 $(BENCH_PEERS): setup.py $(PINS) | $(INSTALLED)
@@ -108,6 +118,10 @@ $(LINTER): $(PINS) | $(VENV)/bin/pip
 $(PINS): constraints.txt | $(VENV)/bin/pip
 	sed $(foreach pin,$(WITH),-e '/^$(firstword $(subst =, ,$(pin)))==/d') -e '' $< > $@
 	printf '%s\n' $(WITH) >> $@
+
+$(SITE): setup.py $(PINS) | $(INSTALLED)
+	$(PIP_INSTALL) -c $(PINS) -e '.[docs]'
+	@touch $@
 
 # --no-deps and a folder of its own: beside the pinned Triton, never in its place.
 $(VENV)/triton-$(OLD_TRITON)/.installed: | $(INSTALLED)

@@ -60,6 +60,16 @@ TEST = [
     "setuptools>=77",
     "wheel>=0.43",
 ]
+# The site; signatures in it are formatted by ruff.
+DOCS = [
+    "mkdocs>=1.6",
+    "mkdocs-material>=9.6",
+    "mkdocstrings>=1",
+    "mkdocstrings-python>=2",
+    "griffelib>=2",
+    "pymdown-extensions>=10.14",
+    "ruff>=0.15",
+]
 
 setup(
     name="fastkl",
@@ -88,6 +98,7 @@ setup(
         "compare": COMPARE,
         "trl": ["trl==1.16.*"],
         "bench-peers": PEERS,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[

@@ -60,8 +60,9 @@ def linear_kl_divergence(  # noqa: PLR0913
             be anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean, as in kl_divergence. Default: the number of unmasked
-            tokens in this call, whatever their weights. The others: as linear_token_stats, with
-            hidden, weight, bias, temperature for the first argument of KL(·‖·).
+            tokens in this call, whatever their weights.
+        The others: as linear_token_stats, with hidden, weight, bias, temperature for the first
+            argument of KL(·‖·).
 
     Returns:
         [...] float32 (float64 for float64 inputs) for "none", else a scalar. Nats.

@@ -262,8 +262,10 @@ class Support(NamedTuple):
             found["ref_kl"] = f_divergences.divergence(q, log_p, "kl", 0.0)
         zero = log_p.new_zeros(())
         return TokenStats._make(
-            torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
-            for name in FIELDS
+            [
+                torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
+                for name in FIELDS
+            ]
         )
 
 

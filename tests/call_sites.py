@@ -1,5 +1,5 @@
 """Other trainers' losses of distillation by their formulas, and the names that the lines of
-docs/trainers.md find in a training step.
+docs/trainers find in a training step.
 """
 
 import torch
@@ -33,7 +33,7 @@ def with_rest(listed: torch.Tensor) -> torch.Tensor:
 
 
 def formulas(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Compute what the names of docs/trainers.md stand for, from those that its lines find."""
+    """Compute what the names of docs/trainers stand for, from those that its lines find."""
     student, teacher, mask = (given[name] for name in ("logits", "teacher_logits", "mask"))
     log_p, log_q, warm = (
         (x / t).log_softmax(-1) for x, t in ((teacher, 1.0), (student, 1.0), (student, 0.7))

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -306,7 +307,7 @@ def assert_loss(
     return got
 
 
-# ---- the README's lines
+# ---- the lines of README and docs
 
 
 def readme_names() -> dict[str, object]:
@@ -323,3 +324,13 @@ def readme_names() -> dict[str, object]:
         "distillation_config": settings(trl.DistillationTrainer),
         "gkd_config": settings(gkd.GKDTrainer),
     }
+
+
+def link_models(folder: Path) -> None:
+    """Give the tiny models, with their tokenizer, the names that docs/trainers has, in a folder."""
+    words = tokenizer()
+    words.chat_template = "{% for each in messages %}{{ each['content'] }} {% endfor %}"
+    words.save_pretrained(STUDENT)
+    (folder / "Qwen").mkdir()
+    for name, path in {"Qwen3-0.6B": STUDENT, "Qwen3-4B": TEACHER}.items():
+        (folder / "Qwen" / name).symlink_to(path)

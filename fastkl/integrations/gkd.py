@@ -44,8 +44,10 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
     one. ExactDistillationTrainer has neither, and the temperature in both.
 
     Args:
-        all of GKDTrainer's. logits_dtype: as fastkl.linear_divergence. A KLCallback records the
-        divergence that args.beta names.
+        all of GKDTrainer's.
+        logits_dtype: as fastkl.linear_divergence.
+
+    A KLCallback records the divergence that args.beta names.
 
     compute_loss(…, return_outputs=True), which evaluation calls with compute_metrics, computes the
     logits in a further forward without gradient.

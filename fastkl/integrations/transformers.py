@@ -26,7 +26,7 @@ from ._head import head_of as head_of
 MERGES: dict[str, Callable[[float, float], float]] = {
     "kl/max": max,
     "kl/spike": max,
-    "kl/beta": lambda before, last: last,
+    **dict.fromkeys(("kl/beta", "kl/target", "kl/target_per_sequence"), lambda before, last: last),
 }
 
 
@@ -37,7 +37,7 @@ class KLCallback(TrainerCallback, ExportableState):
     Equivalent, at the end of every optimizer step, to
 
         kl, mask = ...                                              # of all micro-batches
-        figures = monitor.update(kl, mask, beta=controller.beta)    # on the first process
+        figures = monitor.update(kl, mask, beta=controller)         # on the first process
         controller.update(kl[mask].mean(), unit=controller.unit)    # over all processes
         trainer.log(figures)                                        # whenever the trainer logs
 
@@ -64,7 +64,7 @@ class KLCallback(TrainerCallback, ExportableState):
 
     Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes),
     and with a controller "kl/beta", the weight that the steps had. Between two logs "kl/max" and
-    "kl/spike" are the largest, "kl/beta" is the last, the others are means.
+    "kl/spike" are the largest, "kl/beta" and the target are the last, the others are means.
 
     Calls under torch.no_grad() are not counted, so evaluation changes nothing. The states of
     controller and monitor are part of the Trainer's checkpoints and are loaded on
@@ -215,9 +215,7 @@ class KLCallback(TrainerCallback, ExportableState):
         if self.monitor is None:
             figures = {"kl/mean": kl / tokens if tokens else math.nan}
         else:
-            figures = (
-                self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
-            )
+            figures = self._monitored(state.global_step) if state.is_world_process_zero else {}
         if beta is not None:
             figures["kl/beta"] = beta
             count = tokens if self.unit == "token" else sequences
@@ -271,7 +269,7 @@ class KLCallback(TrainerCallback, ExportableState):
             },
         }
 
-    def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
+    def _monitored(self, step: int) -> dict[str, float]:
         """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
         # Made on the KL's device: a copy from here would wait for all queued work.
@@ -286,7 +284,7 @@ class KLCallback(TrainerCallback, ExportableState):
             torch.cat([mask.reshape(-1) for mask in masks]),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
             entropy=entropy,
-            beta=beta,
+            beta=self.controller,
             step=step,
         )
         return {
@@ -316,9 +314,10 @@ class TeacherMixin:
     first entries have to be the same tokens: the wider one is padded.
 
     Args:
-        those of the Trainer, without compute_loss_func. teacher: a model of transformers; it is put
-            into eval mode on the Trainer's device, whole in each process, and gets no gradient.
-            distillation_loss: its `last` has the terms of the last micro-batch. Default:
+        those of the Trainer, without compute_loss_func.
+        teacher: a model of transformers; it is put into eval mode on the Trainer's device, whole in
+            each process, and gets no gradient.
+        distillation_loss: its `last` has the terms of the last micro-batch. Default:
             DistillationLoss().
 
     Raises TypeError for a teacher that is no model, ValueError for a batch without labels.

@@ -289,8 +289,10 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
     values of each token, in six: reduction "none".
 
     Args:
-        all of DistillationTrainer's. logits_dtype: as fastkl.linear_divergence. A KLCallback
-        records the divergence that args.beta names.
+        all of DistillationTrainer's.
+        logits_dtype: as fastkl.linear_divergence.
+
+    A KLCallback records the divergence that args.beta names.
 
     The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for
     the device in each micro-batch all the same.

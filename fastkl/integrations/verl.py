@@ -236,8 +236,10 @@ def forward_kl_topk(
     below verl's log_prob_min_clamp the student gets no gradient.
 
     Args:
-        student_logits: [1, T, V]. teacher_topk_log_probs, teacher_topk_ids: jagged, T rows of K.
-        config: verl's DistillationConfig. data_format: as in verl; not read.
+        student_logits: [1, T, V].
+        teacher_topk_log_probs, teacher_topk_ids: jagged, T rows of K.
+        config: verl's DistillationConfig.
+        data_format: as in verl; not read.
     Returns:
         "distillation_losses", "student_mass" and "teacher_mass" [1, T] float32; positions that verl
         padded are 0. verl's metrics of the overlap, a top-k of the student's own, are left out.

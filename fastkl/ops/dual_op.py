@@ -21,6 +21,9 @@ from torch.autograd.profiler import record_function
 
 from .. import _checks, _modes
 
+# The ops of a copy of the package under another name, as a loader of the Hub's kernels makes one,
+# are its own.
+NAMESPACE = __name__.removesuffix(".ops.dual_op").replace(".", "_")
 Outputs = TypeVar("Outputs")
 # The type of a NamedTuple's field in an op's schema.
 _SCHEMA = {
@@ -56,7 +59,8 @@ class Rules(NamedTuple):
 class DualOp(Generic[Outputs]):
     """A computation with a gradient rule, called by the fastest path that is correct.
 
-    `.op` is its custom op, whose arguments are the fields of all groups one after the other.
+    `.op` is its custom op, NAMESPACE::name, whose arguments are the fields of all groups one after
+    the other.
 
     groups: NamedTuples of the arguments; the first field of the first is a tensor.
     compute(*groups), fake(*groups): the outputs, with and without values: a tensor, or a tuple with
@@ -77,6 +81,7 @@ class DualOp(Generic[Outputs]):
         rules: Rules,
         returned: int | None = None,
     ) -> None:
+        name = f"{NAMESPACE}::{name}"
         self._name, self._groups, self._compute = name, groups, compute
         kinds = [kind for each in groups for kind in get_type_hints(each).values()]
         tensors = torch.Tensor, torch.Tensor | None
@@ -178,7 +183,7 @@ class DualOp(Generic[Outputs]):
         flops = self._flops
         if flops is None or counting is None:
             return
-        packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
+        packet = getattr(getattr(torch.ops, NAMESPACE), self._name.partition("::")[2])
         if packet not in counting.flop_registry:
             counting.register_flop_formula(packet)(
                 lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))

@@ -185,7 +185,7 @@ def _backward(
 
 
 linear_cells = DualOp(
-    "fastkl::linear_cells",
+    "linear_cells",
     (LinearInputs, ListInputs),
     _cells,
     lambda inputs, request: (
@@ -196,7 +196,7 @@ linear_cells = DualOp(
     rules=Rules(_backward, setup_context=_save_for_backward, flops=_forward_flops),
 )
 linear_cell_gradients = DualOp(
-    "fastkl::linear_cell_gradients",
+    "linear_cell_gradients",
     (LinearInputs, ListGradientInputs, CellUpstream),
     _gradients,
     lambda inputs, request, _: empty_gradients(inputs, request.wrt),

@@ -309,7 +309,7 @@ def flops(
 
 
 linear_statistics = DualOp(
-    "fastkl::linear_statistics",
+    "linear_statistics",
     (LinearInputs, StatisticsInputs),
     _statistics,
     lambda inputs, request: (
@@ -320,7 +320,7 @@ linear_statistics = DualOp(
     rules=Rules(_backward, setup_context=_save_for_backward, flops=lambda inputs, _: flops(inputs)),
 )
 linear_gradients = DualOp(
-    "fastkl::linear_gradients",
+    "linear_gradients",
     (LinearInputs, GradientInputs, RowUpstream),
     _gradients,
     lambda inputs, request, _: empty_gradients(inputs, request.wrt),

@@ -154,7 +154,7 @@ def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Up
 
 
 linear_weighted_kl = DualOp(
-    "fastkl::linear_weighted_kl",
+    "linear_weighted_kl",
     (LinearInputs, SumInputs),
     _weighted_kl,
     lambda inputs, request: (
@@ -171,7 +171,7 @@ linear_weighted_kl = DualOp(
     ),
 )
 scaled = DualOp(
-    "fastkl::scaled",
+    "scaled",
     (ScaledInputs,),
     _scaled,
     lambda inputs: torch.empty_like(inputs.gradient, dtype=inputs.dtype),

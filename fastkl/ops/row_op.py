@@ -222,7 +222,7 @@ def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
 
 
 row_statistics = DualOp(
-    "fastkl::row_statistics",
+    "row_statistics",
     (RowInputs,),
     _statistics,
     lambda inputs: empty_outputs(inputs.p, inputs.fields),
@@ -231,7 +231,7 @@ row_statistics = DualOp(
     returned=len(FIELDS),
 )
 row_gradients = DualOp(
-    "fastkl::row_gradients",
+    "row_gradients",
     (RowInputs, RowUpstream),
     _gradients,
     _fake_gradients,

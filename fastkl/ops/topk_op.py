@@ -238,7 +238,7 @@ def _backward(
 
 
 cells = DualOp(
-    "fastkl::cells",
+    "cells",
     (CellInputs,),
     _cells,
     lambda inputs: empty_cells(inputs.logits, inputs.ids),
@@ -246,7 +246,7 @@ cells = DualOp(
     rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
 cell_gradients = DualOp(
-    "fastkl::cell_gradients",
+    "cell_gradients",
     (CellInputs, CellUpstream),
     _gradients,
     lambda inputs, _: inputs.logits.new_empty(inputs.logits.shape),

@@ -104,7 +104,8 @@ class PPOAdaptiveBeta(TargetedController):
 
     Args:
         initial, target, unit, bounds: as AdaptiveBeta.
-        tolerance: above 1 (or 1: no band). factor: above 1.
+        tolerance: above 1 (or 1: no band).
+        factor: above 1.
 
     Raises TypeError and ValueError for other numbers.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), section 4.

@@ -8,6 +8,7 @@ from ..ops.fields import result_dtype
 from . import _checks
 from .sequences import Sequences
 
+POSITION = "kl/position_"
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
 # The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
 # GROWTH·x, so its centre is right to 1 %.
@@ -24,6 +25,7 @@ def measure(
     sequences: Sequences,
     tensors: dict[str, torch.Tensor],
     threshold: float | None,
+    positions: int = 0,
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], torch.Tensor]:
     """Compute all figures of a step in one float64 tensor on the device, and copy that once.
 
@@ -39,6 +41,7 @@ def measure(
         else value.double().mean()
         for name, value in tensors.items()
     }
+    part = sequences.parts(counts, positions).reshape(-1) if positions else None
     # One more token, which does not count: maximum and gather need one at least.
     kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
     counts = torch.cat([counts.reshape(-1), counts.new_zeros(1)])
@@ -60,6 +63,12 @@ def measure(
         "kl/not_finite": tokens - finite.sum(),
         **({} if threshold is None else {"kl/above_threshold": above}),
     }
+    if part is not None:
+        zeros = kl.new_zeros(positions + 1, dtype=torch.float64)
+        sums, number = (
+            zeros.index_add(0, part, each[:-1].double()) for each in (kl, torch.ones_like(kl))
+        )
+        figures |= {f"{POSITION}{i}": x for i, x in enumerate((sums / number)[:-1], 1)}
     ones = finite.double()
     bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
     histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
@@ -117,7 +126,7 @@ def sorted_figures(
     known, tensors = {}, {}
     for name, value in named.items():
         _checks.expect(
-            name not in _OWN,
+            name not in _OWN and not name.startswith(POSITION),
             name,
             "a name that the monitor does not use itself",
             value,

@@ -31,15 +31,21 @@ class KLMonitor:
             "kl/tokens": x.numel(),
             "kl/not_finite": (~x.isfinite()).sum(),
             "kl/above_threshold": (x > threshold).float().mean(),
+            "kl/position_1": x[part == 0].mean(),                       # to "kl/position_N"
             "kl/spike": detector.update(x.mean()),
         }
 
-    as Python floats, with exactly one copy from the device, which is the only wait for it.
+    as Python floats, with exactly one copy from the device, which is the only wait for it; `part`
+    is N · place // length of a token, from its place, from 0, among the `length` tokens of its
+    sequence that count.
 
     Args:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
         spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 where it rings, else
             0.0; a SpikeDetector of your own does the same; False: no alarm.
+        positions: N, how many equal parts of each sequence's tokens that count get a mean of their
+            own, "kl/position_1" … "kl/position_N", NaN for a part that no sequence reaches; 0 for
+            none.
         jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
             is never shortened: a resumed run goes on in it.
 
@@ -62,6 +68,7 @@ class KLMonitor:
         *,
         threshold: float | None = None,
         spike: SpikeDetector | bool = True,
+        positions: int = 0,
         jsonl: str | os.PathLike[str] | None = None,
     ) -> None:
         if threshold is not None:
@@ -80,7 +87,15 @@ class KLMonitor:
             "pass True for SpikeDetector(), its defaults",
             TypeError,
         )
-        self.threshold = threshold
+        _checks.whole_number(
+            "positions",
+            positions,
+            "a number of parts of each sequence",
+            "0 is for no means by position",
+            lowest=0,
+            largest=1024,
+        )
+        self.threshold, self.positions = threshold, positions
         self.detector = SpikeDetector() if spike is True else spike or None
         self.jsonl = None if jsonl is None else appendable(jsonl)
         self._failed, self._step = False, 0
@@ -92,7 +107,7 @@ class KLMonitor:
     def __repr__(self) -> str:
         return (
             f"KLMonitor(threshold={self.threshold}, spike={self.detector or False}, "
-            f"jsonl={self.jsonl!r})"
+            f"positions={self.positions}, jsonl={self.jsonl!r})"
         )
 
     def update(
@@ -119,21 +134,23 @@ class KLMonitor:
                 "kl/per_sequence" needs them.
             entropy, reward, beta, more: further figures to report, None for none. A tensor
                 shaped as kl is averaged over the tokens that count, any other tensor over all its
-                entries; a number, or the `beta` of a controller, is taken as it is. With as many
-                packed sequences as tokens a reward [S] counts as one per sequence, as in
-                shape_rewards, any other [S] as per token. Tensors on kl's device go through the
-                same copy, those shaped as kl are moved there from the CPU; other ones on the CPU
-                need none.
+                entries; a number, or the `beta` of a controller, is taken as it is. A controller's
+                `target` is reported too: "kl/target", or "kl/target_per_sequence" where its unit is
+                "sequence". With as many packed sequences as tokens a reward [S] counts as one per
+                sequence, as in shape_rewards, any other [S] as per token. Tensors on kl's device go
+                through the same copy, those shaped as kl are moved there from the CPU; other ones
+                on the CPU need none.
             step: number of the step, from 0 to 2^53; default one more than the last, from 0.
 
         Returns:
             {"step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99",
-            "kl/tokens", "kl/not_finite", with a threshold "kl/above_threshold", with a detector
-            "kl/spike", and what was passed}, Python floats. "kl/per_sequence" is the mean, over the
-            sequences with a token that counts, of the sum over each one's tokens. A KL of +inf or
-            NaN makes it, "kl/mean" and "kl/max" so and rings the alarm; the quantiles leave out
-            NaN, the figures of the run both, so that one bad token does not spoil them. With no
-            token that counts they are NaN, and no alarm rings.
+            "kl/tokens", "kl/not_finite", with a threshold "kl/above_threshold", with positions
+            "kl/position_1" and so on, with a detector "kl/spike", and what was passed}, Python
+            floats. "kl/per_sequence" is the mean, over the sequences with a token that counts, of
+            the sum over each one's tokens. A KL of +inf or NaN makes it, "kl/mean", "kl/max" and
+            the mean of its position so and rings the alarm; the quantiles leave out NaN, the
+            figures of the run both, so that one bad token does not spoil them. With no token that
+            counts they are NaN, and no alarm rings.
 
         Raises:
             TypeError or ValueError for a kl that is not [..., T] of a float type, a mask or
@@ -149,9 +166,15 @@ class KLMonitor:
             and reward.shape == kl.shape == (sequences.number,)
         ):
             reward = reward[None]  # one per sequence, not per token
-        numbers, tensors = sorted_figures(
-            {"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl
-        )
+        per = "_per_sequence" if getattr(beta, "unit", None) == "sequence" else ""
+        given = {
+            "entropy": entropy,
+            "reward": reward,
+            "beta": getattr(beta, "beta", beta),
+            f"kl/target{per}": getattr(beta, "target", None),
+            **more,
+        }
+        numbers, tensors = sorted_figures(given, kl)
         step = self._step if step is None else step
         _checks.whole_number("step", step, "a whole number", "count the steps from 0", 0, 2**53)
         figures, averages, run, histogram = measure(
@@ -160,6 +183,7 @@ class KLMonitor:
             sequences,
             tensors,
             self.threshold,
+            self.positions,
         )
         named = {**numbers, **averages}
         metrics = {"step": float(step), **figures}
@@ -167,9 +191,7 @@ class KLMonitor:
             metrics["kl/spike"] = float(
                 metrics["kl/tokens"] > 0 and self.detector.update(metrics["kl/mean"])
             )
-        metrics.update(
-            (name, named[name]) for name in ("entropy", "reward", "beta", *more) if name in named
-        )
+        metrics.update((name, named[name]) for name in given if name in named)
         self._remember({**run, "steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}, histogram)
         self._step = step + 1
         if self.jsonl is not None:

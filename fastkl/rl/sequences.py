@@ -46,6 +46,16 @@ class Sequences(NamedTuple):
         upto = counted if self.owner is None else counted.cumsum(0)
         return mask & (mask.cumsum(-1) == self.spread(upto))
 
+    def parts(self, mask: torch.Tensor, number: int) -> torch.Tensor:
+        """Number the equal parts of each sequence's tokens that count, from 0; `number` for a token
+        that does not count.
+        """
+        counted = self.sums(mask.long())
+        before = 0 if self.owner is None else self.spread(counted.cumsum(0) - counted)
+        place = mask.cumsum(-1) - 1 - before
+        part = number * place // self.spread(counted).clamp(min=1)
+        return part.clamp(0, number - 1).masked_fill(~mask, number)
+
 
 def sequences_of(name: str, per_token: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Sequences:
     """Return the sequences of a checked tensor, from its shape or from the boundaries, which are

@@ -68,8 +68,8 @@ class SpikeDetector:
         ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they
             last or stand out of the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
-        recent: steps whose median is the present level. window: steps whose residuals are the
-            noise.
+        recent: steps whose median is the present level.
+        window: steps whose residuals are the noise.
         floor: negligible KL, in the unit of kl: ratios count, and noise is learnt, from about there
             on. The default is for nats per token.
 

@@ -23,6 +23,13 @@ from . import demo, options
 from .errors import UseError, expect, told
 from .files import check_uses, check_writable, find_texts
 
+# Names of files that say in which form they are written.
+SUFFIXES = {
+    "plot": (".png", ".svg", ".pdf"),
+    "tokens": (".jsonl", ".parquet"),
+    "save_reference": (".safetensors",),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
@@ -109,38 +116,83 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 
 def _run_compare(given: argparse.Namespace) -> int:
-    given.text = find_texts(given.text)
-    check_uses(given.text, given.html, given.json)
+    given.text, given.documents = find_texts(given.text), None
+    many = len(given.candidates)
+    expect(
+        many or given.save_reference, "MODEL_B", "a model", "none", "name one, or --save-reference"
+    )
+    expect(
+        given.text or os.path.isfile(given.model_a),
+        "--text",
+        "what to compare on",
+        "nothing",
+        "name files",
+    )
+    expect(many < 26, "MODEL_B", "at most 25 candidates", str(many), "compare fewer at a time")
+    outputs = ("html", "json", "plot", "tokens", "save_reference")
+    check_uses(given.text, {name: getattr(given, name) for name in outputs})
+    for name, suffixes in SUFFIXES.items():
+        path = getattr(given, name)
+        expect(
+            not path or path.suffix in suffixes,
+            f"--{name.replace('_', '-')}",
+            f"a name that ends in {' or '.join(suffixes)}",
+            repr(str(path)),
+            "rename it",
+        )
+    expect(
+        many == 1 or not given.html,
+        "--html",
+        "one candidate",
+        str(many),
+        "write a page for each, one at a time",
+    )
+    if given.plot:
+        _load("plots", ".plot")
+    if given.tokens and given.tokens.suffix == ".parquet":
+        with told(
+            "--tokens", "the package pyarrow", "none", "pip install pyarrow, or name a .jsonl"
+        ):
+            importlib.import_module("pyarrow")
     given.device = _choose_device(given.device)
-    return int(_load("compare", ".compare.measure").run_compare(given))
+    return int(_load("compare", ".compare.run").run_compare(given))
 
 
 def _run_plot(given: argparse.Namespace) -> int:
-    source: Path = given.source
+    sources: list[Path] = given.source
+    for source in sources:
+        expect(
+            source.is_file() or source.is_fifo(),
+            "RUN.jsonl",
+            "a file that KLMonitor(jsonl=...) wrote",
+            repr(str(source)),
+            "name one that exists",
+        )
     expect(
-        source.is_file() or source.is_fifo(),
-        "RUN.jsonl",
-        "a file that KLMonitor(jsonl=...) wrote",
-        repr(str(source)),
-        "name one that exists",
-    )
-    named = source.suffix.lower() in (".jsonl", ".json")
-    out = given.out or (source.with_suffix(".png") if named else Path(f"{source}.png"))
-    expect(
-        out.suffix.lower() == ".png" and not (out.exists() and out.samefile(source)),
+        given.out or len(sources) == 1,
         "--out",
-        "the name of a PNG file, another than the run's",
+        "a name for the picture of several runs",
+        "none",
+        "pass --out runs.png",
+    )
+    named = sources[0].suffix.lower() in (".jsonl", ".json")
+    out = given.out or Path(f"{sources[0].with_suffix('') if named else sources[0]}.png")
+    expect(
+        out.suffix.lower() in (".png", ".svg", ".pdf")
+        and not (out.exists() and any(map(out.samefile, sources))),
+        "--out",
+        "the name of a PNG, SVG or PDF file, another than a run's",
         repr(str(out)),
-        "end it in .png",
+        "end it in .png, .svg or .pdf",
     )
     with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
-    print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
+    print(_load("plots", ".plot").plot_runs(sources, out))
     return 0
 
 
 def _run_doctor(given: argparse.Namespace) -> int:
-    check_uses((), None, given.json)  # before a minute of checks
+    check_uses((), {"json": given.json})  # before a minute of checks
     from .doctor import run_doctor
 
     return run_doctor(_choose_device(given.device), given.json)

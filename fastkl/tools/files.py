@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -41,10 +41,10 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def check_uses(texts: Iterable[Path], html: Path | None, json_path: Path | None) -> None:
-    """Refuse outputs that cannot be written, and a file with two uses."""
+def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> None:
+    """Refuse outputs, by their options, that cannot be written, and a file with two uses."""
     seen: set[object] = set()
-    outputs = [(option, path) for option, path in (("--html", html), ("--json", json_path)) if path]
+    outputs = [(f"--{name.replace('_', '-')}", path) for name, path in written.items() if path]
     for option, path in [*(("--text", path) for path in texts), *outputs]:
         place = (option == "--text") if path == STDIN else os.path.realpath(path)
         got, remedy = repr(str(path)), "choose another name"

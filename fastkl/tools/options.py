@@ -23,22 +23,29 @@ the reverse KL and the JSD.""",
     ),
     "compare": dict(
         help="how two model versions differ on a text, and where",
-        usage="fastkl compare MODEL_A MODEL_B --text FILE [FILE ...] [options]",
+        usage="fastkl compare MODEL_A MODEL_B [MODEL_C ...] --text FILE [FILE ...] [options]",
         description="""\
-Compares two causal language models token by token on your text: at each place, the
+Compares causal language models token by token on your text: at each place, the
 next-token distributions of A and of B, given all before it.
 
   fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt
   fastkl compare meta-llama/Llama-3.2-1B ./my-finetune --text a.txt b.txt --html diff.html
-  fastkl compare ./base ./quantized --text prompts.txt --by line --device cuda
+  fastkl compare ./base ./q8 ./q6 ./q4 --text wiki.txt --floor --plot kl-by-size.png
+  fastkl compare ./base ./q4 --text wiki.txt --format llama.cpp
+  fastkl compare ./base --text wiki.txt --save-reference base.safetensors
+  fastkl compare base.safetensors ./q4
 
-One model is loaded after the other; the last hidden states of the text wait in memory.""",
+One model is loaded after the other; A's last hidden states wait in memory. With several
+candidates the report is a table of them, by rising mean KL, with a paired test of each
+against the next.""",
         epilog="""\
 what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD, the
 Jensen-Shannon divergence (0 to 0.693); entropies; the log-probability of the text; how
-often both expect the same next token; exact quantiles; the documents or lines, and the
-tokens, that differ most. A mean KL below 0.001 reads "hardly", below 0.03 "slightly",
-below 0.3 "clearly", else "strongly".
+often both expect the same next token; the share of B's drafts that A accepts in
+speculative decoding (1 - total variation); exact quantiles; 95 % intervals of means, by
+a bootstrap over documents, or over windows where there are fewer than 10; the documents
+or lines, and the tokens, that differ most. A mean KL below 0.001 reads "hardly", below
+0.03 "slightly", below 0.3 "clearly", else "strongly".
 
 needs: pip install 'fastkl[compare]' (and peft, for a LoRA or other adapter folder as a
 model), and models that share a (fast) tokenizer, up to tokens that one of them added:
@@ -48,10 +55,14 @@ Exit codes: 0 done, 1 failed while running (no memory, no disk space), 2 wrong u
 one line on stderr that says what to change, 130 interrupted.""",
     ),
     "plot": dict(
-        help="draw a run that fastkl.rl.KLMonitor(jsonl=...) wrote",
+        help="draw runs that fastkl.rl.KLMonitor(jsonl=...) wrote",
         description="""\
-Draws reward, KL (mean and quantiles), beta and spikes of a run, as far as the file has
-them, over its steps.""",
+Draws reward, KL (mean, quantiles, the controller's target), entropy, beta and spikes of a
+run, as far as the file has them, over its steps, and the KL against the position in the
+sequence. Several runs, at most 8, are overlaid, without quantiles.
+
+  fastkl plot run.jsonl
+  fastkl plot old.jsonl new.jsonl --out both.svg""",
     ),
     "doctor": dict(
         help="check that fastkl is right on this machine",
@@ -141,16 +152,20 @@ ARGUMENTS: dict[str, Arguments] = {
     },
     "compare": {
         "model_a": (
-            "a folder that save_pretrained wrote, with its tokenizer, or a name on the "
-            "Hugging Face hub",
+            "the base: a folder that save_pretrained wrote, with its tokenizer, or a name on the "
+            "Hugging Face hub; or a file with a base's values of a text: of --save-reference, or a "
+            "logits base file of llama.cpp (--kl-divergence-base)",
             dict(metavar="MODEL_A"),
         ),
-        "model_b": ("the other version of it", dict(metavar="MODEL_B")),
+        "candidates": (
+            "the other version of it, or up to 25 of them; none with --save-reference",
+            dict(nargs="*", metavar="MODEL_B"),
+        ),
         "--text": (
             "what to compare on, in UTF-8: files, folders, patterns, or - for standard input, "
             "a document each; a .jsonl file has a document a line: messages (in A's chat "
             "template), prompt and completion, or text",
-            dict(type=Path, nargs="+", required=True, metavar="FILE"),
+            dict(type=Path, nargs="+", default=[], metavar="FILE"),
         ),
         "--tokenizer": (
             "read the text with this model's tokenizer, for both (default: both must read it "
@@ -176,16 +191,44 @@ ARGUMENTS: dict[str, Arguments] = {
             " - for stdout, as for --html",
             dict(type=Path, metavar="FILE"),
         ),
-        "--context": (
-            "tokens the models read at a time, the last of them to score the token after it "
-            "(default: 1024, or what the models can take)",
+        "--format": (
+            "report, or llama.cpp: the table of its --kl-divergence, whose windows and scores are "
+            "then the defaults, too (default: %(default)s)",
+            dict(choices=("report", "llama.cpp"), default="report"),
+        ),
+        "--floor": (
+            "compare A with itself, computed in bfloat16 (where it is bfloat16, in float32): the "
+            "KL below which rounding is all there is",
+            dict(action="store_true"),
+        ),
+        "--plot": (
+            "draw the mean KL of each candidate against its size on disk",
+            dict(type=Path, metavar="FILE.png|svg|pdf"),
+        ),
+        "--tokens": (
+            "write the values of every token",
+            dict(type=Path, metavar="FILE.jsonl|parquet"),
+        ),
+        "--save-reference": (
+            "write A's hidden states of the text, lm_head, tokenizer and text to a file that "
+            "stands for A from then on",
+            dict(type=Path, metavar="FILE.safetensors"),
+        ),
+        "--score": (
+            "all: every token once, with as much before it as the windows give; second-half: the "
+            "second half of windows of full length, as llama.cpp (default: all, with --format "
+            "llama.cpp second-half)",
+            dict(choices=("all", "second-half")),
+        ),
+        "--window": (
+            "tokens of a window, which the models read at a time (default: 1024 or what the models "
+            "can take, for second-half 512)",
             dict(type=at_least(8), metavar="N"),
         ),
-        "--overlap": (
-            "tokens that each of these windows shares with the one before; every token is "
-            "scored once, with at least this much context where there is as much (default: a "
-            "quarter of --context)",
-            dict(type=at_least(0), metavar="N"),
+        "--stride": (
+            "tokens between the starts of two windows (default: three quarters of --window, for "
+            "second-half all of it)",
+            dict(type=at_least(1), metavar="N"),
         ),
         "--device": DEVICE,
         "--dtype": (
@@ -196,12 +239,13 @@ ARGUMENTS: dict[str, Arguments] = {
     },
     "plot": {
         "source": (
-            "the file that the monitor wrote, also of a run that still goes on",
-            dict(type=Path, metavar="RUN.jsonl"),
+            "a file that the monitor wrote, also of a run that still goes on",
+            dict(type=Path, nargs="+", metavar="RUN.jsonl"),
         ),
         "--out": (
-            "the picture (default: beside the file, with its name)",
-            dict(type=Path, metavar="FILE.png"),
+            "the picture, a PNG, SVG or PDF by its suffix; required for several runs (default: a "
+            "PNG beside the file, with its name)",
+            dict(type=Path, metavar="FILE"),
         ),
     },
     "doctor": {

@@ -1,44 +1,98 @@
 """`fastkl plot`: the picture of runs from the files that KLMonitor wrote."""
 
 import io
+import itertools
 import math
+import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fastkl.rl import read_jsonl
 
-from .errors import told
+from .errors import expect, told
 from .files import write_whole
 
 # Figures by their names in the file: the title of their axis, and its relative height.
-PANELS = {"reward": ("reward", 2.4), "kl/mean": ("KL (nats per token)", 3.8), "beta": ("beta", 1.6)}
-COLOURS, SPIKE = ("#d1495b", "#00798c"), "#e09f3e"
+PANELS = {
+    "reward": ("reward", 2.4),
+    "kl/mean": ("KL (nats per token)", 3.8),
+    "entropy": ("entropy (nats)", 1.6),
+    "beta": ("beta", 1.6),
+}
+PROFILE_HEIGHT = 2.8
+# Of Petroff, Accessible Color Sequences for Data Visualization (2021), the lightest last: told
+# apart with a red-green or blue-yellow deficiency too.
+COLOURS = (
+    *("#1845fb", "#ff5e02", "#656364", "#c849a9"),
+    *("#c91f16", "#578dff", "#adad7d", "#86c8dd"),
+)
+GREY = "#555555"
+TITLE: dict[str, Any] = {"size": 13, "weight": "bold"}
+SMALL: dict[str, Any] = {"frameon": False, "fontsize": 9}
+# Each step of a run of so many is marked by a dot.
+FEW_STEPS = 100
 # The logarithmic axis of the KL reaches at most so far down from its largest figure.
 SPAN = 1e5
 QUANTILES = ("kl/p50", "kl/p95", "kl/p99")
-DRAWN = (*PANELS, *QUANTILES, "kl/spike")
+TARGET, POSITION = "kl/target", "kl/position_"
+DRAWN = (*PANELS, *QUANTILES, TARGET, "kl/spike")
 # A float does not tell larger steps from the next; an axis has no room for larger figures.
 LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
 WROTE = "a file that KLMonitor(jsonl=...) wrote"
+# Without a date the same runs give the same bytes.
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 Run = dict[str, np.ndarray]
 
 
-def plot_run(source: Path, out: Path) -> str:
-    """Draw the run of a file, write the PNG whole or not at all, and return a sentence on the run.
+def plot_runs(sources: Sequence[Path], out: Path) -> str:
+    """Draw the runs of some files, write the picture whole or not at all, in the format of its
+    suffix, and return its name and a sentence on each run.
 
-    Raises UseError for a file with no run in it, OSError for an `out` that cannot be written.
+    Raises UseError for a file with no run in it and for too many files, OSError for an `out` that
+    cannot be written.
     """
-    run = read_run(source)
-    sentence = describe(run)
+    expect(
+        len(sources) <= len(COLOURS),
+        "RUN.jsonl",
+        f"at most {len(COLOURS)} runs in one picture",
+        str(len(sources)),
+        "leave some out",
+    )
+    runs = {name: read_run(path) for name, path in zip(run_names(sources), sources, strict=True)}
+    said = [describe(run) for run in runs.values()]
+    title, sentence = (*runs, *said) if len(runs) == 1 else ("", "")
+    write_whole(out, picture(runs, title, sentence, form=out.suffix[1:].lower()))
+    if sentence:
+        return f"{out}: {sentence}"
+    lines = (f"  {name}: {text}" for name, text in zip(runs, said, strict=True))
+    return "\n".join([f"{out}:", *lines])
+
+
+def run_names(sources: Sequence[Path]) -> list[str]:
+    """Name runs by their files, with as many of the folders above as make the names differ."""
     # A file's name may have bytes that are no text.
-    write_whole(out, picture({"": run}, source.name.encode(errors="replace").decode(), sentence))
-    return sentence
+    paths = [Path(os.fsencode(path.absolute()).decode(errors="replace")) for path in sources]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[1:][-depth:]).removesuffix(".jsonl") for path in paths]
+        if len({*names}) == len(names):
+            break
+    expect(
+        len({*names}) == len(names),
+        "RUN.jsonl",
+        "files that differ",
+        ", ".join(map(str, paths)),
+        "name each once",
+    )
+    return names
 
 
 def read_run(source: Path) -> Run:
@@ -58,7 +112,9 @@ def read_run(source: Path) -> Run:
                 steps.popitem()
             steps[step] = line
         names = dict.fromkeys(name for line in steps.values() for name in line)
-        known = [name for name in DRAWN if name in names]
+        parts = (f"{POSITION}{part}" for part in itertools.count(1))
+        known = [*(name for name in DRAWN if name in names)]
+        known += itertools.takewhile(names.__contains__, parts)
         figures = [[float(line.get(name, math.nan)) for line in steps.values()] for name in known]
         table = np.where(np.abs(figures) < LARGEST_FIGURE, figures, math.nan)
         run = dict(zip(known, table, strict=True))
@@ -90,43 +146,84 @@ def picture(
     title: str,
     sentence: str,
     levels: Mapping[str, Mapping[str, float]] | None = None,
+    form: str = "png",
 ) -> bytes:
-    """Draw the figures of one or two runs, each with its name, one above the other, as PNG.
+    """Draw the figures of up to eight runs, by their names, one above the other.
 
-    levels: for a figure, horizontal lines by their names.
+    levels: for a figure, horizontal lines by their names. form: "png", "svg" or "pdf".
     """
     names = [name for name in PANELS if any(_has(run, name) for run in runs.values())]
-    heights = [PANELS[name][1] for name in names]
+    profiled = any(_has(run, f"{POSITION}1") for run in runs.values())
+    heights = [PANELS[name][1] for name in names] + [PROFILE_HEIGHT] * profiled
     figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.012, ha="left", parse_math=False)
-    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, name in zip(panels, names, strict=True):
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    panels: list[Axes] = []
+    for name in names:
+        axes = figure.add_subplot(grid[len(panels)], sharex=panels[0] if panels else None)
+        panels.append(axes)
         if name == "kl/mean":
             _scale_kl(axes, runs)
-        for (label, run), colour in zip(runs.items(), COLOURS, strict=False):
+        for run, colour in zip(runs.values(), COLOURS, strict=False):
             if _has(run, name):
-                _draw(axes, run, name, colour, label)
+                _draw(axes, run, name, colour, alone=len(runs) == 1)
         for label, height in (levels or {}).get(name, {}).items():
-            axes.axhline(height, color="#555555", linestyle="--", linewidth=1.2, label=label)
+            axes.axhline(height, color=GREY, linestyle="--", linewidth=1.2, label=label)
         axes.set_ylabel(PANELS[name][0])
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            # Above the axes: inside, it would cover one run or the other.
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
-    panels[0].set_title(
-        textwrap.fill(sentence, 120), loc="left", fontsize=9, color="#555555", pad=24
-    )
+        axes.tick_params(labelbottom=name == names[-1])
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if profiled:
+        panels.append(figure.add_subplot(grid[-1]))
+        _draw_profiles(panels[-1], runs)
+    for axes in panels:
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        if labels:
+            # Above the axes: inside, it would cover one run or the other.
+            legend = axes.legend(
+                [*labels.values()],
+                [*labels],
+                loc="lower left",
+                bbox_to_anchor=(0.0, 1.0),
+                ncols=5,
+                **SMALL,
+            )
+            for line in legend.get_lines() if len(runs) > 1 else ():
+                line.set_color(GREY)
+    if len(runs) == 1:
+        figure.suptitle(title, **TITLE, x=0.012, ha="left", parse_math=False)
+    else:
+        lines = [Line2D([], [], color=colour, linewidth=2) for colour in COLOURS[: len(runs)]]
+        shown = [name if len(name) <= 100 else f"…{name[-99:]}" for name in runs]
+        legend = figure.legend(
+            lines,
+            shown,
+            loc="outside upper left",
+            ncols=max(1, min(4, 110 // (6 + max(map(len, shown))))),
+            title=title,
+            title_fontproperties=TITLE,
+            alignment="left",
+            **SMALL,
+        )
+        for text in (*legend.get_texts(), legend.get_title()):
+            text.set_parse_math(False)
+    panels[0].set_title(
+        textwrap.fill(sentence, 120),
+        loc="left",
+        fontsize=9,
+        color=GREY,
+        pad=24 if panels[0].get_legend() else 8,
+    )
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    with matplotlib.rc_context({"svg.hashsalt": "fastkl"}):
+        figure.savefig(content, format=form, metadata=UNDATED.get(form))
     return content.getvalue()
 
 
 def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
     """Make the axis logarithmic, where there is a KL above 0."""
-    names = ("kl/mean", *QUANTILES)
+    names = ("kl/mean", TARGET, *(QUANTILES if len(runs) == 1 else ()))
     values = np.concatenate([run[name] for run in runs.values() for name in names if name in run])
     drawn = np.sort(values[values > 0])
     if len(drawn):
@@ -135,12 +232,15 @@ def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
         axes.set_ylim(max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5, 1.5 * drawn[-1])
 
 
-def _draw(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
-    """Draw one figure of one run, with its last value, and a line at each spike."""
+def _draw(axes: Axes, run: Run, name: str, colour: str, alone: bool) -> None:
+    """Draw one figure of one run, and a line at each spike; of a run alone also its last value, and
+    the quantiles of the KL.
+    """
     steps, values = run["step"], run[name]
+    label = "spike" if name == "kl/mean" else None
     for step in run["spikes"]:
-        axes.axvline(step, color=SPIKE, linewidth=1.0, zorder=0.5)
-    if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run:
+        axes.axvline(step, color=colour, alpha=0.35, linewidth=1.0, zorder=0.5, label=label)
+    if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run and alone:
         # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
         edge = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
         low, high = (np.maximum(run[quantile], edge) for quantile in QUANTILES[:2])
@@ -150,19 +250,49 @@ def _draw(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
             high,
             label="p50 to p95 of the tokens",
             color=colour,
-            alpha=0.18,
+            alpha=0.15,
             linewidth=0,
         )
-    if name == "kl/mean" and "kl/p99" in run:
+    if name == "kl/mean" and "kl/p99" in run and alone:
         axes.plot(steps, run["kl/p99"], color=colour, linewidth=0.6, label="p99")
-    axes.plot(steps, values, ".-", color=colour, label=label)
+    if name == "kl/mean" and _has(run, TARGET):
+        axes.plot(steps, run[TARGET], color=colour, linestyle="--", linewidth=1.2, label="target")
+    # A point between two gaps has no line.
+    size = 4 if len(steps) <= FEW_STEPS else 1.5
+    label = "mean" if name == "kl/mean" and alone else None
+    axes.plot(steps, values, ".-", color=colour, markersize=size, linewidth=1.2, label=label)
     last = np.isfinite(values).nonzero()[0][-1]
-    axes.annotate(
-        f"{values[last]:.3g}",
-        (steps[last], values[last]),
-        (6, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        fontsize=9,
-    )
+    if alone:
+        axes.annotate(
+            f"{values[last]:.3g}",
+            (steps[last], values[last]),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=9,
+        )
+
+
+def _draw_profiles(axes: Axes, runs: Mapping[str, Run]) -> None:
+    """Draw the KL against the position in the sequence: its mean over the last tenth of each run's
+    steps, and where there is one run, over the first tenth.
+    """
+    for run, colour in zip(runs.values(), COLOURS, strict=False):
+        parts = [values for name, values in run.items() if name.startswith(POSITION)]
+        if not parts:
+            continue
+        table = np.ma.masked_invalid(parts)
+        middles = (np.arange(len(parts)) + 0.5) * 100 / len(parts)
+        some = math.ceil(table.shape[1] / 10)
+        if len(runs) == 1:
+            first = table[:, :some].mean(1)
+            axes.plot(
+                middles, first, ".--", color=colour, alpha=0.6, label="first tenth of the steps"
+            )
+        axes.plot(
+            middles, table[:, -some:].mean(1), ".-", color=colour, label="last tenth of the steps"
+        )
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("position in the sequence (% of its tokens)")
+    axes.set_ylabel(PANELS["kl/mean"][0])

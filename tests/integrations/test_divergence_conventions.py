@@ -92,13 +92,15 @@ def test_scipy() -> None:
     assert_equal([fastkl.js_divergence(p, q).sqrt()], [torch.from_numpy(theirs)])
 
 
-# The lines of docs/trainers.md beside the formulas of the trainers whose lines they replace.
+# The lines of docs/trainers beside the formulas of the trainers whose lines they replace.
 def test_call_sites() -> None:
     scope = call_sites.names()
     expected = call_sites.formulas(scope)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "trainers.md").read_text()
-    _, replaced = page.split("## Which call replaces which lines")
-    exec("\n".join(re.findall(r"```python\n(.*?)```", replaced, flags=re.S)), scope)
+    folder = Path(__file__).resolve().parents[2] / "docs" / "trainers"
+    words = "\n".join(page.read_text() for page in folder.glob("*.md"))
+    for block in re.findall(r"```python\n(.*?)```", words, flags=re.S):
+        if any(f"\n{name} = " in block for name in expected):
+            exec(block, scope)
     for name, value in expected.items():
         grads = [
             torch.autograd.grad(result.sum(), scope["logits"], retain_graph=True)[0]

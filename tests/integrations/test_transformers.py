@@ -164,6 +164,8 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
         assert logged(trainer, "kl/max") == pytest.approx(largest, rel=ROUNDING)
         lines = [json.loads(line) for line in (tmp_path / "kl.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert [line["beta"] for line in lines] == pytest.approx(betas[:5], rel=ROUNDING)
+        assert {*logged(trainer, "kl/target")} == {line["kl/target"] for line in lines} == {0.05}
         assert [line["kl/tokens"] for line in lines] == [len(kl) for kl, _ in steps]
 
 

@@ -1,7 +1,7 @@
 """The functions for verl: values and gradients by their definition, verl's own beside them.
 
-verl itself is used where it can be imported, elsewhere a stand-in for its core_algos, written here
-from its interface: without verl, arguments and results are tested.
+verl itself is used where it can be imported, elsewhere a stand-in for its core_algos: without verl,
+arguments and results are tested.
 """
 
 import math
@@ -11,70 +11,16 @@ from types import ModuleType, SimpleNamespace
 import call_sites
 import pytest
 import torch
+from verl_stand_in import CORE, LOSSES, fsdp_losses, stand_in
 
 from fastkl import testing
 from fastkl.integrations import verl as integration
 from fastkl.rl import FixedBeta
 
-CORE, LOSSES = "verl.trainer.ppo.core_algos", "verl.workers.utils.losses"
 EPS = torch.finfo(torch.float32).eps
 # Float32 operations between log-probs and a loss of fifteen tokens: one for each addition, ten for
 # a term, each of which rounds by eps/2: 1.5e-6.
 ROUNDING = (15 + 10) * EPS / 2
-
-
-def stand_in() -> dict[str, ModuleType]:
-    """Make modules with the part of verl 0.9 that is used, and a policy loss without clips."""
-    modules = {
-        name: ModuleType(name)
-        for name in (
-            "verl",
-            "verl.trainer",
-            "verl.trainer.ppo",
-            CORE,
-            "verl.workers",
-            "verl.workers.utils",
-            LOSSES,
-        )
-    }
-    core = modules[CORE]
-
-    def agg_loss(
-        loss_mat, loss_mask, loss_agg_mode, dp_size=1, batch_num_tokens=None, global_batch_size=None
-    ):
-        rows, counts = (loss_mat * loss_mask).sum(-1), loss_mask.sum(-1)
-        if loss_agg_mode == "token-mean":
-            return rows.sum() / (batch_num_tokens or counts.sum()) * dp_size
-        rows = rows / (counts + 1e-8) if loss_agg_mode == "seq-mean-token-mean" else rows
-        return rows.sum() / (global_batch_size or (counts > 0).sum()) * dp_size
-
-    def vanilla(
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        loss_agg_mode="token-mean",
-        config=None,
-        rollout_is_weights=None,
-    ):
-        weights = 1.0 if rollout_is_weights is None else rollout_is_weights
-        losses = -weights * advantages * (log_prob - old_log_prob).exp()
-        info = config.global_batch_info
-        return agg_loss(losses, response_mask, loss_agg_mode, **info), {"actor/pg_clipfrac": 0.0}
-
-    def register(name: str):
-        return lambda function: core.POLICY_LOSS_REGISTRY.setdefault(name, function)
-
-    vars(core).update(
-        POLICY_LOSS_REGISTRY={"vanilla": vanilla},
-        agg_loss=agg_loss,
-        kl_penalty=lambda logprob, ref_logprob, kl_penalty: logprob - ref_logprob,
-        register_policy_loss=register,
-        get_policy_loss_fn=lambda name: core.POLICY_LOSS_REGISTRY[name],
-    )
-    modules[LOSSES].kl_penalty = core.kl_penalty
-    modules["verl"].__version__ = "0.9.stand-in"
-    return modules
 
 
 try:
@@ -229,13 +175,11 @@ def test_install_kl_penalty(core) -> None:
 @pytest.fixture
 def losses(core, monkeypatch) -> SimpleNamespace:
     # Stand-ins for verl's module and for its sequence parallelism: of two processes the first.
-    def verls(student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format): ...
-
     parallel = SimpleNamespace(
         get_ulysses_sequence_parallel_world_size=lambda: 2,
         slice_input_tensor=lambda x, dim: x.chunk(2, dim)[0],
     )
-    module = SimpleNamespace(compute_forward_kl_topk=verls)
+    module = fsdp_losses()
     monkeypatch.setitem(sys.modules, "verl.utils.ulysses", parallel)
     monkeypatch.setitem(sys.modules, integration.FSDP_LOSSES, module)
     return module

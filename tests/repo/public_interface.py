@@ -14,7 +14,7 @@ SNAPSHOT = Path(__file__).with_suffix(".json")
 INTEGRATIONS = tuple(
     f"fastkl.integrations.{name}" for name in ("gkd", "megatron", "transformers", "trl", "verl")
 )
-MODULES = ("fastkl", "fastkl.rl", "fastkl.testing", *INTEGRATIONS)
+MODULES = ("fastkl", "fastkl.rl", "fastkl.testing", "fastkl.tools.compare", *INTEGRATIONS)
 
 
 def ours(thing):
@@ -54,7 +54,7 @@ def options():
     (commands,) = (x for x in cli.build_parser()._actions if hasattr(x.choices, "items"))
     for command, parser in commands.choices.items():
         for each in parser._actions[1:]:  # after --help
-            name = each.option_strings[-1] if each.option_strings else each.dest
+            name = each.option_strings[-1] if each.option_strings else each.metavar
             facts = {key: getattr(each, key) for key in ("choices", "nargs", "default", "required")}
             yield f"fastkl {command} {name}", [f"{key}={x}" for key, x in facts.items() if x]
 

@@ -1,30 +1,38 @@
-# The README is true: its code blocks run in order, its commands exist, its figure of memory
-# holds.
+# README and docs are true: their code blocks run in order, their commands exist, a figure of memory
+# holds, and the reference has every public name.
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 import subprocess
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 import call_sites
 import memory
 import pytest
 import torch
 import torch.distributed as dist
+import verl_stand_in
 
 import fastkl
+from fastkl.integrations.verl import FSDP_LOSSES
 from fastkl.tools import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = {
+    path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+}
+TRAINER_PAGES = [path for path in PAGES if path.parent.name == "trainers"]
 WORDS = "\n".join(PAGES.values())
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, words: str = WORDS) -> list[str]:
     # The fenced code blocks of README and docs in one language.
-    return re.findall(rf"```{language}\n(.*?)```", WORDS, flags=re.S)
+    return re.findall(rf"```{language}\n(.*?)```", words, flags=re.S)
 
 
 def names() -> dict[str, object]:
@@ -55,18 +63,55 @@ def names() -> dict[str, object]:
     }
 
 
-def test_python_blocks_run_in_order(request) -> None:
-    # The python blocks run one after the other; the one call gives what the user's lines give.
-    scope, losses = names(), []
+@pytest.fixture
+def group(request) -> dist.ProcessGroup:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     request.addfinalizer(dist.destroy_process_group)
-    scope["group"] = scope["dp_cp_group"] = dist.group.WORLD
-    for block in blocks("python"):
+    return dist.group.WORLD
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks("python", PAGES[page]) and page not in TRAINER_PAGES],
+    ids=lambda page: page.stem,
+)
+def test_python_blocks_run_in_order(page, group, tmp_path, monkeypatch) -> None:
+    # Page by page, the python blocks run one after the other. In the README the one call gives what
+    # the user's lines give.
+    monkeypatch.chdir(tmp_path)
+    if "Qwen/" in PAGES[page]:
+        pytest.importorskip("trl")
+        import_module("trl_cases").link_models(tmp_path)
+    scope, losses = names() | {"group": group, "dp_cp_group": group}, []
+    for block in blocks("python", PAGES[page]):
+        for module in re.findall(r"^(?:from|import) (\w+)", block, flags=re.M):
+            pytest.importorskip(module)
         exec(block, scope)
-        losses += [scope["loss"]] * (not losses or "import KLPenalty" in block)
-    first, *others = losses
-    torch.testing.assert_close(others, [first] * len(others), rtol=1e-3, atol=1e-6)
-    assert others and scope["policy_logits"].grad is not None
+        losses.append(scope.get("loss"))
+    if page.stem == "README":
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-6)
+        assert scope["policy_logits"].grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", TRAINER_PAGES, ids=lambda page: page.stem)
+def test_the_pages_of_trainers_run(page, request, monkeypatch, tmp_path) -> None:
+    # In a folder where the models that they name are tiny random ones; without verl, a stand-in.
+    monkeypatch.chdir(tmp_path)
+    scope = names() | call_sites.names() | {"__name__": page.stem}
+    if page.stem == "megatron":
+        scope["group"] = request.getfixturevalue("group")
+    if page.stem in ("trl", "transformers"):
+        pytest.importorskip("trl")
+        import_module("trl_cases").link_models(tmp_path)
+    if page.stem == "verl" and not find_spec("verl"):
+        stand_in = {**verl_stand_in.stand_in(), FSDP_LOSSES: verl_stand_in.fsdp_losses()}
+        for name, module in stand_in.items():
+            monkeypatch.setitem(sys.modules, name, module)
+    for block in blocks("python", PAGES[page]):
+        exec(block, scope)
+        if "trainer.train()" in block:
+            assert scope["trainer"].state.global_step == scope["args"].max_steps
 
 
 def training_names() -> dict[str, object]:
@@ -129,11 +174,30 @@ def test_every_command_exists() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    # Relative links name files of the repository.
+    # Relative links name files of the repository; `make docs` checks anchors too.
     links = [
-        (p.parent, x) for p, text in PAGES.items() for x in re.findall(r"\]\(([\w/.-]+)\)", text)
+        (page, x) for page, text in PAGES.items() for x in re.findall(r"\]\(([\w/.-]+)[)#]", text)
     ]
-    assert not [(folder, link) for folder, link in links if not (folder / link).exists()]
+    assert not [(page, x) for page, x in links if not (page.parent / x).exists()]
+
+
+def public_names() -> set[str]:
+    # What users may import; of modules without __all__, what they define without an underscore.
+    names = {f"fastkl.{name}" for name in fastkl.__all__ if name != "rl"}
+    names |= {f"fastkl.rl.{name}" for name in fastkl.rl.__all__}
+    for path in (ROOT / "fastkl" / "testing.py", *ROOT.glob("fastkl/integrations/[!_]*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        names |= {
+            f"{module}.{node.name}"
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+        }
+    return names | {"fastkl.integrations.transformers.head_of"}
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    shown = re.findall(r"^::: (\S+)$", WORDS, flags=re.M)
+    assert sorted(shown) == sorted(public_names())
 
 
 def test_bytes_held_for_backward() -> None:

@@ -108,7 +108,7 @@ def test_metadata(build):
     metadata = build.metadata.metadata
     needs = map(requirements.Requirement, build.metadata.requires)
     assert {need.name for need in needs if "extra" not in str(need.marker)} == {"torch", "triton"}
-    extras = {"test", "bench", "bench-peers", "demo", "plots", "compare", "trl"}
+    extras = {"test", "bench", "bench-peers", "demo", "plots", "compare", "trl", "docs"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     assert metadata["Requires-Python"] == f">={SUPPORTED_PYTHONS[0]}"
     assert metadata["License-Expression"] and build.metadata.read_text("licenses/LICENSE")

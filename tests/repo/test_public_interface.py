@@ -62,4 +62,5 @@ def test_what_the_surface_shows():
     assert public_interface.described(Fields) == shown
     assert public_interface.described(0.5) == []
     options = dict(public_interface.options())
-    assert options["fastkl compare --text"] == ["nargs=+", "required=True"]
+    assert options["fastkl compare --by"] == ["choices=('document', 'line')", "default=document"]
+    assert options["fastkl plot RUN.jsonl"] == ["nargs=+", "required=True"]

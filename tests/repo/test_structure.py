@@ -11,7 +11,7 @@ import pytest
 import fastkl
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("kernels", "fastkl", "benchmarks", "tests")
+FOLDERS = ("kernels", "fastkl", "benchmarks", "hub", "tests")
 LONGEST = 400
 
 

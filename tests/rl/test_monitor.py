@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkl import testing
-from fastkl.rl import logs
+from fastkl.rl import AdaptiveBeta, FixedBeta, logs
 from fastkl.rl.monitor import KLMonitor, read_jsonl
 from fastkl.rl.spikes import SpikeDetector
 
@@ -17,6 +17,7 @@ on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 # Float64 sums of the same float32 values, which both compute, may differ in the order of adding up
 # to 2^17 of them.
 CLOSE = {"rel": 1e-10, "abs": 0.0, "nan_ok": True}
+PARTS = 3
 QUANTILES = {"kl/p50": 0.5, "kl/p95": 0.95, "kl/p99": 0.99}
 
 
@@ -41,6 +42,10 @@ def quantile(ordered: torch.Tensor, q: float) -> float:
 
 def of_step(sequences: list[torch.Tensor]) -> dict[str, float]:
     x = torch.cat(sequences).double()
+    parts = [
+        [s.double()[PARTS * torch.arange(len(s)) // max(len(s), 1) == part] for s in sequences]
+        for part in range(PARTS)
+    ]
     ordered = x[~x.isnan()].sort().values
     ordered = ordered if len(ordered) else torch.tensor([math.nan])
     figures = {
@@ -51,6 +56,7 @@ def of_step(sequences: list[torch.Tensor]) -> dict[str, float]:
         "kl/tokens": len(x),
         "kl/not_finite": (~x.isfinite()).sum(),
         "kl/above_threshold": (x > 0.1).double().mean(),
+        **{f"kl/position_{part + 1}": torch.cat(each).mean() for part, each in enumerate(parts)},
         "kl/spike": len(x) > 0 and not x.mean().isfinite(),
     }
     return {name: float(value) for name, value in figures.items()}
@@ -69,7 +75,7 @@ def of_run(sequences: list[torch.Tensor]) -> dict[str, object]:
         # The bin's 1 %, and the rounding of the logarithm.
         allowed = 0.0101 if value < 1e3 else 0.05
         figures[name] = 0.0 if value < 1e-8 else pytest.approx(min(value, 1e3), rel=allowed)
-    del figures["kl/spike"]
+    figures = {name: x for name, x in figures.items() if not name.startswith(("kl/s", "kl/po"))}
     same = ("kl/tokens", "kl/not_finite", "kl/above_threshold")
     return {**figures, **{name: every[name] for name in same}}
 
@@ -138,7 +144,7 @@ WAYS = [
 @pytest.mark.parametrize("layout, garbage, dtype", WAYS, ids=str)
 @pytest.mark.parametrize("steps", RUNS.values(), ids=RUNS)
 def test_figures(steps, layout, garbage, dtype, device) -> None:
-    monitor, seen, spikes = KLMonitor(threshold=0.1), [], 0.0
+    monitor, seen, spikes = KLMonitor(threshold=0.1, positions=PARTS), [], 0.0
     for step, sequences in enumerate(steps):
         sequences = [values.to(dtype) for values in sequences]
         seen += sequences
@@ -214,6 +220,18 @@ def test_a_reward_of_each_packed_sequence(bounds, expected, device) -> None:
         figures = dict.fromkeys(("reward", "entropy", "score"), values)
         got = KLMonitor(spike=False).update(kl, mask, cu_seqlens=ends, **figures)
         assert [got[name] for name in figures] == [expected, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "unit, name", [("token", "kl/target"), ("sequence", "kl/target_per_sequence")]
+)
+def test_the_target_of_a_controller(unit, name) -> None:
+    # Under a name of its unit, unless one is passed; none without a target.
+    controller, monitor = AdaptiveBeta(0.25, 6.0, 100, unit), KLMonitor(spike=False)
+    got = monitor.update(tokens(3), beta=controller)
+    assert list(got.items())[9:] == [("beta", 0.25), (name, 6.0)]
+    assert monitor.update(tokens(3), beta=controller, **{name: 0.5})[name] == 0.5
+    assert list(monitor.update(tokens(3), beta=FixedBeta(0.1)))[9:] == ["beta"]
 
 
 def test_which_figures_and_steps() -> None:
@@ -325,7 +343,12 @@ def test_files_that_cannot_be_appended_to(tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mask": tokens(3)}, {"step": -1}, {"reward": "1"}, {"kl/mean": 1.0}], ids=str
+    "wrong",
+    [
+        *({"mask": tokens(3)}, {"step": -1}, {"reward": "1"}),
+        *({"kl/mean": 1.0}, {"kl/position_1": 1.0}),
+    ],
+    ids=str,
 )
 def test_an_error_changes_neither_state_nor_file(tmp_path, wrong) -> None:
     path = tmp_path / "run.jsonl"

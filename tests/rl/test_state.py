@@ -68,6 +68,7 @@ def test_a_run_continues_from_a_copy(name, at) -> None:
     if name == "spikes":
         assert (original.index(True) + at, at < 91 or saved["evidence"] > 6) == (91, True)
     if name == "monitor":
+        KLMonitor(threshold=0.1, positions=8).load_state_dict(saved)  # they have no state
         assert whole.summary()["kl/spikes"] >= 1.0
 
 
@@ -144,7 +145,7 @@ def step_of(device: str, packed: bool) -> dict:
 def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
     # On the meta device, where looking at a value is an error, a step gets as far as its one
     # copy; the run needs none.
-    copies, monitor = [], KLMonitor(threshold=0.1)
+    copies, monitor = [], KLMonitor(threshold=0.1, positions=4)
 
     def copied(tensor):
         copies.append(tensor.device.type)
@@ -160,7 +161,7 @@ def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_one_wait_for_the_gpu(packed) -> None:
-    arguments, monitor = step_of("cuda", packed), KLMonitor(threshold=0.1)
+    arguments, monitor = step_of("cuda", packed), KLMonitor(threshold=0.1, positions=4)
     assert waits(lambda: monitor.update(**arguments)) == 1
 
 
@@ -201,7 +202,7 @@ def test_state_is_on_the_cpu_and_may_change(where) -> None:
         (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
         (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
         (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
-        (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
+        (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( positions=0 jsonl="),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastkl import testing  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import loading, measure  # noqa: E402
+from fastkl.tools.compare import figures, loading, run  # noqa: E402
 
 WORDS = (
     "the cat sat on a mat while naïve café 日本 readers of <b>bold</b> & 'quoted' text looked on.\n"
@@ -94,8 +94,8 @@ def compare(files, a, b, **options):
     # (table of all tokens, the report, the tokens' ids per document).
     command = ["compare", a, b, "--text", "x", "--device", "cpu"]
     settings = cli.build_parser().parse_args(command)
-    vars(settings).update({"text": files.text, **options})
-    _, tokens, result = measure.compare(settings)
+    vars(settings).update({"text": files.text, "documents": None, **options})
+    ((result, tokens, _),), _ = run.compare(settings, *run.open_models(settings))
     ids = tokens.groupby("document", sort=False)["id"]
     return tokens, result, [part.tolist() for _, part in ids]
 
@@ -129,7 +129,7 @@ def make_loads(monkeypatch):
 
 # ---- the truth
 
-COLUMNS = (*measure.MEANS, "top_logprob_a", "top_logprob_b", "top_a", "top_b")
+COLUMNS = (*figures.MEANS, "top_logprob_a", "top_logprob_b", "top_a", "top_b")
 # A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
 # as much again through the sum; an entropy and a KL by this times the log-probabilities and
 # log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
@@ -153,16 +153,15 @@ def wide_model(name):
 
 
 @torch.no_grad()
-def log_probs(name, ids, context, overlap, columns):
+def log_probs(name, ids, window, stride, columns):
     # [n - 1, V] in float64: each token from the first window that reaches it.
     (model, marked), rows = wide_model(name), []
-    step = context - overlap
-    start_of = lambda target: max(0, math.ceil((target - context) / step)) * step  # noqa: E731
+    start_of = lambda target: max(0, math.ceil((target - window) / stride)) * stride  # noqa: E731
     for start, targets in itertools.groupby(range(1, len(ids)), start_of):
         targets = list(targets)
-        window = torch.tensor([ids[start : targets[-1]]])
-        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
-        logits = model(input_ids=window, use_cache=False, **more).logits[0]
+        read = torch.tensor([ids[start : targets[-1]]])
+        more = {"token_type_ids": torch.ones_like(read)} if marked else {}
+        logits = model(input_ids=read, use_cache=False, **more).logits[0]
         rows.append(logits[targets[0] - 1 - start :, list(columns)].log_softmax(-1))
     return torch.cat(rows)
 
@@ -173,9 +172,9 @@ def jsd(p, q):
     return (testing.truth(p, mixture).kl + testing.truth(q, mixture).kl) / 2
 
 
-def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
+def truth(a, b, ids, window=256, stride=256, columns=range(VOCABULARY)):
     # The columns in plain float64.
-    p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
+    p, q = (log_probs(name, ids, window, stride, columns) for name in (a, b))
     tokens, values = torch.tensor(ids[1:]) - columns[0], {"jsd": jsd(p, q)}
     for letter, other, log, against in (("a", "b", p, q), ("b", "a", q, p)):
         stats = testing.truth(log, against).stats(tokens)

@@ -38,7 +38,8 @@ plot
 plot missing.jsonl
 plot .
 plot /dev/zero
-plot README.md --out x.pdf
+plot README.md --out x.jpg
+plot README.md setup.py
 plot README.md --out missing/x.png
 doctor --device tpu
 doctor --json missing/x

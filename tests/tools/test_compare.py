@@ -1,5 +1,6 @@
 """`fastkl compare` on tiny random checkpoints and PEFT adapters: values against plain float64."""
 
+import functools
 import json
 import math
 import shutil
@@ -28,23 +29,23 @@ from compare_cases import (  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import fastkl  # noqa: E402
-from fastkl.tools.compare import inputs, loading, measure, report  # noqa: E402
+from fastkl.tools.compare import figures, inputs, loading, measure, report  # noqa: E402
 
 
-@pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4)])
-def test_values_and_figures_are_those_of_plain_float64(files, context, overlap):
-    tokens, result, ids = compare(files, files.a, files.b, context=context, overlap=overlap)
-    parts = [truth(files.a, files.b, document, context, overlap) for document in ids]
+@pytest.mark.parametrize("window, stride", [(256, 256), (16, 12)])
+def test_values_and_figures_are_those_of_plain_float64(files, window, stride):
+    tokens, result, ids = compare(files, files.a, files.b, window=window, stride=stride)
+    parts = [truth(files.a, files.b, document, window, stride) for document in ids]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     assert_true(tokens, whole)
     summary, same = result["summary"], whole["top_a"] == whole["top_b"]
     assert summary["tokens"] == len(tokens) - 2 == len(same)
     assert summary["same_top1"] == same.mean() and 0.05 < same.mean() < 0.95
-    for name in measure.DIVERGENCES:
+    for name in figures.DIVERGENCES:
         got = [summary[name][key] for key in ("mean", "p50", "p95", "p99", "max")]
         true = [whole[name].mean(), *np.quantile(whole[name], [0.5, 0.95, 0.99, 1.0])]
         np.testing.assert_allclose(got, true, rtol=0, atol=TOLERANCE[name])
-    for name in measure.MEANS[3:]:
+    for name in figures.MEANS[3:]:
         assert summary[name] == pytest.approx(whole[name].mean(), abs=2 * LOGIT)
     kl, worst = whole["kl_ab"], result["top"][0]
     assert worst["kl_ab"] == pytest.approx(kl.max(), abs=TOLERANCE["kl_ab"])
@@ -109,9 +110,9 @@ def test_the_heads_of_families(files, tmp_path, name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_beside_itself_differs_by_exactly_0(files, dtype):
     # Padding rows of an lm_head change no bit.
-    options = {"context": 32, "overlap": 8, "dtype": dtype, "text": files.text[1:]}
+    options = {"window": 32, "stride": 24, "dtype": dtype, "text": files.text[1:]}
     same = compare(files, files.a, files.a, **options)[0]
-    assert not any(same[name].any() for name in measure.DIVERGENCES)
+    assert not any(same[name].any() for name in figures.DIVERGENCES)
     tables = [compare(files, files.a, b, **options)[0] for b in (files.b, files.padded)]
     assert tables[0].equals(tables[1])
 
@@ -174,10 +175,10 @@ def test_16_bit_models_have_float32_logits(monkeypatch):
     stats = fastkl.linear_token_stats(
         hidden[0], cut[0], tokens, hidden[1], cut[1], logits_dtype=torch.float32
     )
-    for blocks, widened in ((1 << 23, 1 << 24), (700, 24 * 7)):
-        monkeypatch.setattr(measure, "BLOCK_LOGITS", {"cpu": blocks, "cuda": 1})
+    made = [functools.partial(loading.head_logits, head) for head in heads]
+    for block, widened in ((1 << 23, 1 << 24), (7, 24 * 7)):
         monkeypatch.setattr(loading, "WIDENED", widened)
-        values = measure.token_values(heads, hidden, tokens, vocabulary)
+        values = measure.token_values(made, hidden, tokens, vocabulary, block, measure.block_values)
         names = ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba")
         found = [values[name] for name in names]
         np.testing.assert_allclose(found, torch.stack(stats[:5]), rtol=1e-5, atol=1e-5)
@@ -237,7 +238,7 @@ def test_adapters_have_the_divergence_of_their_layers(files, tmp_path, options):
     adapters = [model["adapter"] for model in result["models"]]
     assert adapters == [None, {"kind": "LORA", "base": files.a}]
     shown = report.text_report(result, 400)
-    assert f"(LORA adapter on {files.a}, LlamaForCausalLM, float32)" in " ".join(shown.split())
+    assert f"(LORA adapter on {files.a}, LlamaForCausalLM, float32, " in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from compare_cases import (  # noqa: E402
     truth,
 )
 
-from fastkl.tools.compare import inputs, loading, report  # noqa: E402
+from fastkl.tools.compare import inputs, loading, page  # noqa: E402
 from fastkl.tools.errors import UseError  # noqa: E402
 from fastkl.tools.files import find_texts  # noqa: E402
 
@@ -162,7 +162,7 @@ def test_a_run_leaves_its_files_and_nothing_else(files, tmp_path, capsys):
 def test_a_page_that_fails_half_way_leaves_the_old_one(files, tmp_path, monkeypatch, capsys):
     target = tmp_path / "x.html"
     target.write_text("before")
-    monkeypatch.setattr(report, "token_html", Mock(side_effect=SystemExit(143)))
+    monkeypatch.setattr(page, "token_html", Mock(side_effect=SystemExit(143)))
     code, shown, said = cli_run(
         capsys, files.a, files.b, "--text", *files.text, "--html", target, "--device", "cpu"
     )
@@ -296,8 +296,8 @@ NAME = "MODEL_A: expected a folder that save_pretrained wrote, or a hub name, go
         (("{}", "B"), NAME),
         (("{}/one", "B"), NAME),
         (("A", "B", "--device", "cuda:99"), r"--device: expected one that this machine has \("),
-        (("A", "B", "--context", "257"), r"--context: expected at most 256 \(max_position"),
-        (("A", "B", "--context", "8", "--overlap", "8"), "--overlap: expected fewer tokens than"),
+        (("A", "B", "--window", "257"), r"--window: expected at most 256 \(max_position"),
+        (("A", "B", "--window", "8", "--stride", "9"), "--stride: expected 1 tokens or more, at"),
         (("A", "B", "--html", "{}"), "--html: expected a file in a folder that can be written to"),
         (("A", "B", "--html", "{}/" + "x" * 300), "--html: expected a file in a folder"),
         (("A", "B", "--json", "{}/no/x.json"), "--json: expected a file in a folder"),

@@ -74,7 +74,7 @@ def test_two_processes_report_as_one_and_fail_as_one(files, tmp_path, capsys, mo
     # Seven windows of two documents, and one window for two processes.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    texts = [[*map(str, files.text), "--context", "16", "--overlap", "4"], [str(files.text[1])]]
+    texts = [[*map(str, files.text), "--window", "16", "--stride", "12"], [str(files.text[1])]]
     runs = [
         [files.a, files.b, "--device", "cpu", "--text", *text, "--json", f"{at}-RANK.json"]
         + ["--html", f"{at}-RANK.html"]

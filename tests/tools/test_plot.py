@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +15,7 @@ image = pytest.importorskip("matplotlib.image")
 # After the skip: the picture needs matplotlib.
 from matplotlib.figure import Figure  # noqa: E402
 
-from fastkl.rl import KLMonitor  # noqa: E402
+from fastkl.rl import AdaptiveBeta, KLMonitor  # noqa: E402
 from fastkl.tools import cli, plot  # noqa: E402
 
 
@@ -26,11 +27,12 @@ def write(path, lines) -> None:
 @pytest.fixture
 def run(tmp_path):
     # The file of a run of 60 steps, whose KL jumps at step 40.
-    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
-    generator = torch.Generator().manual_seed(0)
+    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl", positions=4)
+    generator, beta = torch.Generator().manual_seed(0), AdaptiveBeta(0.1, 0.03, 100)
     for step in range(60):
         kl = torch.randn(4, 50, generator=generator).sub(4).exp() * (10 if step == 40 else 1)
-        monitor.update(kl, reward=step / 10, beta=0.1 + step / 1e3)
+        figures = monitor.update(kl, reward=step / 10, entropy=2 - step / 50, beta=beta)
+        beta.update(figures["kl/mean"])
     return tmp_path / "run.jsonl"
 
 
@@ -61,21 +63,62 @@ def test_curves_are_the_figures(run, figures, capsys) -> None:
     assert image.imread(other, format="png").std() > 0.05
     assert {path.name for path in run.parent.iterdir()} == {"other.PNG", "run.jsonl", "run.png"}
     held = [json.loads(line) for line in run.read_text().splitlines()]
-    reward, kl, beta = figures[0].axes
-    for axes, name in ((reward, "reward"), (kl, "kl/mean"), (kl, "kl/p99"), (beta, "beta")):
-        curves = [line.get_xydata().tolist() for line in axes.lines]
-        assert [[line["step"], line[name]] for line in held] in curves
-    assert all(
-        [[40, 0], [40, 1]] in [x.get_xydata().tolist() for x in axes.lines] for axes in (kl, beta)
-    )
-    assert kl.get_yscale() == "log"
+    reward, kl, entropy, beta, profile = figures[0].axes
+    for axes, name in (
+        *((reward, "reward"), (kl, "kl/mean"), (kl, "kl/p99"), (kl, "kl/target")),
+        *((entropy, "entropy"), (beta, "beta")),
+    ):
+        assert [[line["step"], line[name]] for line in held] in curves(axes)
+    assert all([[40, 0], [40, 1]] in curves(axes) for axes in (kl, beta))
+    assert kl.get_yscale() == "log" and len(kl.collections) == 1  # the band of the quantiles
+    # The profile: means over the first six and the last six steps.
+    for drawn, part in zip(curves(profile), (held[:6], held[-6:]), strict=True):
+        means = [statistics.fmean(x[f"kl/position_{i}"] for x in part) for i in (1, 2, 3, 4)]
+        expected = zip((12.5, 37.5, 62.5, 87.5), means, strict=True)
+        assert drawn == [pytest.approx(each) for each in expected]
 
 
-def test_two_runs_in_one_picture(run, figures) -> None:
+def curves(axes) -> list[list[list[float]]]:
+    return [line.get_xydata().tolist() for line in axes.lines]
+
+
+def shown(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_runs_overlaid(run, figures, capsys) -> None:
+    # Each of its own colour in every panel, named by what tells the files apart, means alone.
+    runs = [run]
+    for name in ("a/run.jsonl", "b/run.jsonl", "b/_$x$.jsonl"):
+        (run.parent / name).parent.mkdir(exist_ok=True)
+        runs.append(run.parent / name)
+        lines = [json.loads(line) for line in run.read_text().splitlines()[35:45]]
+        write(runs[-1], [{**line, "kl/mean": 0.1 * len(runs)} for line in lines])
+    outs = [run.parent / name for name in ("all.svg", "again.svg", "all.PDF")]
+    for out in outs:
+        assert cli.main(["plot", *map(str, runs), "--out", str(out)]) == 0
+    first, again, pdf = (out.read_bytes() for out in outs)
+    assert first == again and first.startswith(b"<?xml") and pdf.startswith(b"%PDF")
+    head, *said = capsys.readouterr().out.splitlines()[:5]
+    names = [f"{run.parent.name}/run", "a/run", "b/run", "b/_$x$"]
+    assert head == f"{outs[0]}:" and shown(figures[0].legends[0]) == names
+    assert [line.partition(":")[0].strip() for line in said] == names
+    _, kl, *_, profile = figures[0].axes
+    assert shown(kl.get_legend()) == ["spike", "target"] and not kl.collections
+    colours = [line.get_color() for line in profile.lines]
+    assert len({*colours}) == 4 and colours == [
+        line.get_color()
+        for line in kl.lines
+        if line.get_linestyle() == "-" and line.get_marker() == "."
+    ]
+    assert colours == [line.get_color() for line in figures[0].legends[0].get_lines()]
+
+
+def test_lines_at_a_height(run, figures) -> None:
     read = plot.read_run(run)
-    plot.picture({"a": read, "b": read}, "two", "of a kind", {"kl/mean": {"target": 0.1}})
-    labels = figures[0].axes[1].get_legend_handles_labels()[1]
-    assert {"a", "b", "target"} <= set(labels)
+    plot.picture({"a": read, "b": read}, "two", "of a kind", {"reward": {"best": 0.1}})
+    assert shown(figures[0].legends[0]) == ["a", "b"]
+    assert shown(figures[0].axes[0].get_legend()) == ["best"]
 
 
 def test_where_a_run_went_on_from_a_checkpoint(tmp_path) -> None:
@@ -104,12 +147,13 @@ def test_where_a_run_went_on_from_a_checkpoint(tmp_path) -> None:
             for kl in (0.1, 1.7e308, -1.7e308, math.inf, 10**400, 5e-324, True)
         ],
         [{"step": 2**53 - 1, "kl/mean": 0.1}],
+        [{"kl/mean": 0.1, "kl/position_1": 0.1, "kl/position_2": x} for x in (None, 1e30, -1.0)],
     ],
-    ids=["one", "zero", "negative", "null", "huge", "gaps", "beyond", "far"],
+    ids=["one", "zero", "negative", "null", "huge", "gaps", "beyond", "far", "position"],
 )
 def test_odd_runs_give_a_picture_without_a_warning(lines, tmp_path, recwarn) -> None:
     write(tmp_path / "run.jsonl", lines)
-    plot.plot_run(tmp_path / "run.jsonl", tmp_path / "run.png")
+    plot.plot_runs([tmp_path / "run.jsonl"], tmp_path / "run.png")
     assert image.imread(tmp_path / "run.png").std() > 0.01
     assert not [str(warning.message) for warning in recwarn]
 
@@ -146,8 +190,15 @@ def test_wrong_files(tmp_path, capsys, text, words) -> None:
 def test_wrong_out(run, monkeypatch, capsys) -> None:
     # The run is never written over, and a write that fails leaves the picture of before.
     before = run.read_bytes()
-    for name, words in (("run.jsonl", "the name of a PNG"), ("none/run.png", "a file that can")):
+    for name, words in (
+        *(("run.jsonl", "the name of a PNG, SVG"), ("run.jpg", "the name of a PNG, SVG")),
+        ("none/run.png", "a file that can"),
+    ):
         assert f"--out: expected {words}" in fails(capsys, run, "--out", run.parent / name)
+    assert "--out: expected a name for the picture of several" in fails(capsys, run, run)
+    for many, words in ((2, "files that differ"), (9, "at most 8 runs")):
+        error = fails(capsys, *[run] * many, "--out", run.parent / "all.png")
+        assert f"RUN.jsonl: expected {words}" in error
     source = run.rename(run.with_suffix(".png"))
     assert "--out: expected the name of a PNG" in fails(capsys, source, "--out", source)
     assert source.read_bytes() == before and [*run.parent.iterdir()] == [source]

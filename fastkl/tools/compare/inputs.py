@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,29 @@ SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ..
 # ---- documents
 
 
-def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
-    """Yield (suffix of its name, text, written by a chat template) of each document.
+class Document(NamedTuple):
+    """A text to compare on: its file, its name, and whether a chat template wrote it."""
 
-    A document is a whole file, or a line of a .jsonl file.
-    """
+    file: str
+    name: str
+    text: str
+    chat: bool
+
+
+def documents_of(paths: Sequence[Path], tokenizer: Any) -> list[Document]:
+    """Read files: a document is a whole file, or a line of a .jsonl file."""
+    base = os.path.commonpath([p.absolute().parent for p in paths if p != STDIN] or [Path()])
+    found = []
+    for path in paths:
+        name = "-" if path == STDIN else readable(os.path.relpath(path, base))
+        found += [
+            Document(readable(path), name + suffix, text, chat)
+            for suffix, text, chat in _texts(path, tokenizer)
+        ]
+    return found
+
+
+def _texts(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
     with told(
         "--text",
         "UTF-8 text in a file that can be read",
@@ -113,51 +132,55 @@ class Vocabulary(NamedTuple):
 def shared_vocabulary(
     tokenizers: dict[str, TextTokenizer], rows: dict[str, int | None]
 ) -> Vocabulary:
-    """Choose the tokens with the same id in both tokenizers; one alone is taken for both models.
+    """Choose the tokens with the same id in every tokenizer; one alone is taken for all models.
 
-    rows: of each lm_head. Tokens of a lone tokenizer for which the other lm_head has no rows are
-    left out. Raises UseError where a token that was not added to both tokenizers has two ids.
+    rows: of each lm_head, by the model's letter. Tokens of a lone tokenizer for which another
+    lm_head has no rows are left out. Raises UseError where a token that was not added to all
+    tokenizers has two ids.
     """
     ids = {letter: tokenizer.ids for letter, tokenizer in tokenizers.items()}
-    for letter in {*"AB"} - {*ids}:
-        (lone,), most = ids.values(), rows[letter] or math.inf
+    for letter in [letter for letter in rows if letter not in ids]:
+        lone, most = next(iter(tokenizers.values())).ids, rows[letter] or math.inf
         ids[letter] = {token: number for token, number in lone.items() if number < most}
-    a, b = ids["A"], ids["B"]
-    added = [set(tokenizer.own.get_added_vocab()) for tokenizer in tokenizers.values()]
-    fixed = (a.keys() & b.keys()) - set.intersection(*added)
-    different = sorted(token for token in fixed if a[token] != b[token])
-    both = a.items() & b.items()
-    if different or not both:
-        raise _another(f"another; tokens with other ids: {different or 'all'}")
-    alone = {each: sorted((at, token) for token, at in ids[each].items() - both) for each in "AB"}
-    size = max(number for _, number in both) + 1
+    first, *_ = tokenizers.items()
+    shared = set(first[1].ids.items())
+    for letter, own in ids.items():
+        shared &= own.items()
+        tokenizer = tokenizers.get(letter, first[1])
+        added = first[1].own.get_added_vocab().keys() & tokenizer.own.get_added_vocab()
+        fixed = (first[1].ids.keys() & own.keys()) - added
+        different = sorted(token for token in fixed if first[1].ids[token] != own[token])
+        if different or not shared:
+            raise _another(letter, f"another; tokens with other ids: {different or 'all'}")
+    alone = {
+        letter: sorted((at, token) for token, at in ids[letter].items() - shared)
+        for letter in sorted(ids)
+    }
+    size = max(number for _, number in shared) + 1
     unshared = {number for tokens in alone.values() for number, _ in tokens if number < size}
     return Vocabulary(size, frozenset(unshared), alone)
 
 
-def _another(got: str) -> UseError:
+def _another(letter: str, got: str) -> UseError:
     return UseError(
-        "MODEL_B",
+        f"MODEL_{letter}",
         "the tokenizer of MODEL_A",
         got[:200],
-        "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
-        "trained on A's tokens, choose --tokenizer A",
+        "compare models whose tokenizer.json and tokenizer_config.json agree, or, where "
+        f"{letter} was trained on A's tokens, choose --tokenizer A",
     )
 
 
 def read_document(
-    name: str,
-    text: str,
-    chat: bool,
-    tokenizers: dict[str, TextTokenizer],
-    vocabulary: Vocabulary,
+    document: Document, tokenizers: dict[str, TextTokenizer], vocabulary: Vocabulary
 ) -> pd.DataFrame:
     """Return a table with a row for each token of a document, special ones in front included.
 
     Columns: document, its name; id; line, from 1; text, which put together are the document;
-    scored, False for tokens without a value. An error where the tokenizers differ on it, or a model
-    lacks one of its tokens.
+    scored, False for tokens that no window can score. An error where the tokenizers differ on it,
+    or a model lacks one of its tokens.
     """
+    _, name, text, chat = document
     # A chat template writes the special tokens, or none.
     encoded = {
         letter: tokenizer.encode(text, [] if chat else tokenizer.prefix)
@@ -169,16 +192,20 @@ def read_document(
             label, other = tokenizers[letter].label(foreign[0]), "B" if letter == "A" else "A"
             raise UseError(
                 "--text",
-                "text in tokens that both models have",
+                "text in tokens that all models have",
                 f"{label!r} in {name!r}, the token {foreign[0]} of {letter} alone",
                 f"leave it out of the text, or read it with --tokenizer {other}",
             )
     ids, texts, starts = next(iter(encoded.values()))
     first = next(iter(tokenizers.values()))
-    for pair in itertools.zip_longest(*(ids for ids, _, _ in encoded.values())):
-        if pair[0] != pair[-1]:
-            in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
-            raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
+    for letter, (others, _, _) in encoded.items():
+        for pair in itertools.zip_longest(ids, others):
+            if pair[0] != pair[1]:
+                own, other = ("nothing" if token is None else first.label(token) for token in pair)
+                raise _another(
+                    letter,
+                    f"other tokens for the same text: {own!r} of {name!r} is {other!r} there",
+                )
     newlines = [at for at, character in enumerate(text) if character == "\n"]
     specials = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
     return pd.DataFrame(
@@ -193,30 +220,23 @@ def read_document(
 
 
 def read(
-    paths: Iterable[Path],
+    files: Sequence[str],
+    documents: Sequence[Document],
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
-) -> tuple[list[pd.DataFrame], list[Path]]:
-    """Return the documents with a token to score, and the files without one."""
-    tokenizer, found, skipped = next(iter(tokenizers.values())), [], []
-    base = os.path.commonpath([p.absolute().parent for p in paths if p != STDIN] or [Path()])
-    for path in paths:
-        name = "-" if path == STDIN else readable(os.path.relpath(path, base))
-        made = [
-            read_document(name + suffix, text, chat, tokenizers, vocabulary)
-            for suffix, text, chat in documents(path, tokenizer.own)
-        ]
-        kept = [document for document in made if document["scored"].any()]
-        found += kept
-        skipped += [] if kept else [path]
+) -> tuple[list[pd.DataFrame], list[str]]:
+    """Return the tables of the documents with a token to score, and the files without one."""
+    tables = [read_document(each, tokenizers, vocabulary) for each in documents]
+    kept = [bool(table["scored"].any()) for table in tables]
+    skipped = [file for file in files if file not in {d.file for d in compress(documents, kept)}]
     expect(
-        found,
+        any(kept),
         "--text",
         "files with text",
-        f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}",
+        f"fewer than 2 tokens in {' and in '.join(map(repr, skipped))}",
         "check the names",
     )
-    return found, skipped
+    return list(compress(tables, kept)), skipped
 
 
 def readable(name: str | os.PathLike[str]) -> str:

@@ -5,20 +5,25 @@ compute with the adapter beside them, and the lm_head is widened to float32 with
 """
 
 import copy
+import functools
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers.utils.hub import has_file
+from transformers.utils.hub import cached_file, has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastkl import Head
 from fastkl.integrations.transformers import head_of
 
+from ..console import progress
 from ..errors import expect, told
 from .inputs import TextTokenizer, readable
+from .windows import Window
 
 # Elements of a 16-bit weight that are widened to float32 at a time.
 WIDENED = 1 << 24
@@ -42,11 +47,13 @@ ROWS = (
 
 
 def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Compute [n, vocabulary] float32 logits of hidden [n, H] for the first rows of the head.
+    """Compute [n, vocabulary] float32 logits of hidden [n, H] for the first rows of the head, on
+    its device.
 
     16-bit operands are widened, so each product is exact.
     """
-    hidden, step = hidden.float(), max(1, WIDENED // hidden.shape[1])
+    hidden = hidden.to(head.weight.device).float()
+    step = max(1, WIDENED // hidden.shape[1])
     out = torch.cat(
         [F.linear(hidden, rows.float()) for rows in head.weight[:vocabulary].split(step)], -1
     )
@@ -81,16 +88,18 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 class Model:
     """A loaded causal language model, and its head, which gives the model's own logits.
 
-    about: for the report, its class, type and the form of its head.
+    about: for the report, its class, type, the form of its head and the bytes of its files. logits:
+    of hidden states, without the layers.
     """
 
-    def __init__(self, checkpoint: "Checkpoint", model: Any) -> None:
+    def __init__(self, checkpoint: "Checkpoint | InMemory", model: Any) -> None:
         self.checkpoint, self.device = checkpoint, model.device
         about = {
             "name": readable(checkpoint.name),
             "class": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "adapter": checkpoint.adapter,
+            "bytes": checkpoint.bytes(),
         }
         output = model.get_output_embeddings()
         modules = {module: name for name, module in model.named_modules()}
@@ -114,6 +123,7 @@ class Model:
             saved = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
             changed = widened(output, saved)
             self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
+        self.logits = functools.partial(head_logits, self.head)
         self.about = about | {
             "vocabulary": len(self.head.weight),
             "logit_scale": self.head.logit_scale,
@@ -128,6 +138,12 @@ class Model:
             more["token_type_ids"] = torch.ones_like(ids)
         output = self.backbone(input_ids=ids, use_cache=False, **more)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def states(self, windows: Sequence[Window], title: str) -> list[torch.Tensor]:
+        """Compute the last hidden states that score tokens, of each window, on the CPU."""
+        if windows:
+            self.check(windows[0].ids)
+        return [self.hidden(each.ids)[each.skip :].cpu() for each in progress(windows, title)]
 
     def check(self, ids: torch.Tensor) -> None:
         """Refuse a model that looks ahead."""
@@ -150,7 +166,7 @@ class Checkpoint:
 
     source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
     its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
-    the adapter's file.
+    the adapter's file. dtype: once it is loaded.
     """
 
     def __init__(self, argument: str, name: str) -> None:
@@ -160,6 +176,7 @@ class Checkpoint:
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
+        self.dtype = ""
         with told(
             argument,
             "a folder that save_pretrained wrote, or a hub name",
@@ -197,6 +214,18 @@ class Checkpoint:
             name, auto = self.name if own else self.source, transformers.AutoTokenizer
             return TextTokenizer(auto.from_pretrained(name, trust_remote_code=False))
 
+    def bytes(self) -> int:
+        """Sum the sizes of the files with weights, an adapter's beside its base's."""
+        folders = {
+            Path(cached_file(name, file)).parent
+            for name, file in ((self.source, "config.json"), (self.name, "adapter_config.json"))
+            if has_file(name, file)
+        }
+        files = [file for folder in folders for file in folder.iterdir()]
+        found = [file for file in files if file.suffix == ".safetensors"]
+        found = found or [file for file in files if file.suffix == ".bin"]
+        return sum(file.stat().st_size for file in found)
+
     def load(self, dtype: str, device: str) -> Model:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
         # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
@@ -227,4 +256,32 @@ class Checkpoint:
                     model.resize_token_embeddings(self.rows, mean_resizing=False)
                 adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
                 model = adapted.get_base_model()
-        return Model(self, model.eval().requires_grad_(False).to(device))
+        loaded = Model(self, model.eval().requires_grad_(False).to(device))
+        self.dtype = str(loaded.about["dtype"])
+        return loaded
+
+
+class InMemory:
+    """A model that the caller has loaded, with its tokenizer, as Checkpoint is one on disk."""
+
+    adapter, saved = None, dict[str, torch.Tensor]()
+
+    def __init__(self, argument: str, model: Any, tokenizer: Any) -> None:
+        base = getattr(model, "get_base_model", lambda: model)()
+        self.argument, self.model, self.config = argument, base, base.config
+        self.name = getattr(base.config, "_name_or_path", "") or type(base).__name__
+        self.rows: int | None = len(base.get_output_embeddings().weight)
+        self._tokenizer = tokenizer
+
+    def tokenizer(self) -> TextTokenizer:
+        """Wrap the tokenizer."""
+        with told(self.argument, "a fast tokenizer", type(self._tokenizer).__name__, "pass one"):
+            return TextTokenizer(self._tokenizer)
+
+    def bytes(self) -> int:
+        """Sum the bytes of the parameters."""
+        return sum(each.nbytes for each in self.model.parameters())
+
+    def load(self, dtype: str, device: str) -> Model:
+        """Wrap the model as it is, where it is."""
+        return Model(self, self.model)

@@ -1,22 +1,16 @@
-"""Figures to text: the report of a terminal, and the page with every token coloured by its KL."""
+"""Figures to text: the report of a comparison, as a terminal shows it."""
 
-import functools
 import math
 import textwrap
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from html import escape
+from collections.abc import Iterator
 from typing import Any
 
-import pandas as pd
-
 from ..console import percent, table
+from .figures import CONFIDENCE
 
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
 NAMES = {"kl_ab": "KL(A‖B)", "kl_ba": "KL(B‖A)", "jsd": "JSD"}
-# Backgrounds of levels 1, 2, …: from pale yellow to dark red; level 0 has none.
-COLOURS = ("#fff9d6", "#fff0a8", "#ffdf86", "#ffc066", "#ff9852", "#fb6a4a", "#e0342b", "#a50f15")
 # Left-out tokens that are named, each model's.
 NAMED = 8
 
@@ -88,28 +82,59 @@ def text_line(report: dict[str, Any]) -> str:
         "cut from lm_heads of rows": " and ".join(map(str, sorted(rows))),
         "tokens left out of A": named["A"],
         "tokens left out of B": named["B"],
-        "windows of": text["context"],
-        "overlap": text["overlap"],
+        "windows of": text["window"],
+        "stride": text["stride"],
+        "scored": "the second half of each" if text["score"] == "second-half" else "",
     }
     return "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+
+
+def size(number: int) -> str:
+    """Format bytes."""
+    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
+
+
+def model_line(letter: str, model: dict[str, Any]) -> str:
+    """Say what a model is."""
+    on = "{kind} adapter on {base}, ".format(**model["adapter"]) if model["adapter"] else ""
+    kind = f"{on}{model['class']}, {model['dtype']}, {size(model['bytes'])}"
+    return visible(f"{letter:5} {model['name']} ({kind})")
+
+
+def fill(text: str, width: int, indent: int = 6) -> list[str]:
+    """Break a text into lines, indented from the second on."""
+    return textwrap.wrap(
+        text,
+        width=min(width, 110),
+        break_long_words=False,
+        break_on_hyphens=False,
+        subsequent_indent=" " * indent,
+    )
+
+
+def within(summary: dict[str, Any], name: str) -> str:
+    """Format the 95 % interval of a mean; the divergences in nats, the shares in percent."""
+    bounds = (summary["intervals"] or {}).get(name)
+    if not bounds:
+        return ""
+    share = name in ("same_top1", "acceptance")
+    low, high = (percent(each, 2) if share else f"{each:.3g}" for each in bounds)
+    return f"{low} … {high}"
 
 
 # ---- tables
 
 
-def bounds_of(summary: dict[str, Any]) -> list[float]:
-    """List the KL above which each level begins: from the median in equal ratios to the largest."""
-    high = min(summary["kl_ab"]["max"], 1e3)
-    low, count = max(summary["kl_ab"]["p50"], high / 1e3), len(COLOURS)
-    return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
-
-
 def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]:
     """Yield the report's tables: a title, < or > for each column, and rows, the head first."""
     summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
-    keys = ("mean", "p50", "p95", "p99", "max")
-    nats = [[NAMES[name], *(f"{summary[name][key]:.4g}" for key in keys)] for name in NAMES]
-    yield "", "<>>>>>", [["nats per token", *keys], *nats]
+    keys = ("mean", "p50", "p95", "p99", "p999", "max")
+    nats = [
+        [NAMES[name], *(f"{summary[name][key]:.4g}" for key in keys), within(summary, name)]
+        for name in NAMES
+    ]
+    head = ["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % of the mean"]
+    yield "", "<>>>>>>>", [head, *nats]
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
@@ -117,8 +142,22 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         "perplexity of the text": [math.exp(min(700.0, -value)) for value in likely],
     }
     rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
-    same = ["same top-1 token", percent(summary["same_top1"], 2), ""]
-    yield "", "<>>", [["the whole text", "A", "B"], *rows, same]
+    shares = {"same top-1 token": "same_top1", "acceptance rate, 1 - total variation": "acceptance"}
+    rows += [
+        [title, percent(summary[key], 2), within(summary, key)] for title, key in shares.items()
+    ]
+    yield "", "<>>", [["the whole text", "A", "B"], *rows]
+    rows = [
+        [
+            f"{percent(each['from'])} to {percent(([*CONFIDENCE, 1.0])[number])}",
+            *(f"{each['tokens']:,}", f"{each['kl_ab']:.4g}"),
+            *(percent(each[key], 1) for key in ("same_top1", "acceptance")),
+        ]
+        for each in report["buckets"]
+        for number in [CONFIDENCE.index(each["from"]) + 1]
+    ]
+    head = ["A's probability", "tokens", "mean KL", "same top-1", "acceptance rate"]
+    yield "tokens by the probability of A's most likely one", "<>>>>", [head, *rows]
     rows = [
         [
             *(f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")),
@@ -139,103 +178,30 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     yield title, "><<<<", rows
 
 
+def notes(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what else must be known to read the figures."""
+    summary = report["summary"]
+    (unit, count), *_ = summary["interval_units"].items()
+    if summary["intervals"]:
+        yield f"95 % intervals of means: a bootstrap over {count:,} {unit}s."
+    else:
+        yield f"No intervals: they need two documents or windows, and this is one {unit}."
+    if report["note"]:
+        yield report["note"]
+    floor = report.get("floor")
+    if floor:
+        kl = floor["kl_ab"]["mean"]
+        times = f"; B's mean is {summary['kl_ab']['mean'] / kl:,.1f} times it" if kl else ""
+        yield f"Floor, KL(A‖A in another type): mean {kl:.3g}{times}."
+
+
 def text_report(report: dict[str, Any], width: int) -> str:
     """Write the whole report in lines of about this width."""
-    fill = functools.partial(
-        textwrap.wrap, width=min(width, 110), break_long_words=False, break_on_hyphens=False
-    )
-    lines = [*fill(report["sentence"]), ""]
+    lines = [*fill(report["sentence"], width, 0), ""]
     for letter, model in zip("AB", report["models"], strict=True):
-        on = "{kind} adapter on {base}, ".format(**model["adapter"]) if model["adapter"] else ""
-        about = f"{letter}     {model['name']} ({on}{model['class']}, {model['dtype']})"
-        lines += fill(visible(about), subsequent_indent=" " * 6)
-    lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
+        lines += fill(model_line(letter, model), width)
+    lines += fill(f"text  {text_line(report)}", width)
     for title, align, rows in tables(report):
         lines += ["", *([f"{title}:"] if title else []), *table(rows, align, width)]
+    lines += ["", *(line for note in notes(report) for line in fill(note, width, 0))]
     return "\n".join(lines)
-
-
-# ---- the page
-
-# Control characters have no place in HTML; each has a picture in Unicode.
-CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
-    127: 0x2421,
-    13: None,
-}
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><title>fastkl compare</title><style>
-:root{color-scheme:light}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;
-padding:0 1rem;color:#222}h1,h2{font-size:1.1rem}pre{overflow-x:auto}
-pre,.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem}
-.text,#tip{white-space:pre-wrap;overflow-wrap:anywhere}
-.text{line-height:1.7;border:1px solid #ddd;padding:.7rem}
-b{font-weight:normal;border-radius:2px}b:target,.text b:hover{outline:2px solid #225}
-b.n::before{content:"\\21B5"}b.e::before{content:"\\00B7"}.k7,.k8{color:#fff}.u{color:#999}
-#tip{position:fixed;background:#222;color:#fff;padding:.5rem .7rem;border-radius:4px;
-pointer-events:none;max-width:28rem;z-index:9}
-"""
-STYLE = "".join(f".k{level}{{background:{colour}}}" for level, colour in enumerate(COLOURS, 1))
-TAIL = """<div id="tip" hidden></div>
-<script>
-const tip=document.getElementById("tip"),names=["KL(A\\u2016B)","KL(B\\u2016A)","JSD",
-"log-prob A","log-prob B","entropy A","entropy B"];
-document.addEventListener("mousemove",e=>{const d=e.target.dataset;
-tip.hidden=!(d&&d.v);if(tip.hidden)return;const v=d.v.split(" ");
-tip.textContent=names.map((n,i)=>n.padEnd(12)+v[i]).join("\\n")+
-"\\nA expects   "+d.a+"\\nB expects   "+d.b;
-tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+"px";
-tip.style.top=(e.clientY+tip.offsetHeight+24>innerHeight?
-e.clientY-tip.offsetHeight-10:e.clientY+18)+"px"});
-</script>
-</body></html>
-"""
-SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entropy_b")
-
-
-def page(
-    report: dict[str, Any], tokens: pd.DataFrame, label: Callable[[int], str]
-) -> Iterator[str]:
-    """Yield the page, part after part; label: a token's id as text."""
-    bounds = bounds_of(report["summary"])
-    steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
-    yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
-    yield f"<pre>{clean(text_report(report, 150))}</pre>\n"
-    for name, kind in ((f"{report['by']}s", "units"), ("tokens", "top")):
-        links = (
-            f'<a href="#t{each["index"]}">{clean(place(each))}</a>'
-            for each in report[kind][: report["shown"]]
-        )
-        yield f"<p>The worst {name}: {', '.join(links)}</p>\n"
-    yield (
-        "<h2>The text, coloured by KL(A‖B)</h2>\n"
-        f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
-    )
-    anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
-    for name, document in tokens.groupby("document", sort=False):
-        yield f'<h2>{clean(str(name))}</h2>\n<div class="text">'
-        for row in document.itertuples():
-            yield token_html(row, bounds, row.Index in anchors, label)
-        yield "</div>\n"
-    yield TAIL
-
-
-def clean(text: str) -> str:
-    """Escape text for HTML, attributes included."""
-    return escape(text.translate(CONTROLS))
-
-
-def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[int], str]) -> str:
-    """Format a token, coloured, with its numbers as a tooltip."""
-    if math.isnan(row.kl_ab):
-        return f'<b class="u">{clean(row.text)}</b>' if row.text else ""
-    mark = " n" if "\n" in row.text else "" if row.text else " e"
-    anchor = f' id="t{row.Index}"' if anchored else ""
-    numbers = " ".join(f"{getattr(row, name):.3g}" for name in SHOWN)
-    expects_a = expected(label(int(row.top_a)), math.exp(row.top_logprob_a))
-    expects_b = expected(label(int(row.top_b)), math.exp(row.top_logprob_b))
-    data = f'data-v="{numbers}" data-a="{clean(expects_a)}" data-b="{clean(expects_b)}"'
-    level = bisect_left(bounds, row.kl_ab)
-    return f'<b class="k{level}{mark}"{anchor} {data}>{clean(row.text)}</b>'

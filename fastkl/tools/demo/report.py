@@ -115,10 +115,7 @@ def ppo(
         drawn,
         "PPO on a reward that can be hacked",
         watch(numbers, settings),
-        levels={
-            "reward": {"reference": numbers["final"]["reference"]["reward"]},
-            "kl/mean": {"target": settings.target_kl} if settings.beta is None else {},
-        },
+        levels={"reward": {"reference": numbers["final"]["reference"]["reward"]}},
     )
     if settings.save_models:
         text = corpus.text(corpus.held_out[:HELD_OUT_TOKENS]).replace(END_OF_FILE, "\n")

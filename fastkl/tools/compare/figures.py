@@ -1,0 +1,187 @@
+"""Figures of a comparison: means with their intervals, quantiles, bins, the worst, differences."""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+DIVERGENCES = ("kl_ab", "kl_ba", "jsd")
+MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+# Lower ends of the buckets of the base's largest probability.
+CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99)
+# Documents that intervals are drawn over; with fewer, windows are.
+LEAST_UNITS = 10
+DRAWS = 2000
+# KL below which tokens share the histogram's first bin.
+LOWEST_BIN = 1e-8
+
+
+def scored_of(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the tokens without values."""
+    return tokens[tokens["kl_ab"].notna()]
+
+
+# ---- means, quantiles, buckets
+
+
+def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
+    """Compute means, their 95 % intervals and exact quantiles over all tokens with values."""
+    scored = scored_of(tokens).assign(acceptance=lambda each: 1 - each["tv"])
+    means = ("same_top1", "acceptance", *MEANS[len(DIVERGENCES) :])
+    unit = unit_of(scored)
+    summary: dict[str, Any] = {
+        "tokens": len(scored),
+        **scored[[*means]].mean().to_dict(),
+        "interval_units": {unit: scored[unit].nunique()},
+        "intervals": intervals(scored, [*DIVERGENCES, *means], unit),
+    }
+    for name in DIVERGENCES:
+        values = np.sort(scored[name].abs().to_numpy())
+        places = np.array([*QUANTILES.values()]) * (len(values) - 1)
+        found = np.interp(places, np.arange(len(values)), values)
+        summary[name] = {
+            "mean": values.mean(),
+            **dict(zip(QUANTILES, found, strict=True)),
+            "max": values[-1],
+        }
+    return summary
+
+
+def unit_of(scored: pd.DataFrame) -> str:
+    """Choose over what intervals are drawn: documents, or windows where there are few."""
+    return "document" if scored["document"].nunique() >= LEAST_UNITS else "window"
+
+
+def intervals(scored: pd.DataFrame, names: list[str], unit: str) -> dict[str, list[float]] | None:
+    """Compute a 95 % interval of each mean over tokens, by a bootstrap over units.
+
+    Tokens of a unit depend on each other; units are drawn with replacement, DRAWS times. None for a
+    single unit.
+    """
+    groups = scored.groupby(unit, sort=False)
+    sums, counts = groups[names].sum().to_numpy(), groups.size().to_numpy()
+    if len(counts) < 2:
+        return None
+    generator, even = np.random.default_rng(0), np.full(len(counts), 1 / len(counts))
+    drawn = (generator.multinomial(len(counts), even) for _ in range(DRAWS))
+    means = [(times @ sums) / (times @ counts) for times in drawn]
+    return dict(zip(names, np.quantile(means, [0.025, 0.975], axis=0).T.tolist(), strict=True))
+
+
+def buckets(tokens: pd.DataFrame) -> list[dict[str, float]]:
+    """Compute means over tokens by the base's largest probability."""
+    scored = scored_of(tokens)
+    edges = [*CONFIDENCE, math.inf]
+    bucket = pd.cut(np.exp(scored["top_logprob_a"]), edges, right=False, labels=False)
+    return [
+        {
+            "from": CONFIDENCE[int(number)],
+            "tokens": len(group),
+            "kl_ab": group["kl_ab"].mean(),
+            "same_top1": group["same_top1"].mean(),
+            "acceptance": 1 - group["tv"].mean(),
+        }
+        for number, group in scored.groupby(bucket)
+    ]
+
+
+def histogram(tokens: pd.DataFrame) -> list[dict[str, float]]:
+    """Count tokens by KL(A‖B), two bins a decade; below LOWEST_BIN there is one, from 0 on."""
+    kl = scored_of(tokens)["kl_ab"]
+    level = np.floor(2 * np.log10(kl.clip(LOWEST_BIN, 1e3)))
+    counts = level.astype(int).value_counts()
+    numbers = range(int(level.min()), int(level.max()) + 1)
+    return [{"from": 10 ** (at / 2), "tokens": int(counts.get(at, 0))} for at in numbers]
+
+
+def positions(tokens: pd.DataFrame) -> list[dict[str, float]]:
+    """Compute the mean KL(A‖B) by position in the document, from 0; each bin has twice the tokens
+    of the one before.
+    """
+    scored = scored_of(tokens.assign(position=tokens.groupby("document", sort=False).cumcount()))
+    groups = scored.groupby(np.floor(np.log2(scored["position"])).astype(int))
+    return [
+        {"from": 2 ** int(at), "tokens": len(group), "kl_ab": group["kl_ab"].mean()}
+        for at, group in groups
+    ]
+
+
+# ---- several candidates
+
+
+def difference(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
+    """Compare two candidates' KL(A‖·) of the same tokens: the mean of one minus that of the other.
+
+    interval: by the bootstrap of `intervals`, of both at once. p: two-sided, of a sign-flip test
+    over the same units: how often random signs of the units' sums make as large a difference.
+    """
+    first, second = scored_of(one), scored_of(other)
+    paired = first.assign(change=first["kl_ab"] - second["kl_ab"])
+    unit = unit_of(paired)
+    sums = paired.groupby(unit, sort=False)["change"].sum().to_numpy()
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice((-1.0, 1.0), len(sums)) @ sums for _ in range(DRAWS)]
+    as_large = np.abs(drawn) >= abs(sums.sum()) * (1 - 1e-12)
+    return {
+        "mean": paired["change"].mean(),
+        "interval": (intervals(paired, ["change"], unit) or {}).get("change"),
+        "p": (1 + int(as_large.sum())) / (1 + DRAWS),
+        "units": {unit: len(sums)},
+    }
+
+
+# ---- the worst
+
+
+def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any]]:
+    """List units by falling mean KL(A‖B): every document, or the `limit` worst lines."""
+    keys = ["document", "line"] if by == "line" else ["document"]
+    texts = tokens.groupby(keys, sort=False)["text"].agg("".join).str.strip().str[:80]
+    groups = scored_of(tokens).reset_index().groupby(keys, sort=False)
+    units = groups[[*DIVERGENCES, "same_top1"]].mean()
+    units = units.assign(
+        max_kl_ab=groups["kl_ab"].max(),
+        tokens=groups.size(),
+        index=groups["index"].first(),
+        text=texts,
+    ).sort_values("kl_ab", ascending=False, kind="stable")
+    return cast(
+        list[dict[str, Any]],
+        units[: limit if by == "line" else None].reset_index().to_dict("records"),
+    )
+
+
+def worst_tokens(
+    tokens: pd.DataFrame, limit: int, label: Callable[[int], str], around: int = 24
+) -> list[dict[str, Any]]:
+    """Describe the tokens with the largest KL(A‖B), in falling order, the earlier of equals first.
+
+    An entry has the text around the token, its values, and the token that each model expects there.
+    """
+    scored = scored_of(tokens)
+    entries = []
+    for at, row in scored.sort_values("kl_ab", ascending=False, kind="stable")[:limit].iterrows():
+        near = tokens[max(0, at - around) : at + 1 + around]
+        near = near[near["document"] == row["document"]]["text"]
+        entries.append(
+            {
+                "index": at,
+                "document": row["document"],
+                "line": row["line"],
+                "token": row["text"] or label(row["id"]),
+                "before": "".join(near[near.index < at]),
+                "after": "".join(near[near.index > at]),
+                **{name: row[name] for name in MEANS},
+                **{
+                    f"expected_{letter}": {
+                        "token": label(int(row[f"top_{letter}"])),
+                        "probability": math.exp(row[f"top_logprob_{letter}"]),
+                    }
+                    for letter in "ab"
+                },
+            }
+        )
+    return entries

@@ -1,0 +1,114 @@
+"""Windows: what the models read at a time, and which tokens each scores."""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from ..errors import expect
+
+# Tokens of a window where --window is left out, by what is scored.
+WINDOWS = {"all": 1024, "second-half": 512}
+
+
+class Scheme(NamedTuple):
+    """How a text is cut: tokens per window, tokens between the starts of two, what is scored."""
+
+    window: int
+    stride: int
+    score: str
+
+
+class Window(NamedTuple):
+    """Tokens that a model reads at once, and those that it scores.
+
+    ids: [n], read. skip: how many of its states, from the first, score nothing. tokens: [n - skip],
+    the tokens that follow the other states. first: the place of the first of these in the table of
+    all tokens, where they lie one behind the other.
+    """
+
+    ids: torch.Tensor
+    skip: int
+    tokens: torch.Tensor
+    first: int
+
+
+def choose_scheme(settings: Namespace, configs: Iterable[Any]) -> Scheme:
+    """Fill in what is left out, within what the models can take."""
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs
+    ]
+    limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
+    score = settings.score or ("second-half" if settings.format == "llama.cpp" else "all")
+    window = settings.window or min(WINDOWS[score], limit)
+    expect(
+        window <= limit,
+        "--window",
+        f"at most {limit} (max_position_embeddings)",
+        str(window),
+        f"--window {limit} or less",
+    )
+    if score == "all":
+        least, most, stride = 1, window, settings.stride or window - window // 4
+    else:
+        # A shorter stride would score tokens twice.
+        least, most, stride = window - 1 - window // 2, math.inf, settings.stride or window
+    expect(
+        least <= stride <= most,
+        "--stride",
+        f"{least} tokens or more, at most --window ({window})"
+        if score == "all"
+        else f"at least the {least} tokens that a window of {window} scores",
+        str(stride),
+        "another --stride, or another --window",
+    )
+    return Scheme(window, stride, score)
+
+
+def cut(first: int, count: int, scheme: Scheme) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, first, last): reading start … last - 2 gives distributions of first … last - 1.
+
+    "all": every token from `first` to `count` - 1 is scored in exactly one window, with at least
+    window - stride tokens before it where there are as many. "second-half": windows of full length,
+    of which the tokens behind the middle are scored.
+    """
+    window, stride, score = scheme
+    if score == "second-half":
+        for start in range(0, count - window + 1, stride):
+            yield start, start + window // 2 + 1, start + window
+        return
+    start = 0
+    while first < count:
+        last = min(start + window + 1, count)
+        yield start, first, last
+        start, first = last - 1 - (window - stride), last
+
+
+def windows_of(
+    documents: Sequence[pd.DataFrame], scheme: Scheme, prefix: Sequence[int]
+) -> list[Window]:
+    """Cut documents into windows.
+
+    A "second-half" window begins with the first token of `prefix`, where there is one, in place of
+    its own.
+    """
+    found, place = [], 0
+    for document in documents:
+        ids, unscored = torch.tensor(document["id"].to_numpy()), int((~document["scored"]).sum())
+        for start, first, last in cut(unscored, len(ids), scheme):
+            read = ids[start : last - 1]
+            if scheme.score == "second-half" and prefix:
+                read = torch.cat([read.new_tensor(prefix[:1]), read[1:]])
+            found.append(Window(read, first - 1 - start, ids[first:last], place + first))
+        place += len(ids)
+    expect(
+        found,
+        "--text",
+        f"a document of at least {scheme.window} tokens (--score second-half)",
+        f"at most {max(map(len, documents))}",
+        "join documents, or choose --score all or a smaller --window",
+    )
+    return found

@@ -1,0 +1,195 @@
+"""Several candidates, the floor, reference files, tables of tokens, and models in memory."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+pd = pytest.importorskip("pandas")
+transformers = pytest.importorskip("transformers")
+from compare_cases import (  # noqa: E402
+    VOCABULARY,
+    cli_run,
+    compare,
+    make_files,  # noqa: F401
+    make_loads,  # noqa: F401
+    make_tokenizer,
+    refused,
+)
+
+from fastkl.tools.compare import compare_models, figures  # noqa: E402
+from fastkl.tools.errors import UseError  # noqa: E402
+
+
+@pytest.fixture(name="near", scope="session")
+def make_near(files):
+    # A checkpoint between a and b, and texts of twelve documents.
+    model = transformers.AutoModelForCausalLM.from_pretrained(files.a)
+    other = transformers.AutoModelForCausalLM.from_pretrained(files.b)
+    with torch.no_grad():
+        for own, far in zip(model.parameters(), other.parameters(), strict=True):
+            own.lerp_(far, 0.1)
+    model.save_pretrained(files.folder / "near")
+    make_tokenizer().save_pretrained(files.folder / "near")
+    words = files.text[0].read_text(encoding="utf-8").split()
+    path = files.folder / "many.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"text": " ".join(words[at : at + 3 + at % 5])}) + "\n" for at in range(12)
+        )
+    )
+    return str(files.folder / "near"), path
+
+
+def run(capsys, *arguments):
+    code, shown, said = cli_run(capsys, *arguments, "--device", "cpu")
+    assert code == 0, said
+    return shown
+
+
+def test_candidates_are_ranked_with_the_figures_of_each_alone(files, near, tmp_path, capsys):
+    near, text = near
+    whole, plot, tokens = (tmp_path / name for name in ("x.json", "x.svg", "x.jsonl"))
+    arguments = (files.a, files.b, near, "--text", text, "--floor")
+    shown = run(capsys, *arguments, "--json", whole, "--plot", plot, "--tokens", tokens)
+    found = json.loads(whole.read_text(encoding="utf-8"))
+    assert [each["letter"] for each in found["candidates"]] == ["C", "B"]
+    table = pd.read_json(tokens, lines=True)
+    for entry, name in zip(found["candidates"], (near, files.b), strict=True):
+        own, result, _ = compare(files, files.a, name, text=(text,))
+        assert entry["summary"] == result["summary"] and entry["buckets"] == result["buckets"]
+        assert f"{entry['summary']['kl_ab']['mean']:.4g}" in shown
+        rows = table[table["candidate"] == name]
+        np.testing.assert_allclose(rows["kl_ab"], own["kl_ab"], rtol=1e-6)
+        assert rows["document"].tolist() == own["document"].tolist()
+    wide = compare(files, files.a, files.a, text=(text,), dtype="float32")
+    assert 0 < found["floor"]["kl_ab"]["mean"] < 1e-2 and wide[0]["kl_ab"].max() == 0
+    assert found["candidates"][0]["models"][1]["bytes"] == sum(
+        file.stat().st_size for file in (files.folder / "near").glob("*.safetensors")
+    )
+    (change,) = found["differences"]
+    means = [each["summary"]["kl_ab"]["mean"] for each in found["candidates"]]
+    assert change["mean"] == pytest.approx(means[1] - means[0], rel=1e-6)
+    assert 0 < change["interval"][0] < change["mean"] < change["interval"][1]
+    assert change["p"] == pytest.approx(2**-11, abs=2e-3) and change["units"] == {"document": 12}
+    assert "<svg" in plot.read_text() and "near" in plot.read_text()
+
+
+def test_llama_cpps_table_of_each_candidate(files, near, capsys):
+    arguments = (files.a, files.b, near[0], "--text", files.text[0], "--window", "16")
+    shown = run(capsys, *arguments, "--format", "llama.cpp")
+    assert len(re.findall("^Mean    KLD:", shown, flags=re.M)) == 2
+    assert f"B     {files.b}" in shown and f"C     {near[0]}" in shown
+
+
+# ---- figures
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    # Documents of equal length whose means are normal: the interval is that of their mean.
+    generator = np.random.default_rng(0)
+    means = generator.normal(size=400)
+    made = pd.DataFrame({"document": np.repeat(np.arange(400), 5), "x": np.repeat(means, 5)})
+    low, high = figures.intervals(made, ["x"], "document")["x"]
+    half = 1.96 * means.std() / math.sqrt(400)
+    np.testing.assert_allclose([low, high], [means.mean() - half, means.mean() + half], atol=0.012)
+    assert figures.intervals(made[:5], ["x"], "document") is None
+
+
+@pytest.mark.parametrize("shift, least, most", [(0.0, 0.05, 1.0), (0.5, 0.0, 0.001)])
+def test_a_difference_is_told_from_chance(shift, least, most):
+    generator = np.random.default_rng(1)
+    document = np.repeat(np.arange(200), 3)
+    noise = generator.normal(size=200)[document]
+    made = pd.DataFrame({"document": document, "window": 0, "kl_ab": 5.0})
+    found = figures.difference(made.assign(kl_ab=5 + shift + noise), made)
+    assert least <= found["p"] <= most and found["mean"] == pytest.approx(shift + noise.mean())
+
+
+def test_buckets_and_bins_count_every_token_once(files):
+    tokens, result, _ = compare(files, files.a, files.b)
+    scored = figures.scored_of(tokens)
+    for name in ("buckets", "histogram", "positions"):
+        assert sum(each["tokens"] for each in result[name]) == len(scored)
+    for name in ("buckets", "positions"):
+        total = sum(each["tokens"] * each["kl_ab"] for each in result[name])
+        assert total / len(scored) == pytest.approx(scored["kl_ab"].mean())
+    sure = np.exp(scored["top_logprob_a"]) >= 0.5
+    above = [each for each in result["buckets"] if each["from"] >= 0.5]
+    assert sum(each["tokens"] for each in above) == sure.sum()
+    half = figures.histogram(scored.assign(kl_ab=[0.0, 1.0] + [0.5] * (len(scored) - 2)))
+    assert half[0] == {"from": 1e-8, "tokens": 1} and half[-1] == {"from": 1.0, "tokens": 1}
+    assert result["summary"]["acceptance"] == pytest.approx(1 - scored["tv"].mean())
+
+
+# ---- reference files
+
+
+def test_a_reference_file_stands_for_its_model(files, near, tmp_path, capsys, loads):
+    # Text, windows, tokenizer and head are in it: the values are those beside the model itself.
+    path = tmp_path / "base.safetensors"
+    options = ("--text", near[1], "--window", "16", "--score", "all")
+    shown = run(capsys, files.a, *options, "--save-reference", path)
+    assert shown.strip() == f"wrote {path}" and loads == [files.a]
+    tables = []
+    for base, rest in ((files.a, options), (path, ())):
+        tables.append(tmp_path / f"{len(tables)}.parquet")
+        run(capsys, base, files.b, *rest, "--tokens", tables[-1])
+    direct, stored = map(pd.read_parquet, tables)
+    pd.testing.assert_frame_equal(direct, stored)
+    assert direct["kl_ab"].notna().sum() > 20
+    refused(capsys, "--text, --window, .*: expected none of them", path, files.b, *options[:2])
+    refused(capsys, "--save-reference: expected a base by its", path, "--save-reference", path)
+    moved = tmp_path / "moved"
+    make_tokenizer(" sat").save_pretrained(moved)
+    transformers.AutoModelForCausalLM.from_pretrained(files.b).save_pretrained(moved)
+    refused(capsys, "--text: expected text in tokens that all models have", path, moved)
+    (tmp_path / "x.safetensors").write_bytes(b"no such file")
+    wrong = tmp_path / "x.safetensors"
+    refused(capsys, "MODEL_A: expected a file that --save-reference wrote", wrong, files.b)
+
+
+# ---- models in memory
+
+
+def test_models_in_memory_have_the_figures_of_their_checkpoints(files, near):
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(name) for name in (files.a, files.b)
+    ]
+    models[0].train()
+    texts = [json.loads(line)["text"] for line in near[1].read_text().splitlines()]
+    made = compare_models(*models, texts, make_tokenizer(), window=16)
+    own, result, _ = compare(files, files.a, files.b, text=(near[1],), window=16)
+    np.testing.assert_array_equal(made.tokens["kl_ab"], own["kl_ab"])
+    assert made.report["summary"] == result["summary"]
+    assert models[0].training and not models[1].training
+    assert f"{result['summary']['kl_ab']['mean']:.4g}" in str(made)
+    assert "Mean    KLD:" in made.llama_table()
+    assert made.report["models"][0]["vocabulary"] == VOCABULARY
+    with pytest.raises(UseError, match="^texts: expected a list of str, got str; remedy: put"):
+        compare_models(*models, "a text", make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("A",), "MODEL_B: expected a model, got none"),
+        (("A", *["B"] * 26), "MODEL_B: expected at most 25 candidates, got 26"),
+        (("A", "B", "B", "--html", "{}/x"), "--html: expected one candidate, got 2"),
+        (("A", "B", "--plot", "{}/x.jpg"), r"--plot: expected a name that ends in .png or .svg"),
+        (("A", "B", "--tokens", "{}/x.csv"), "--tokens: expected a name that ends in .jsonl or"),
+        (("A", "--save-reference", "{}/x"), "--save-reference: expected a name that ends in .saf"),
+        (("A", "B", "--score", "second-half"), "--text: expected a document of at least 256 "),
+        (
+            ("A", "B", "--score", "second-half", "--window", "16", "--stride", "6"),
+            "--stride: expected at least the 7 tokens that a window of 16 scores, got 6",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_used(files, tmp_path, capsys, loads, arguments, expected):
+    given = [{"A": files.a, "B": files.b}.get(each, each.format(tmp_path)) for each in arguments]
+    refused(capsys, expected, *given, "--text", files.text[1])
+    assert not loads
