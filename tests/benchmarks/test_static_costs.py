@@ -48,8 +48,8 @@ LIMITS = {
     # take twenty times as long.
     ("kl_divergence.backward_p_softcap", "sm_90", *BF16): (31, None, None, None, 4),
 }
-# Another Triton than the pinned one may take this much more: compilers differ by 3 %.
-OTHER_TRITON = 1.03
+# Another Triton than the pinned one may take this much more: compilers differ by up to 4 %.
+OTHER_TRITON = 1.04
 IN_FLIGHT = 32  # KB of loads that hide memory's latency on an SM
 
 
