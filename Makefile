@@ -1,8 +1,10 @@
 # From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make docs  |  make clean
 # Each installs what it needs into .venv, once. PYTHON=... picks the interpreter for it; ARGS=... goes to the command (make test ARGS="-k linear").
+# WITH=... replaces pins of constraints.txt, a bare name by its newest release: make test VENV=.venv-old WITH="torch==2.10.0 triton==3.6.0".
 
 PYTHON ?= python3
 ARGS :=
+WITH :=
 VENV := .venv
 # The compile checks run on a second Triton too: kernels must stay good on the oldest release still in wide use, not only on the pinned one.
 OLD_TRITON := 3.6.0
@@ -11,6 +13,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-peers
 BENCH_PEERS := $(VENV)/.installed-bench-peers
 LINTER := $(VENV)/.installed-lint
+PINS := $(VENV)/constraints.txt
 SITE := $(VENV)/.installed-docs
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # Triton is published for Linux only; elsewhere the tests skip what needs it.
@@ -18,7 +21,7 @@ ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear hub lint docs clean
+.PHONY: demo test coverage mutants bench bench-static bench-accuracy bench-linear hub gpu lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -55,6 +58,13 @@ bench-accuracy:
 bench-linear:
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 
+# On a machine with a CUDA GPU: its tests, doctor, the right results and 65 % of a copy's bandwidth. A missing GPU is an error.
+gpu: $(INSTALLED) $(PEERS)
+	FASTKL_REQUIRE_GPU=1 $(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	$(VENV)/bin/fastkl doctor --device cuda
+	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --providers fastkl
+	$(VENV)/bin/python -m benchmarks.speed --suite main --providers fastkl --at-least 65 --out build/gpu
+
 # The repository of a kernel on Hugging Face's Hub, into build/hub: hub/README.md.
 hub: $(INSTALLED)
 	rm -rf build/hub
@@ -63,8 +73,21 @@ hub: $(INSTALLED)
 lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m mypy --python-version 3.10
+	$(VENV)/bin/python -m mypy --python-version 3.13
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/vermin --quiet --no-tips --violations --target=3.10- --exclude tomllib fastkl kernels benchmarks tests hub docs setup.py
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/zizmor --offline --quiet .github
+
+# What a release uploads, in dist, and tests of the public functions on the wheel. pytest, not python -m pytest, keeps the checkout off the path.
+dist: $(INSTALLED)
+	rm -rf dist build/lib build/wheel
+	$(VENV)/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist"); build_meta.build_wheel("dist")'
+	$(PIP_INSTALL) --quiet --no-deps --target build/wheel dist/*.whl
+	PYTHONPATH=build/wheel $(VENV)/bin/pytest -o pythonpath=tests tests/test_divergence.py tests/test_tokens.py $(ARGS)
 
 # The site, in build/site; a broken link is an error. The variable silences an advertisement.
 docs: $(SITE)
@@ -76,24 +99,28 @@ clean:
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Order-only: the folder's time changes whenever something is installed into it.
-$(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
-	$(PIP_INSTALL) -c constraints.txt -e '.[test,demo,compare]'
+$(INSTALLED): setup.py $(PINS) | $(VENV)/bin/pip
+	$(PIP_INSTALL) -c $(PINS) -e '.[test,demo,compare]'
 	@touch $@
 
-$(PEERS): setup.py constraints.txt | $(INSTALLED)
-	$(PIP_INSTALL) -c constraints.txt -e '.[trl]' peft kernels
+$(PEERS): setup.py $(PINS) | $(INSTALLED)
+	$(PIP_INSTALL) -c $(PINS) -e '.[trl]' peft kernels
 	@touch $@
 
-$(BENCH_PEERS): setup.py constraints.txt | $(INSTALLED)
-	$(PIP_INSTALL) -c constraints.txt -e '.[bench-peers]'
+$(BENCH_PEERS): setup.py $(PINS) | $(INSTALLED)
+	$(PIP_INSTALL) -c $(PINS) -e '.[bench-peers]'
 	@touch $@
 
-$(LINTER): constraints.txt | $(VENV)/bin/pip
-	$(PIP_INSTALL) -c constraints.txt ruff import-linter
+$(LINTER): $(PINS) | $(VENV)/bin/pip
+	$(PIP_INSTALL) -c $(PINS) ruff import-linter vermin check-jsonschema zizmor
 	@touch $@
 
-$(SITE): setup.py constraints.txt | $(INSTALLED)
-	$(PIP_INSTALL) -c constraints.txt -e '.[docs]'
+$(PINS): constraints.txt | $(VENV)/bin/pip
+	sed $(foreach pin,$(WITH),-e '/^$(firstword $(subst =, ,$(pin)))==/d') -e '' $< > $@
+	printf '%s\n' $(WITH) >> $@
+
+$(SITE): setup.py $(PINS) | $(INSTALLED)
+	$(PIP_INSTALL) -c $(PINS) -e '.[docs]'
 	@touch $@
 
 # --no-deps and a folder of its own: beside the pinned Triton, never in its place.

@@ -55,6 +55,7 @@ TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "numpy>=1.26",
+    "pyyaml>=6",
     "scipy>=1.13",
     "setuptools>=77",
     "wheel>=0.43",

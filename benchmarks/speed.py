@@ -7,7 +7,8 @@ time-out: a crash or a broken CUDA context costs one row, a hang the rest of its
 are added to DIR/<date>.json as they come; it is rewritten whole, with GPU, versions, commit and
 command. A provider of your own is a function of the device that returns {operation: function of the
 inputs} (providers.py). --check measures no time: it compares every provider with float64, on a CPU
-too. Exit code 0: all is measured and right; 1: it is not; 2: no CUDA GPU here, or wrong use.
+too. Exit code 0: all is measured, right and as fast as --at-least; 1: it is not; 2: no CUDA GPU
+here, or wrong use.
 """
 
 import argparse
@@ -126,6 +127,11 @@ def run_section(run, name):
     run.write(name, status=status, seconds=round(time.monotonic() - started, 1))
 
 
+def is_slow(row, percent):
+    rates = [figures.get("percent_of_copy", percent) for figures in row["times"].values()]
+    return row["provider"] == "fastkl" and min(rates, default=percent) < percent
+
+
 def gpu_facts():
     properties = torch.cuda.get_device_properties(0)
     return {
@@ -173,6 +179,13 @@ def parse(argv):
         metavar="S",
         help="time for all (default: %(default)s)",
     )
+    add(
+        "--at-least",
+        type=partial(record.at_least, 0, kind=float),
+        default=0.0,
+        metavar="PERCENT",
+        help="fail if fastkl reaches less of a copy's bandwidth in any row",
+    )
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     arguments = parser.parse_args(argv)
     if not (arguments.check or arguments.out):
@@ -191,6 +204,7 @@ def main(argv=None):
         run_section(run, name)
     sections = results["sections"]
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
+    bad += [row for s in sections.values() for row in s["rows"] if is_slow(row, arguments.at_least)]
     states = (f"{name}: {section['status']}" for name, section in sections.items())
     print("", *states, *map(said, bad), sep="\n")
     # A peer that is wrong has no time, and is no fault of this package.

@@ -314,7 +314,7 @@ class Call(NamedTuple):
             p, q = q, p
         temperatures = per_token(temperature)
         inputs = RowInputs(
-            p, q, None, mask, *temperatures, "kl", chosen, kind, share, **cut.as_arguments
+            p, q, None, mask, *temperatures, "kl", chosen, kind, share, **cut.as_arguments()
         )
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:

@@ -127,7 +127,7 @@ class Cut(NamedTuple):
     width: int = 0
     ranks: int = 0
 
-    @property
+    # No property: torch 2.10 does not compile one of a NamedTuple.
     def as_arguments(self) -> dict[str, Any]:
         """The fields by name, as ops take them; none without a group."""
         return self._asdict() if self.group else {}

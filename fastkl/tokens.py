@@ -181,7 +181,7 @@ def token_stats(
         *per_token(temperature),
         fields,
         chosen,
-        **cut.as_arguments,
+        **cut.as_arguments(),
     )
     return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
 
@@ -262,8 +262,10 @@ class Support(NamedTuple):
             found["ref_kl"] = f_divergences.divergence(q, log_p, "kl", 0.0)
         zero = log_p.new_zeros(())
         return TokenStats._make(
-            torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
-            for name in FIELDS
+            [
+                torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
+                for name in FIELDS
+            ]
         )
 
 
@@ -297,7 +299,7 @@ def entropy_from_logits(
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     temperatures = per_token(temperature)
     inputs = RowInputs(
-        logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments
+        logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments()
     )
     return cast(torch.Tensor, row_statistics(inputs)[1])
 
@@ -347,7 +349,7 @@ def selective_log_softmax(
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
         logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.as_arguments)
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.as_arguments())
         )[0]
         return logprob
     dtype = result_dtype(logits)
@@ -356,7 +358,7 @@ def selective_log_softmax(
     in_order = sorted_ids(ids, vocabulary)
     # An id beyond the last finds the place of the rest, and becomes NaN below.
     listed, rest, *_ = cells(
-        CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments)
+        CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments())
     )
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)

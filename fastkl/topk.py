@@ -274,7 +274,7 @@ def _topk(
             teacher.counted,
             *per_token(how.temperature),
             chosen,
-            **cut.as_arguments,
+            **cut.as_arguments(),
         )
     )
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))

@@ -170,7 +170,8 @@ def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
     inside = torch.linspace(-limit, limit, 41, dtype=dtype, requires_grad=True)
     plain, clamped = loss_at(inside, which), loss_at(inside, which, clamp)
     assert torch.equal(plain, clamped)
-    assert torch.equal(gradient(plain, inside), gradient(clamped, inside))
+    # At the clamp itself torch 2.14 adds up the gradient in another way.
+    torch.testing.assert_close(gradient(plain, inside), gradient(clamped, inside))
     beyond = torch.tensor([0.1, 1.0, 30.0, 900.0], dtype=dtype) + limit
     beyond = torch.cat([beyond, -beyond]).requires_grad_()
     d = beyond.detach().double()

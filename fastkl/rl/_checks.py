@@ -204,7 +204,7 @@ def number_pair(
     first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,) * 2
     return (
         number(name, first, what, inside, remedy),
-        number(name, second, what, inside_second or inside, remedy),
+        number(name, second, what, inside if inside_second is None else inside_second, remedy),
     )
 
 

@@ -48,10 +48,13 @@ class Surrogate(NamedTuple):
             tau = torch.where(advantages > 0, one * self.tau[0], one * self.tau[1])
             gain = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
         else:
-            highest = None if self.dual_clip is None else one * self.dual_clip
-            gain = torch.where(
-                advantages >= 0, ratio.clamp(max=high), ratio.clamp(min=low, max=highest)
+            highest = one * (math.inf if self.dual_clip is None else self.dual_clip)
+            least, most = (
+                torch.where(advantages >= 0, rising, falling)
+                for rising, falling in ((-one, low), (high, highest))
             )
+            # Not clamp, whose gradient at a bound is 1, 1/2 or 0, as torch's release has it.
+            gain = torch.where(ratio < least, least, torch.where(ratio > most, most, ratio))
         return -advantages * gain
 
 

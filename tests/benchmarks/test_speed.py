@@ -49,15 +49,18 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
 
 
 # A peer that is wrong gets no time; the command fails for this package's rows alone.
+@pytest.mark.parametrize("status, percent", [("wrong", 90), ("ok", 59)])
 @pytest.mark.parametrize("provider, code", [("Liger JSD", 0), ("liger chunked", 0), ("fastkl", 1)])
-def test_whose_fault_it_is(provider, code, monkeypatch) -> None:
-    row = {"provider": provider, "status": "wrong", "reason": "far off", "workload": {"name": "js"}}
+def test_whose_fault_it_is(provider, code, status, percent, monkeypatch) -> None:
+    row = {"provider": provider, "status": status, "reason": "far off", "workload": {"name": "js"}}
+    row["times"] = {"forward": {"percent_of_copy": 90}, "both": {"percent_of_copy": percent}}
     section = {"status": "ok", "rows": [row]}
     monkeypatch.setattr(
         speed, "run_section", lambda run, name: run.results["sections"].update({name: section})
     )
     monkeypatch.setattr(speed, "said", str)
-    assert speed.main(["--check", "--suite", "smoke"]) == code
+    assert speed.main(["--check", "--suite", "smoke", "--at-least", "60"]) == code
+    assert speed.main(["--check", "--suite", "smoke"]) == code * (status == "wrong")
 
 
 # Processes that crash or break the context

@@ -48,8 +48,8 @@ LIMITS = {
     # take twenty times as long.
     ("kl_divergence.backward_p_softcap", "sm_90", *BF16): (31, None, None, None, 4),
 }
-# Another Triton than the pinned one may take this much more: compilers differ by 3 %.
-OTHER_TRITON = 1.03
+# Another Triton than the pinned one may take this much more: compilers differ by up to 4 %.
+OTHER_TRITON = 1.04
 IN_FLIGHT = 32  # KB of loads that hide memory's latency on an SM
 
 
@@ -125,7 +125,8 @@ def report(request):
     installed = request.param == "installed"
     assert installed or data["triton"].startswith(request.param)
     records = {tuple(r[key] for key in static_costs.CASE): r for r in data["records"]}
-    return records, 1.0 if installed else OTHER_TRITON, data["triton"]
+    pinned = static_costs.read_baseline(static_costs.BASELINE)["triton"] == data["triton"]
+    return records, 1.0 if pinned else OTHER_TRITON, data["triton"]
 
 
 def test_nothing_is_worse_than_the_baseline(report):

@@ -153,6 +153,8 @@ def test_the_calls_of_a_gpu(dtype) -> None:
     """The products that a GPU would be asked for have the right shapes and types: on the meta
     device, where torch checks both and computes nothing.
     """
+    if torch.__version__.startswith("2.10."):
+        pytest.skip("its addmm on that device has no out_dtype")
     with torch.device("meta"):
         hidden, weight, bias = (torch.empty(*s, dtype=dtype) for s in ((6, H), (V, H), (V,)))
         for kind, given in itertools.product((dtype, FP32), (bias, None)):

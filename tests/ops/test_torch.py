@@ -59,8 +59,8 @@ def stats(p, q, data):
 
 
 def divergences(p, q, data):
-    members = family.KINDS.values()
-    values = [member(p, q, data.mask, temperature=data.temperatures) for member in members]
+    given = {"mask": data.mask, "temperature": data.temperatures}
+    values = [call(p, q, **given, **options) for call, _, options in family.KINDS.values()]
     return *values[:2], values[2] + values[3], *values[4:]
 
 

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .run import Comparison as Comparison
     from .run import compare_models as compare_models
 
+__all__ = ["Comparison", "compare_models"]
+
 
 def __getattr__(name: str) -> Any:
     # The command line names the extra that is missing before it imports a module that needs it.
-    if name not in ("Comparison", "compare_models"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import run
 
