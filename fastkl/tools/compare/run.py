@@ -27,7 +27,7 @@ from .loading import Checkpoint, InMemory
 from .measure import measure
 from .processes import gathered
 from .reference import ReferenceFile, Text, save_reference
-from .windows import Window, choose_scheme, windows_of
+from .windows import Window, choose_scheme, longest, windows_of
 
 LETTERS = string.ascii_uppercase
 
@@ -119,6 +119,7 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
         "one",
         "leave it out",
     )
+    limit = longest(model.config for model in models.values())
     letters = settings.tokenizer or ("B" if isinstance(base, LogitsFile) else [*models])
     tokenizers = {letter: models[letter].tokenizer() for letter in letters}
     tokenizer, rows = next(iter(tokenizers.values())), {k: each.rows for k, each in models.items()}
@@ -139,12 +140,19 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
     if isinstance(base, ReferenceFile):
         text = base.text
     elif not in_file:
-        scheme = choose_scheme(settings, [model.config for model in models.values()])
+        scheme = choose_scheme(settings, limit)
         files = [readable(path) for path in settings.text]
         documents = settings.documents or inputs.documents_of(settings.text, tokenizer.own)
         text = Text(files, documents, scheme)
     if not isinstance(base, LogitsFile):
         tables, skipped = inputs.read(text.files, text.documents, tokenizers, vocabulary)
+    expect(
+        text.scheme.window <= limit,
+        "--window",
+        f"at most {limit} (max_position_embeddings)",
+        str(text.scheme.window),
+        f"--window {limit} or less, for a file in A's place a new one",
+    )
     windows = windows_of(tables, text.scheme, tokenizer.prefix)
     return Read(tables, windows, vocabulary, tokenizer, text, skipped)
 

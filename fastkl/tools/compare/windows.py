@@ -36,21 +36,18 @@ class Window(NamedTuple):
     first: int
 
 
-def choose_scheme(settings: Namespace, configs: Iterable[Any]) -> Scheme:
-    """Fill in what is left out, within what the models can take."""
+def longest(configs: Iterable[Any]) -> int:
+    """Return how many tokens all of the models can read at once."""
     limits = [
         getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs
     ]
-    limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
+    return min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
+
+
+def choose_scheme(settings: Namespace, limit: int) -> Scheme:
+    """Fill in what is left out; limit: of the models."""
     score = settings.score or ("second-half" if settings.format == "llama.cpp" else "all")
     window = settings.window or min(WINDOWS[score], limit)
-    expect(
-        window <= limit,
-        "--window",
-        f"at most {limit} (max_position_embeddings)",
-        str(window),
-        f"--window {limit} or less",
-    )
     if score == "all":
         least, most, stride = 1, window, settings.stride or window - window // 4
     else:
