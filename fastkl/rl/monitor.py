@@ -35,17 +35,15 @@ class KLMonitor:
             "kl/spike": detector.update(x.mean()),
         }
 
-    as Python floats, with exactly one copy from the device, which is the only wait for it; `part`
-    is N · place // length of a token, from its place, from 0, among the `length` tokens of its
-    sequence that count.
+    as Python floats, with exactly one copy from the device, which is the only wait for it. `part`
+    is N · i // L for the i-th (from 0) of the L counted tokens of a sequence.
 
     Args:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
         spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 where it rings, else
             0.0; a SpikeDetector of your own does the same; False: no alarm.
-        positions: N, how many equal parts of each sequence's tokens that count get a mean of their
-            own, "kl/position_1" … "kl/position_N", NaN for a part that no sequence reaches; 0 for
-            none.
+        positions: number N of equal parts of each sequence's counted tokens; each part's mean KL is
+            "kl/position_1" … "kl/position_N", NaN for an empty part. 0: none.
         jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
             is never shortened: a resumed run goes on in it.
 

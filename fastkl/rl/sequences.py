@@ -47,8 +47,8 @@ class Sequences(NamedTuple):
         return mask & (mask.cumsum(-1) == self.spread(upto))
 
     def parts(self, mask: torch.Tensor, number: int) -> torch.Tensor:
-        """Number the equal parts of each sequence's tokens that count, from 0; `number` for a token
-        that does not count.
+        """Index (0 to number - 1) of the equal part of its sequence that each counted token is in;
+        `number` for other tokens.
         """
         counted = self.sums(mask.long())
         before = 0 if self.owner is None else self.spread(counted.cumsum(0) - counted)

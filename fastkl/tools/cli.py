@@ -23,13 +23,6 @@ from . import demo, options
 from .errors import UseError, expect, told
 from .files import check_uses, check_writable, find_texts
 
-# Names of files that say in which form they are written.
-SUFFIXES = {
-    "plot": (".png", ".svg", ".pdf"),
-    "tokens": (".jsonl", ".parquet"),
-    "save_reference": (".safetensors",),
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
@@ -129,27 +122,23 @@ def _run_compare(given: argparse.Namespace) -> int:
         "name files",
     )
     expect(many < 26, "MODEL_B", "at most 25 candidates", str(many), "compare fewer at a time")
-    outputs = ("html", "json", "plot", "tokens", "save_reference")
-    check_uses(given.text, {name: getattr(given, name) for name in outputs})
-    for name, suffixes in SUFFIXES.items():
-        path = getattr(given, name)
+    for option in ("html", "json", "plot", "tokens", "floor"):
+        most = 1 if option == "html" else 25
         expect(
-            not path or path.suffix in suffixes,
-            f"--{name.replace('_', '-')}",
-            f"a name that ends in {' or '.join(suffixes)}",
-            repr(str(path)),
-            "rename it",
+            1 <= many <= most or not getattr(given, option),
+            f"--{option}",
+            "one candidate" if most == 1 else "a candidate",
+            str(many),
+            "compare one at a time" if many else "name one as MODEL_B",
         )
-    expect(
-        many == 1 or not given.html,
-        "--html",
-        "one candidate",
-        str(many),
-        "write a page for each, one at a time",
-    )
+    outputs = ("html", "json", "plot", "tokens", "save_reference")
+    models = [Path(name) for name in {given.model_a, *given.candidates}]
+    read = [*given.text, *(path for path in models if path.is_file())]
+    read += [file for path in models if path.is_dir() for file in path.iterdir()]
+    check_uses(read, {name: getattr(given, name) for name in outputs})
     if given.plot:
         _load("plots", ".plot")
-    if given.tokens and given.tokens.suffix == ".parquet":
+    if given.tokens and given.tokens.suffix.lower() == ".parquet":
         with told(
             "--tokens", "the package pyarrow", "none", "pip install pyarrow, or name a .jsonl"
         ):
@@ -178,7 +167,7 @@ def _run_plot(given: argparse.Namespace) -> int:
     named = sources[0].suffix.lower() in (".jsonl", ".json")
     out = given.out or Path(f"{sources[0].with_suffix('') if named else sources[0]}.png")
     expect(
-        out.suffix.lower() in (".png", ".svg", ".pdf")
+        out.suffix.lower() in options.PICTURES
         and not (out.exists() and any(map(out.samefile, sources))),
         "--out",
         "the name of a PNG, SVG or PDF file, another than a run's",

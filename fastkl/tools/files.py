@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -55,14 +55,18 @@ def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> Non
                 check_writable(path)
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
+def write_whole(
+    path: Path, content: bytes | Iterable[bytes | str] | Callable[[str], object]
+) -> None:
     """Write a file, text in UTF-8, in full or not at all: beside it, then renamed to it.
+
+    content: bytes, pieces of it, or a function that writes a file of the name that it is given.
 
     A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is
     there and is no regular file, such as a pipe or a terminal, cannot be replaced and is written to
     as it is, piece by piece; so is standard output, for STDOUT. Raises OSError.
     """
-    pieces = [content] if isinstance(content, bytes) else content
+    pieces = [content] if isinstance(content, bytes) else () if callable(content) else content
     encoded = (piece.encode() if isinstance(piece, str) else piece for piece in pieces)
     if path == STDOUT:
         sys.stdout.buffer.writelines(encoded)
@@ -70,6 +74,8 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
     target, mode = os.path.realpath(path), _mode(path)
     with open(path, "wb") if mode is None else _part(target) as file:
         file.writelines(encoded)
+        if callable(content):
+            content(file.name)
         file.close()
         if mode is not None:
             os.chmod(file.name, mode)

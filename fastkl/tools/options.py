@@ -13,6 +13,8 @@ from .files import STDOUT
 
 # Arguments of add_argument, by option: its help, and the rest.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
+# Suffixes of pictures, which choose their format.
+PICTURES = (".png", ".svg", ".pdf")
 TEXTS: dict[str, dict[str, Any]] = {
     "demo": dict(
         help="fine-tune a small language model without and with the KL penalty",
@@ -97,6 +99,12 @@ def at_least(least: int) -> Callable[[str], Any]:
     return checked(int, f"a whole number of at least {least}", lambda value: value >= least)
 
 
+def named(*suffixes: str) -> Callable[[str], Any]:
+    """Return the type of a file whose suffix says its form."""
+    expected = f"a name that ends in {' or '.join(suffixes)}"
+    return checked(Path, expected, lambda path: path.suffix.lower() in suffixes)
+
+
 DEVICE: tuple[str, dict[str, Any]] = (
     "cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)",
     dict(
@@ -158,7 +166,7 @@ ARGUMENTS: dict[str, Arguments] = {
             dict(metavar="MODEL_A"),
         ),
         "candidates": (
-            "the other version of it, or up to 25 of them; none with --save-reference",
+            "the other version of it, or up to 25 of them; optional with --save-reference",
             dict(nargs="*", metavar="MODEL_B"),
         ),
         "--text": (
@@ -168,7 +176,7 @@ ARGUMENTS: dict[str, Arguments] = {
             dict(type=Path, nargs="+", default=[], metavar="FILE"),
         ),
         "--tokenizer": (
-            "read the text with this model's tokenizer, for both (default: both must read it "
+            "read the text with this model's tokenizer, for all models (default: all must read it "
             "alike)",
             dict(choices=("A", "B")),
         ),
@@ -192,27 +200,27 @@ ARGUMENTS: dict[str, Arguments] = {
             dict(type=Path, metavar="FILE"),
         ),
         "--format": (
-            "report, or llama.cpp: the table of its --kl-divergence, whose windows and scores are "
-            "then the defaults, too (default: %(default)s)",
+            "report, or llama.cpp: the table of its --kl-divergence; also changes the defaults of "
+            "--window, --stride and --score (default: %(default)s)",
             dict(choices=("report", "llama.cpp"), default="report"),
         ),
         "--floor": (
-            "compare A with itself, computed in bfloat16 (where it is bfloat16, in float32): the "
-            "KL below which rounding is all there is",
+            "compare A with itself, computed in bfloat16 (where it is bfloat16, in float32): what "
+            "a change of type alone makes",
             dict(action="store_true"),
         ),
         "--plot": (
             "draw the mean KL of each candidate against its size on disk",
-            dict(type=Path, metavar="FILE.png|svg|pdf"),
+            dict(type=named(*PICTURES), metavar="FILE.png|svg|pdf"),
         ),
         "--tokens": (
             "write the values of every token",
-            dict(type=Path, metavar="FILE.jsonl|parquet"),
+            dict(type=named(".jsonl", ".parquet"), metavar="FILE.jsonl|parquet"),
         ),
         "--save-reference": (
             "write A's hidden states of the text, lm_head, tokenizer and text to a file that "
             "stands for A from then on",
-            dict(type=Path, metavar="FILE.safetensors"),
+            dict(type=named(".safetensors"), metavar="FILE.safetensors"),
         ),
         "--score": (
             "all: every token once, with as much before it as the windows give; second-half: the "

@@ -78,13 +78,11 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
 
 
 def run_names(sources: Sequence[Path]) -> list[str]:
-    """Name runs by their files, with as many of the folders above as make the names differ."""
+    """Name runs by their files, from the folder that has them all."""
     # A file's name may have bytes that are no text.
     paths = [Path(os.fsencode(path.absolute()).decode(errors="replace")) for path in sources]
-    for depth in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[1:][-depth:]).removesuffix(".jsonl") for path in paths]
-        if len({*names}) == len(names):
-            break
+    base = os.path.commonpath([path.parent for path in paths])
+    names = [str(path.relative_to(base)).removesuffix(".jsonl") for path in paths]
     expect(
         len({*names}) == len(names),
         "RUN.jsonl",
@@ -215,6 +213,11 @@ def picture(
         color=GREY,
         pad=24 if panels[0].get_legend() else 8,
     )
+    return rendered(figure, form)
+
+
+def rendered(figure: Figure, form: str) -> bytes:
+    """Return a figure as PNG, SVG or PDF; the same figure gives the same bytes."""
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "fastkl"}):
         figure.savefig(content, format=form, metadata=UNDATED.get(form))

@@ -176,7 +176,7 @@ def test_16_bit_models_have_float32_logits(monkeypatch):
         hidden[0], cut[0], tokens, hidden[1], cut[1], logits_dtype=torch.float32
     )
     made = [functools.partial(loading.head_logits, head) for head in heads]
-    for block, widened in ((1 << 23, 1 << 24), (7, 24 * 7)):
+    for block, widened in ((1 << 23, 1 << 24), (7 * 390, 24 * 7)):
         monkeypatch.setattr(loading, "WIDENED", widened)
         values = measure.token_values(made, hidden, tokens, vocabulary, block, measure.block_values)
         names = ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba")
@@ -256,9 +256,7 @@ def test_a_change_below_bfloat16_is_not_rounded_away_in_the_head(files, tmp_path
     make_tokenizer().save_pretrained(narrow)
     folder = trained(narrow, tmp_path / "adapter", **options)
     tokens, result, ids = compare(files, narrow, folder, text=files.text[1:])
-    base, changed = (
-        loading.Checkpoint("MODEL", name).load("auto", "cpu") for name in (narrow, folder)
-    )
+    base, changed = (loading.Checkpoint("A", name).load("auto", "cpu") for name in (narrow, folder))
     assert result["models"][1]["dtype"] == "bfloat16"
     # The hidden states are those of the base, so the truth is the two heads' in float64.
     with torch.no_grad():
@@ -330,6 +328,6 @@ def test_a_whole_model_beside_an_adapter_is_the_model(files, tmp_path):
     # A config.json alone does not make a model.
     folder = trained(files.a, tmp_path / "adapter")
     shutil.copy(f"{files.a}/config.json", folder)
-    assert loading.Checkpoint("MODEL_B", folder).adapter["kind"] == "LORA"
+    assert loading.Checkpoint("B", folder).adapter["kind"] == "LORA"
     shutil.copy(f"{files.a}/model.safetensors", folder)
-    assert loading.Checkpoint("MODEL_B", folder).adapter is None
+    assert loading.Checkpoint("B", folder).adapter is None

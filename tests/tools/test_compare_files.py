@@ -154,7 +154,7 @@ def test_a_run_leaves_its_files_and_nothing_else(files, tmp_path, capsys):
     numbers = json.loads((out / "x.json").read_text(encoding="utf-8"))
     assert code == 0 and f"{numbers['summary']['kl_ab']['mean']:.4g}" in shown
     assert numbers["sentence"] in " ".join(shown.split())
-    assert f"wrote {tmp_path}/caf�/x.json and " in shown
+    assert f"wrote {tmp_path}/caf\\xe9/x.json and " in shown
     assert "two &amp; &lt;b&gt;.txt" in (out / "x.html").read_text(encoding="utf-8")
     assert {path.name for path in out.iterdir()} == {"two & <b>.txt", "x.html", "x.json"}
 
@@ -273,7 +273,7 @@ def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, loads, how
 
 
 def test_a_model_that_looks_ahead(files, monkeypatch):
-    model = loading.Checkpoint("MODEL_A", files.a).load("auto", "cpu")
+    model = loading.Checkpoint("A", files.a).load("auto", "cpu")
     model.check(torch.arange(20))
     own = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids: own(ids) + 9 * own(ids).mean(0))

@@ -159,8 +159,6 @@ def test_a_model_beside_its_own_base_file(files, long, tmp_path, capsys):
     write_base_file(path, files.a, long[1])
     code, shown, _ = cli_run(capsys, path, files.a, "--device", "cpu", "--format", "llama.cpp")
     assert code == 0 and read_table(shown)["Minimum KLD"][0] < -1e-6
-    code, shown, _ = cli_run(capsys, path, files.a, "--device", "cpu", "--tokens", "-")
-    assert code == 2
     tokens = tmp_path / "x.jsonl"
     cli_run(capsys, path, files.a, "--device", "cpu", "--tokens", tokens)
     kl = [
@@ -174,7 +172,10 @@ def test_a_model_beside_its_own_base_file(files, long, tmp_path, capsys):
 def test_base_files_that_cannot_be_used(files, long, tmp_path, capsys):
     path = tmp_path / "base.kld"
     write_base_file(path, files.a, long[1])
-    refused(capsys, "--text, --window.*: expected none of them", path, files.b, "--text", long[0])
-    refused(capsys, "--floor: expected a base by its folder", path, files.b, "--floor")
+    refused(capsys, "--text: expected nothing, for MODEL_A", path, files.b, "--text", long[0])
+    refused(capsys, "--tokenizer: expected nothing, for", path, files.b, "--tokenizer", "A")
+    refused(capsys, "--floor: expected a model as MODEL_A", path, files.b, "--floor")
     path.write_bytes(path.read_bytes()[:-7])
-    refused(capsys, "MODEL_A: expected a logits base file of llama.cpp", path, files.b)
+    refused(capsys, "MODEL_A: expected a whole logits base file of llama.cpp", path, files.b)
+    path.write_bytes(path.read_bytes()[:11])
+    refused(capsys, "MODEL_A: expected a whole logits base file of llama.cpp", path, files.b)

@@ -46,11 +46,11 @@ def make_report(made, by="document"):
     model = {"name": "mo<d>el", "class": "Llama", "dtype": "float32", "vocabulary": 64}
     model["bytes"] = 10**9
     models = [{**model, "adapter": None}, {**model, "adapter": {"kind": "LORA", "base": "x\x1b"}}]
-    text = {"files": ["a & <b>.txt", "b.txt"], "skipped": [], "documents": 2}
+    text = {"files": ["a & <b>.txt", "b.txt"], "skipped": [], "too_short": [], "documents": 2}
     text |= {"tokenizer": None, "vocabulary": 60, "window": 32, "stride": 24, "score": "all"}
     many = [{"id": at, "token": f"<{at}>"} for at in range(1500)]
     result = {"models": models, "text": {**text, "left_out": {"A": [], "B": many}}}
-    result |= {"by": by, "shown": 50, "summary": figures.summarise(made), "note": ""}
+    result |= {"letter": "B", "by": by, "shown": 50, "summary": figures.summarise(made), "note": ""}
     for name in ("buckets", "histogram", "positions"):
         result[name] = getattr(figures, name)(made)
     result["units"] = figures.worst_units(made, by, 50)
@@ -112,7 +112,7 @@ def test_a_page_is_well_formed_and_holds_the_text(filled, by):
     start, end = written.index("<body>"), written.index('<div id="tip"')
     body = ElementTree.fromstring(f"{written[start:end]}</body>")
     text = "".join(part for each in body.iter("div") for part in each.itertext())
-    assert text == NASTY.replace("\x1b", "␛").replace("\x07", "␇") + SECOND
+    assert text == NASTY.translate({0x1B: "␛", 7: "␇", 0x202E: "\ufffd"}) + SECOND
     kl = filled["kl_ab"].dropna().to_numpy()
     tokens = [each for each in body.iter("b") if each.get("data-v")]
     assert [each.get("data-v").split()[0] for each in tokens] == [f"{value:.3g}" for value in kl]

@@ -100,7 +100,7 @@ def test_runs_overlaid(run, figures, capsys) -> None:
     first, again, pdf = (out.read_bytes() for out in outs)
     assert first == again and first.startswith(b"<?xml") and pdf.startswith(b"%PDF")
     head, *said = capsys.readouterr().out.splitlines()[:5]
-    names = [f"{run.parent.name}/run", "a/run", "b/run", "b/_$x$"]
+    names = ["run", "a/run", "b/run", "b/_$x$"]
     assert head == f"{outs[0]}:" and shown(figures[0].legends[0]) == names
     assert [line.partition(":")[0].strip() for line in said] == names
     _, kl, *_, profile = figures[0].axes

@@ -7,19 +7,5 @@ Modules in reading order: inputs (texts to tokens), windows (tokens to what a mo
 (several), processes (those of torchrun), run (all of it).
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .run import Comparison as Comparison
-    from .run import compare_models as compare_models
-
-__all__ = ["Comparison", "compare_models"]
-
-
-def __getattr__(name: str) -> Any:
-    # The command line names the extra that is missing before it imports a module that needs it.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import run
-
-    return getattr(run, name)
+from .run import Comparison as Comparison
+from .run import compare_models as compare_models

@@ -1,7 +1,7 @@
 """Several candidates beside one base: their table, paired differences, a picture, single tokens."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..console import percent, table
 from .figures import difference
-from .report import fill, model_line, size, text_line, visible, within
+from .report import fill, intervals_line, model_line, size, text_line, visible, within
 
 
 def overview(base: dict[str, Any], found: Sequence[Any], floor: Any) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def text(whole: dict[str, Any], width: int) -> str:
     lines = [model_line("A", whole["base"])]
     lines += [model_line(each["letter"], each["models"][1]) for each in reports]
     lines = [part for line in lines for part in fill(line, width)]
-    lines += fill(f"text  {text_line(reports[0])}", width)
+    every = [whole["base"], *(each["models"][1] for each in reports)]
+    lines += fill(f"text  {text_line(reports[0] | {'models': every})}", width)
     head = ["", "mean KL", "95 %", "99.9 %", "max", "same top-1", "acceptance", "size"]
     rows = [
         [each["letter"], *_figures(each["summary"]), size(each["models"][1]["bytes"])]
@@ -45,15 +46,12 @@ def text(whole: dict[str, Any], width: int) -> str:
     ]
     if whole["floor"]:
         rows.append(["floor", *_figures(whole["floor"]), ""])
-    (unit, count), *_ = reports[0]["summary"]["interval_units"].items()
-    lines += ["", f"KL(A‖·) in nats per token, intervals by a bootstrap over {count:,} {unit}s:"]
-    lines += table([head, *rows], "<>>>>>>>", width)
-    lines += ["", f"differences of mean KL over the same tokens, p by sign flips of {unit}s:"]
-    lines += [
-        f"{each['more']} - {each['less']}  {each['mean']:.3g} {_interval(each['interval'])}  "
-        f"p = {each['p']:.2g}"
-        for each in whole["differences"]
-    ]
+    lines += ["", "KL(A‖·), nats per token:", *table([head, *rows], "<>>>>>>>", width)]
+    lines += ["", intervals_line(reports[0]["summary"])]
+    lines += ["", "differences of mean KL over the same tokens; p: of a sign-flip test"]
+    for each in whole["differences"]:
+        sure = "{:.3g} … {:.3g}  p = {p:.2g}".format(*each["interval"], **each) if each["p"] else ""
+        lines.append(f"{each['more']} - {each['less']}  {each['mean']:.3g}  {sure}".rstrip())
     return "\n".join(lines)
 
 
@@ -68,13 +66,11 @@ def _figures(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "[{:.3g}, {:.3g}]".format(*bounds) if bounds else ""
-
-
 def picture(found: Sequence[Any], floor: Any, form: str) -> bytes:
     """Draw the mean KL(A‖·) of each candidate, with its interval, against its size on disk."""
     from matplotlib.figure import Figure
+
+    from ..plot import GREY, rendered
 
     unit = 1e9 if max(each.report["models"][1]["bytes"] for each in found) >= 1e8 else 1e6
     figure = Figure(figsize=(7.0, 4.5), dpi=130, layout="constrained")
@@ -82,13 +78,13 @@ def picture(found: Sequence[Any], floor: Any, form: str) -> bytes:
     for each in found:
         about, summary = each.report["models"][1], each.report["summary"]
         kl, place = summary["kl_ab"]["mean"], about["bytes"] / unit
-        low, high = (summary["intervals"] or {}).get("kl_ab", (kl, kl))
+        low, high = summary["intervals"].get("kl_ab", (kl, kl))
         axes.errorbar(place, kl, [[kl - low], [high - kl]], fmt="o", capsize=3, color="#00798c")
         label = f"{each.report['letter']} {visible(Path(about['name']).name)}"
         axes.annotate(label, (place, kl), (7, 5), textcoords="offset points", parse_math=False)
     if floor:
         height = floor.report["summary"]["kl_ab"]["mean"]
-        axes.axhline(height, color="#555555", linestyle="--", linewidth=1)
+        axes.axhline(height, color=GREY, linestyle="--", linewidth=1)
         axes.text(0.01, height, "floor", transform=axes.get_yaxis_transform(), va="bottom")
     axes.set(
         xlabel=f"size on disk ({'GB' if unit == 1e9 else 'MB'})",
@@ -99,20 +95,22 @@ def picture(found: Sequence[Any], floor: Any, form: str) -> bytes:
     axes.margins(x=0.2, y=0.15)
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, format=form)
-    return content.getvalue()
+    return rendered(figure, form)
 
 
-def table_of_tokens(found: Sequence[Any], path: Path) -> bytes:
-    """Write the values of every token of every candidate, as JSON lines or Parquet."""
-    parts = [
-        each.tokens.assign(candidate=each.report["models"][1]["name"]).reset_index(names="place")
+def table_of_tokens(found: Sequence[Any], path: Path) -> Iterator[bytes | str]:
+    """Yield the values of every token of every candidate, as JSON lines or Parquet."""
+    parts = (
+        each.tokens.assign(candidate=each.report["models"][1]["name"])
+        .reset_index()
+        .astype(dict.fromkeys(("window", "top_a", "top_b"), "Int64"))  # floats for NaN's sake
         for each in found
-    ]
-    whole = pd.concat(parts, ignore_index=True)
-    if path.suffix == ".jsonl":
-        return str(whole.to_json(orient="records", lines=True, force_ascii=False)).encode()
-    content = io.BytesIO()
-    whole.to_parquet(content, index=False)
-    return content.getvalue()
+    )
+    if path.suffix.lower() == ".jsonl":
+        for part in parts:
+            # 15 digits behind the point, for a KL of 1e-9 has some.
+            yield part.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+    else:
+        content = io.BytesIO()
+        pd.concat(parts, ignore_index=True).to_parquet(content, index=False)
+        yield content.getvalue()

@@ -12,10 +12,11 @@ MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 # Lower ends of the buckets of the base's largest probability.
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99)
-# Documents that intervals are drawn over; with fewer, windows are.
+# Fewest documents to draw; below it windows are drawn, and below it nothing is.
 LEAST_UNITS = 10
+MOST_UNITS = 1000
 DRAWS = 2000
-# KL below which tokens share the histogram's first bin.
+# The histogram's bin of this KL has all lower ones, too.
 LOWEST_BIN = 1e-8
 
 
@@ -35,11 +36,11 @@ def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "tokens": len(scored),
         **scored[[*means]].mean().to_dict(),
-        "interval_units": {unit: scored[unit].nunique()},
-        "intervals": intervals(scored, [*DIVERGENCES, *means], unit),
+        "bootstrap": {"unit": unit, "units": scored[unit].nunique()},
+        "intervals": intervals(scored, [*DIVERGENCES, *means]),
     }
     for name in DIVERGENCES:
-        values = np.sort(scored[name].abs().to_numpy())
+        values = np.sort(scored[name].to_numpy())
         places = np.array([*QUANTILES.values()]) * (len(values) - 1)
         found = np.interp(places, np.arange(len(values)), values)
         summary[name] = {
@@ -51,24 +52,39 @@ def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
 
 
 def unit_of(scored: pd.DataFrame) -> str:
-    """Choose over what intervals are drawn: documents, or windows where there are few."""
+    """Choose what is drawn for intervals: documents, or windows where these are few."""
     return "document" if scored["document"].nunique() >= LEAST_UNITS else "window"
 
 
-def intervals(scored: pd.DataFrame, names: list[str], unit: str) -> dict[str, list[float]] | None:
-    """Compute a 95 % interval of each mean over tokens, by a bootstrap over units.
+def sums_of(scored: pd.DataFrame, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the sums [n, names] and token counts [n] of units.
 
-    Tokens of a unit depend on each other; units are drawn with replacement, DRAWS times. None for a
-    single unit.
+    More than MOST_UNITS are joined with their neighbours.
     """
-    groups = scored.groupby(unit, sort=False)
+    groups = scored.groupby(unit_of(scored), sort=False)
     sums, counts = groups[names].sum().to_numpy(), groups.size().to_numpy()
-    if len(counts) < 2:
-        return None
+    edges = np.unique(np.linspace(0, len(counts), MOST_UNITS, endpoint=False, dtype=int))
+    return np.add.reduceat(sums, edges), np.add.reduceat(counts, edges)
+
+
+def intervals(scored: pd.DataFrame, names: list[str]) -> dict[str, list[float]]:
+    """Compute a 95 % interval of each finite mean over tokens, by a bootstrap over units.
+
+    Tokens of a unit depend on each other; units are drawn with replacement, DRAWS times. Deviations
+    are widened as for few units they must be. Empty below LEAST_UNITS.
+    """
+    names = [name for name in names if np.isfinite(scored[name]).all()]
+    sums, counts = sums_of(scored, names)
+    if len(counts) < LEAST_UNITS:
+        return {}
     generator, even = np.random.default_rng(0), np.full(len(counts), 1 / len(counts))
     drawn = (generator.multinomial(len(counts), even) for _ in range(DRAWS))
-    means = [(times @ sums) / (times @ counts) for times in drawn]
-    return dict(zip(names, np.quantile(means, [0.025, 0.975], axis=0).T.tolist(), strict=True))
+    means, mean = [(times @ sums) / (times @ counts) for times in drawn], sums.sum(0) / counts.sum()
+    off = np.quantile(means, [0.025, 0.975], axis=0) - mean
+    free = len(counts) - 1
+    # Student's t beside the normal, by Fisher's expansion, and the variance of n values.
+    ends = mean + off * (1 + 1.21 / free + 1.44 / free**2) * math.sqrt((free + 1) / free)
+    return dict(zip(names, ends.T.tolist(), strict=True))
 
 
 def buckets(tokens: pd.DataFrame) -> list[dict[str, float]]:
@@ -89,12 +105,18 @@ def buckets(tokens: pd.DataFrame) -> list[dict[str, float]]:
 
 
 def histogram(tokens: pd.DataFrame) -> list[dict[str, float]]:
-    """Count tokens by KL(A‖B), two bins a decade; below LOWEST_BIN there is one, from 0 on."""
+    """Count tokens by KL(A‖B), two bins a decade; the lowest one begins at 0."""
     kl = scored_of(tokens)["kl_ab"]
     level = np.floor(2 * np.log10(kl.clip(LOWEST_BIN, 1e3)))
     counts = level.astype(int).value_counts()
     numbers = range(int(level.min()), int(level.max()) + 1)
-    return [{"from": 10 ** (at / 2), "tokens": int(counts.get(at, 0))} for at in numbers]
+    return [
+        {
+            "from": 10 ** (at / 2) if 10 ** (at / 2) > LOWEST_BIN else 0.0,
+            "tokens": int(counts.get(at, 0)),
+        }
+        for at in numbers
+    ]
 
 
 def positions(tokens: pd.DataFrame) -> list[dict[str, float]]:
@@ -116,21 +138,20 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     """Compare two candidates' KL(A‖·) of the same tokens: the mean of one minus that of the other.
 
     interval: by the bootstrap of `intervals`, of both at once. p: two-sided, of a sign-flip test
-    over the same units: how often random signs of the units' sums make as large a difference.
+    over the same units: how often random signs of the units' sums make as large a difference. Both
+    are None for fewer than LEAST_UNITS, and where a KL is infinite.
     """
-    first, second = scored_of(one), scored_of(other)
-    paired = first.assign(change=first["kl_ab"] - second["kl_ab"])
-    unit = unit_of(paired)
-    sums = paired.groupby(unit, sort=False)["change"].sum().to_numpy()
-    generator = np.random.default_rng(0)
-    drawn = [generator.choice((-1.0, 1.0), len(sums)) @ sums for _ in range(DRAWS)]
-    as_large = np.abs(drawn) >= abs(sums.sum()) * (1 - 1e-12)
-    return {
-        "mean": paired["change"].mean(),
-        "interval": (intervals(paired, ["change"], unit) or {}).get("change"),
-        "p": (1 + int(as_large.sum())) / (1 + DRAWS),
-        "units": {unit: len(sums)},
-    }
+    paired = scored_of(one)
+    paired = paired.assign(change=paired["kl_ab"] - scored_of(other)["kl_ab"])
+    interval = intervals(paired, ["change"]).get("change")
+    found = {"mean": paired["change"].mean(skipna=False), "interval": interval, "p": None}
+    if interval:
+        sums = sums_of(paired, ["change"])[0][:, 0]
+        generator = np.random.default_rng(0)
+        drawn = [generator.choice((-1.0, 1.0), len(sums)) @ sums for _ in range(DRAWS)]
+        as_large = np.abs(drawn) >= abs(sums.sum()) * (1 - 1e-12)  # the sum's own rounding
+        found["p"] = (1 + int(as_large.sum())) / (1 + DRAWS)
+    return found
 
 
 # ---- the worst

@@ -241,4 +241,4 @@ def read(
 
 def readable(name: str | os.PathLike[str]) -> str:
     """Make text to print of a file's name, whose bytes need not be UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
+    return os.fsencode(name).decode(errors="backslashreplace")

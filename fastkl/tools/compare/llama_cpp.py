@@ -6,8 +6,7 @@ file with --kl-divergence-base) and kl_divergence.
 
 import math
 import os
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,14 @@ import torch
 
 import fastkl
 
-from ..errors import told
+from ..errors import expect
 from .inputs import TextTokenizer, readable
 from .measure import block_values
+from .reference import Text
 from .windows import Scheme, Window
 
 MAGIC = b"_logits_"
-# Log-probs that the tool's KLD leaves out; its files hold none below.
+# Log-probs from here down are not in the tool's KLD.
 LOWEST = -16.0
 # Entries of a row before its codes: two float32.
 HEADER = 4
@@ -30,10 +30,7 @@ HEADER = 4
 
 def is_base_file(name: str) -> bool:
     """Tell a logits base file by its first bytes."""
-    if not os.path.isfile(name):
-        return False
-    with open(name, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    return os.path.isfile(name) and np.fromfile(name, np.uint8, len(MAGIC)).tobytes() == MAGIC
 
 
 class LogitsFile:
@@ -42,38 +39,50 @@ class LogitsFile:
     Layout: MAGIC; int32 n_ctx, n_vocab, n_chunk; int32 tokens [n_chunk, n_ctx]; for each chunk the
     n_ctx - 1 - n_ctx // 2 rows that score its second half, of uint16: scale and minimum, each a
     float32, then n_vocab codes, then one more where n_vocab is odd. A log-prob is scale · code +
-    minimum, in steps of up to 16 / 65535 = 2.4e-4 nats; lower ones than the largest - 16 have
+    minimum, in steps of up to 16 / 65535 = 2.4e-4 nats; values more than 16 below the largest have
     code 0.
     """
 
-    adapter = None
-
-    def __init__(self, argument: str, name: str) -> None:
-        self.argument, self.name = argument, name
-        with told(argument, "a logits base file of llama.cpp", repr(name), "write it anew"):
-            context, self.rows, chunks = (
-                int(each) for each in np.fromfile(name, "<i4", 3, offset=len(MAGIC))
-            )
-            start = len(MAGIC) + 12
-            self.tokens = np.fromfile(name, "<i4", context * chunks, offset=start)
-            self.tokens = self.tokens.reshape(chunks, context).astype(np.int64)
-            scored, width = context - 1 - context // 2, 2 * ((self.rows + 1) // 2) + HEADER
-            # Copy on write: torch takes no memory that cannot be written to.
-            self.codes = np.memmap(name, "<i2", "c", start + 4 * context * chunks).reshape(
-                chunks, scored, width
-            )
-        self.scheme = Scheme(context, context, "second-half")
-        self.config = SimpleNamespace(get_text_config=dict)
+    def __init__(self, letter: str, name: str) -> None:
+        self.letter, self.argument, self.name = letter, f"MODEL_{letter}", name
+        size = os.path.getsize(name)
+        context, self.rows, chunks = (
+            *np.fromfile(name, "<i4", 3, offset=len(MAGIC)).tolist(),
+            *(0, 0, 0),
+        )[:3]
+        start, width = len(MAGIC) + 12, 2 * ((self.rows + 1) // 2) + HEADER
+        shape = chunks, context - 1 - context // 2, width
+        expected = start + 4 * chunks * context + 2 * math.prod(shape)
+        expect(
+            min(context, self.rows, *shape) > 0 and size == expected,
+            self.argument,
+            f"a whole logits base file of llama.cpp, for {chunks} chunks of {context} tokens and "
+            f"{self.rows} logits {expected} bytes",
+            f"{size} bytes in {name!r}",
+            "write it anew",
+        )
+        self.tokens = np.fromfile(name, "<i4", context * chunks, offset=start)
+        self.tokens = self.tokens.reshape(chunks, context).astype(np.int64)
+        expect(
+            0 <= self.tokens.min() and self.tokens.max() < self.rows,
+            self.argument,
+            f"tokens from 0 to {self.rows - 1}",
+            f"{self.tokens.min()} to {self.tokens.max()} in {name!r}",
+            "write it anew",
+        )
+        # Copy on write: torch takes no memory that cannot be written to.
+        self.codes = np.memmap(name, "<i2", "c", start + 4 * context * chunks, shape)
         self.about: dict[str, Any] = {
             "name": readable(name),
             "class": "logits base file of llama.cpp",
             "dtype": "uint16 codes",
             "adapter": None,
-            "bytes": os.path.getsize(name),
+            "bytes": size,
             "vocabulary": self.rows,
             "logit_scale": 1.0,
             "logit_softcap": None,
         }
+        self.text = Text([self.about["name"]], [], Scheme(context, context, "second-half"))
 
     def tables(self, tokenizer: TextTokenizer) -> list[pd.DataFrame]:
         """Make a document of each chunk, with the texts that a tokenizer has for its tokens."""
@@ -96,9 +105,10 @@ class LogitsFile:
         self.device = device
         return self
 
-    def states(self, windows: Sequence[Window], title: str) -> list[torch.Tensor]:
+    def states(self, windows: Sequence[Window], title: str) -> Iterator[torch.Tensor]:
         """Look up the coded rows of each window."""
-        return [torch.from_numpy(self.codes[each.first // self.scheme.window]) for each in windows]
+        for each in windows:
+            yield torch.from_numpy(self.codes[each.first // self.tokens.shape[1]])
 
     def logits(self, rows: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """Decode rows to log-probs [n, vocabulary], float32, computed as llama.cpp does."""
@@ -111,12 +121,11 @@ class LogitsFile:
     ) -> pd.DataFrame:
         """Compute columns of values from decoded log-probs and logits [n, V].
 
-        Divergences and A's entropy are those of the tokens above LOWEST, over which both models are
-        normalised: rounded log-probs add up to 1 within about 1e-4 only, and that error would be
-        one of the KL; what the file leaves out is in neither. B's entropy is over the same tokens,
-        log-probs of the text and expected tokens are over the whole vocabulary. Two columns more:
-        kld, as llama.cpp adds it up without normalising; outside, B's probability of tokens that
-        the file leaves out.
+        Divergences and entropies are those of the tokens whose log-prob in the file is above
+        LOWEST, over which both models are normalised: rounded probabilities add up to 1 within
+        about 1e-4 only, and the KL would carry that error. Log-probs of the text and expected
+        tokens are those of the whole vocabulary. Two columns more: kld, as llama.cpp adds it up
+        over the same tokens without normalising; outside, B's probability of the others.
         """
         kept = log_p > LOWEST
         values = block_values(
@@ -135,17 +144,17 @@ class LogitsFile:
             "kld": kld,
             "outside": log_q.exp().masked_fill(kept, 0).sum(-1),
         }
-        return values.assign(**{name: each.cpu().numpy() for name, each in whole.items()})
+        return values.assign(**{name: each.double().cpu().numpy() for name, each in whole.items()})
 
     def note(self, scored: pd.DataFrame) -> str:
         """Say what the file's rounding does to the figures."""
         return (
-            f"A's log-probabilities are rounded to steps of up to 2.4e-4 nats and end {LOWEST:g} "
-            f"nats down, beyond which B has {scored['outside'].mean():.2g} of its probability. "
-            f"llama.cpp's KLD adds them up as they are: its mean is {scored['kld'].mean():.4g}, "
-            f"and {(scored['kld'] < 0).sum():,} of {len(scored):,} tokens have one below 0. Here "
-            f"both models are normalised over the tokens above, and no KL is negative: the mean is "
-            f"{scored['kl_ab'].mean():.4g}."
+            "A's log-probs are rounded to steps of up to 2.4e-4 nats. llama.cpp's KLD adds them up "
+            f"as they are, without those of {LOWEST:g} and below, where B has "
+            f"{scored['outside'].mean():.2g} of its probability: its mean is "
+            f"{scored['kld'].mean():.4g}, and {(scored['kld'] < 0).sum():,} of {len(scored):,} "
+            "tokens have a KLD below 0. The figures above are those of both models normalised over "
+            f"the same tokens: no KL is negative, and the mean is {scored['kl_ab'].mean():.4g}."
         )
 
 
@@ -158,32 +167,29 @@ QUANTILES = {
 NAMED = {100.0: "Maximum", 50.0: "Median ", 0.0: "Minimum"}
 
 
+@np.errstate(all="ignore")  # a single token has no error; the perplexity may be infinite
 def llama_table(scored: pd.DataFrame) -> str:
     """Print the table of llama.cpp's --kl-divergence of the tokens with values.
 
     Errors are those of a mean of independent tokens, sqrt(var / (n - 1)); Q is B. The KLD of two
     models is the exact KL(A‖B), that of a base file as the tool adds it up.
     """
-    count = len(scored)
     nll_q, nll_base = -scored["logprob_b"].to_numpy(), -scored["logprob_a"].to_numpy()
     kld = scored["kld" if "kld" in scored else "kl_ab"].to_numpy()
     change = np.exp(-nll_q) - np.exp(-nll_base)
-    (q, error_q), (base, error_base) = _mean(nll_q), _mean(nll_base)
-    covariance = ((nll_q * nll_base).mean() - q * base) / (count - 1)
-    ratio_error = math.sqrt(max(0.0, error_q**2 + error_base**2 - 2 * covariance))
-    ppl_q, ppl_base, ratio = math.exp(q), math.exp(base), math.exp(q - base)
-    off_q, off_base = ppl_q * error_q, ppl_base * error_base
-    off = math.sqrt(max(0.0, off_q**2 + off_base**2 - 2 * ppl_q * ppl_base * covariance))
-    correlation = covariance / (error_q * error_base) if error_q * error_base else math.nan
+    (q, q_error), (base, base_error) = _mean(nll_q), _mean(nll_base)
+    log_ratio, ratio_error = _mean(nll_q - nll_base)
+    ppl_q, ppl_base, ratio = np.exp([q, base, log_ratio])
+    _, off = _mean(ppl_q * nll_q - ppl_base * nll_base)
+    correlation = np.corrcoef(nll_q, nll_base)[0, 1]
     mse, mse_error = _mean(change**2)
-    rms, same = math.sqrt(mse), scored["same_top1"].mean()
-    same_error = math.sqrt(same * (1 - same) / (count - 1))
+    rms, (same, same_error) = math.sqrt(mse), _mean(scored["same_top1"].to_numpy())
     lines = [
         "====== Perplexity statistics ======",
-        f"Mean PPL(Q)                   : {ppl_q:10.6f} ± {off_q:10.6f}",
-        f"Mean PPL(base)                : {ppl_base:10.6f} ± {off_base:10.6f}",
+        f"Mean PPL(Q)                   : {ppl_q:10.6f} ± {ppl_q * q_error:10.6f}",
+        f"Mean PPL(base)                : {ppl_base:10.6f} ± {ppl_base * base_error:10.6f}",
         f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * correlation:6.2f}%",
-        f"Mean ln(PPL(Q)/PPL(base))     : {q - base:10.6f} ± {ratio_error:10.6f}",
+        f"Mean ln(PPL(Q)/PPL(base))     : {log_ratio:10.6f} ± {ratio_error:10.6f}",
         f"Mean PPL(Q)/PPL(base)         : {ratio:10.6f} ± {ratio * ratio_error:10.6f}",
         f"Mean PPL(Q)-PPL(base)         : {ppl_q - ppl_base:10.6f} ± {off:10.6f}",
         "",
@@ -202,7 +208,7 @@ def llama_table(scored: pd.DataFrame) -> str:
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
     """Return the mean and its standard error."""
-    return float(values.mean()), math.sqrt(values.var() / (len(values) - 1))
+    return float(values.mean()), math.sqrt(values.var() / max(1, len(values) - 1))
 
 
 def _quantiles(name: str, values: np.ndarray, form: str) -> list[str]:

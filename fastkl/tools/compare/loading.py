@@ -4,10 +4,12 @@ A PEFT adapter is not merged into 16-bit weights, which would round a small chan
 compute with the adapter beside them, and the lm_head is widened to float32 with it.
 """
 
+import contextlib
 import copy
 import functools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +105,25 @@ class Model:
         }
         output = model.get_output_embeddings()
         modules = {module: name for name, module in model.named_modules()}
-        if model.base_model is model and hasattr(model, "get_decoder"):
-            # Llama 4's classes name a part that they do not have.
-            model = getattr(model, "language_model", model)
-            model.base_model_prefix = "model"
         own = getattr(output, "base_layer", None) or getattr(output, "original_module", output)
-        if own is not output:
-            # The base's layer shows what follows the product, which an adapter does not change.
-            model.set_output_embeddings(own)
-        with told(
-            checkpoint.argument,
-            "a model whose lm_head makes its logits",
-            repr(checkpoint.name),
-            "choose another model",
-        ):
+        with contextlib.ExitStack() as restored:
+            if model.base_model is model and hasattr(model, "get_decoder"):
+                # Llama 4's classes name a part that they do not have.
+                model = getattr(model, "language_model", model)
+                restored.callback(setattr, model, "base_model_prefix", model.base_model_prefix)
+                model.base_model_prefix = "model"
+            if own is not output:
+                # The base's layer shows what follows the product, which an adapter does not change.
+                restored.callback(model.set_output_embeddings, output)
+                model.set_output_embeddings(own)
+            restored.enter_context(
+                told(
+                    checkpoint.argument,
+                    "a model whose lm_head makes its logits",
+                    repr(checkpoint.name),
+                    "choose another model",
+                )
+            )
             self.backbone, self.head = head_of(model)
         if own is not output:
             start = f"base_model.model.{modules[output]}."
@@ -139,11 +146,13 @@ class Model:
         output = self.backbone(input_ids=ids, use_cache=False, **more)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def states(self, windows: Sequence[Window], title: str) -> list[torch.Tensor]:
+    def states(self, windows: Sequence[Window], title: str) -> Iterator[torch.Tensor]:
         """Compute the last hidden states that score tokens, of each window, on the CPU."""
         if windows:
             self.check(windows[0].ids)
-        return [self.hidden(each.ids)[each.skip :].cpu() for each in progress(windows, title)]
+        for each in progress(windows, title):
+            # A copy: a slice would keep the whole window's.
+            yield self.hidden(each.ids)[each.skip :].to("cpu", copy=True)
 
     def check(self, ids: torch.Tensor) -> None:
         """Refuse a model that looks ahead."""
@@ -164,25 +173,27 @@ class Model:
 class Checkpoint:
     """A checkpoint by its folder or hub name, before anything large is loaded.
 
-    source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
-    its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
-    the adapter's file. dtype: once it is loaded.
+    letter: of the model in reports, the base's is A. source: where the model's weights are, for an
+    adapter its base's. config: the model's. rows: of its lm_head, where the files say so. adapter:
+    its kind and base, or None. saved: the tensors of the adapter's file.
     """
 
-    def __init__(self, argument: str, name: str) -> None:
+    def __init__(self, letter: str, name: str) -> None:
         # This tool says itself what matters.
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.argument, self.name, self.source = argument, name, name
+        argument = f"MODEL_{letter}"
+        self.letter, self.argument, self.name, self.source = letter, argument, name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
-        self.dtype = ""
         with told(
             argument,
             "a folder that save_pretrained wrote, or a hub name",
             repr(name),
             "check the name; an adapter needs its base, and pip install peft",
         ):
+            if os.path.isfile(name):
+                raise ValueError("it is a file; a file with a base's values is MODEL_A alone")
             # A whole model may have an adapter beside it.
             whole = any(has_file(name, each) for each in WEIGHTS)
             if not whole and find_adapter_config_file(name) is not None:
@@ -216,14 +227,13 @@ class Checkpoint:
 
     def bytes(self) -> int:
         """Sum the sizes of the files with weights, an adapter's beside its base's."""
-        folders = {
-            Path(cached_file(name, file)).parent
-            for name, file in ((self.source, "config.json"), (self.name, "adapter_config.json"))
-            if has_file(name, file)
-        }
-        files = [file for folder in folders for file in folder.iterdir()]
-        found = [file for file in files if file.suffix == ".safetensors"]
-        found = found or [file for file in files if file.suffix == ".bin"]
+        whole = Path(cached_file(self.source, "config.json")).parent
+        found = [*whole.glob("model*.safetensors")] or [*whole.glob("pytorch_model*.bin")]
+        if self.adapter:
+            folder = Path(cached_file(self.name, "adapter_config.json")).parent
+            found += [*folder.glob("adapter_model.safetensors")] or [
+                *folder.glob("adapter_model.*")
+            ]
         return sum(file.stat().st_size for file in found)
 
     def load(self, dtype: str, device: str) -> Model:
@@ -256,26 +266,35 @@ class Checkpoint:
                     model.resize_token_embeddings(self.rows, mean_resizing=False)
                 adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
                 model = adapted.get_base_model()
-        loaded = Model(self, model.eval().requires_grad_(False).to(device))
-        self.dtype = str(loaded.about["dtype"])
-        return loaded
+        return Model(self, model.eval().requires_grad_(False).to(device))
 
 
 class InMemory:
     """A model that the caller has loaded, with its tokenizer, as Checkpoint is one on disk."""
 
-    adapter, saved = None, dict[str, torch.Tensor]()
-
-    def __init__(self, argument: str, model: Any, tokenizer: Any) -> None:
-        base = getattr(model, "get_base_model", lambda: model)()
-        self.argument, self.model, self.config = argument, base, base.config
-        self.name = getattr(base.config, "_name_or_path", "") or type(base).__name__
-        self.rows: int | None = len(base.get_output_embeddings().weight)
-        self._tokenizer = tokenizer
+    def __init__(self, letter: str, model: Any, tokenizer: Any) -> None:
+        self.letter, self.argument, self._tokenizer = letter, f"MODEL_{letter}", tokenizer
+        self.adapter, self.saved = None, dict[str, torch.Tensor]()
+        adapters = getattr(model, "peft_config", None) or {}
+        for config in adapters.values():
+            expect(
+                not config.is_prompt_learning,
+                self.argument,
+                "an adapter of the weights",
+                f"a {config.peft_type.value}, which changes the input",
+                "compare other models",
+            )
+            base = readable(str(config.base_model_name_or_path))
+            self.adapter = {"kind": str(config.peft_type.value), "base": base}
+        with told(self.argument, "a causal LM of transformers", type(model).__name__, "pass one"):
+            self.model = model.get_base_model() if adapters else model
+            self.config, self.device = self.model.config, self.model.device
+            self.rows: int | None = len(self.model.get_output_embeddings().weight)
+            self.name = str(self.config.name_or_path) or type(self.model).__name__
 
     def tokenizer(self) -> TextTokenizer:
         """Wrap the tokenizer."""
-        with told(self.argument, "a fast tokenizer", type(self._tokenizer).__name__, "pass one"):
+        with told("tokenizer", "a fast tokenizer", type(self._tokenizer).__name__, "pass one"):
             return TextTokenizer(self._tokenizer)
 
     def bytes(self) -> int:

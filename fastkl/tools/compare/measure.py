@@ -17,11 +17,9 @@ from .windows import Window
 
 # Logits of one model in a block: about five tensors of this many float32 are alive at a time.
 BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
-# Float32 logits of states, for the first tokens of the vocabulary.
-Logits = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     base: Any,
     candidates: Sequence[Any],
@@ -33,56 +31,61 @@ def measure(
     """Compute the values of the tokens of each window, of every candidate; describe the models.
 
     One model is loaded after the other. The base's hidden states wait on the CPU, and only its head
-    stays in memory. save: gets the base and its states.
+    stays in memory. The base among the candidates is loaded in another type: bfloat16, or float32
+    where it is bfloat16 itself. save: gets the base and its states, with settings.save_reference.
     """
     model = base.load(settings.dtype, settings.device)
-    states, logits, about = model.states(windows, "model A"), model.logits, [model.about]
+    states, logits, about = [*model.states(windows, "model A")], model.logits, [model.about]
     values_of = getattr(model, "values", block_values)
-    save(model, states)
+    if settings.save_reference:
+        save(model, states)
     found: list[list[pd.DataFrame]] = []
+    block = BLOCK_LOGITS.get(torch.device(settings.device).type, BLOCK_LOGITS["cuda"])
     for candidate in candidates:
         model = None  # its memory is the next one's
         gc.collect()
         torch.cuda.empty_cache()
-        model = candidate.load(settings.dtype, settings.device)
-        theirs = model.states(windows, candidate.argument.replace("MODEL_", "model "))
+        other = "float32" if about[0]["dtype"] == "bfloat16" else "bfloat16"
+        model = candidate.load(other if candidate is base else settings.dtype, settings.device)
+        theirs = model.states(windows, f"model {candidate.letter}")
         about.append(model.about)
         found.append([])
         for window, own, other in zip(windows, states, theirs, strict=True):
-            block = max(1, BLOCK_LOGITS[torch.device(settings.device).type] // vocabulary.size)
             values = token_values(
                 (logits, model.logits), (own, other), window.tokens, vocabulary, block, values_of
             )
-            for letter, name in (("a", base.argument), ("b", candidate.argument)):
+            named = {"logprob_a": base, "logprob_b": candidate, "kl_ab": base}
+            for column, model_of in named.items():
                 expect(
-                    not values[f"logprob_{letter}"].isna().any(),
-                    name,
+                    not values[column].isna().any(),
+                    model_of.argument,
                     "finite logits",
                     "NaN on this text",
-                    "--dtype float32 or bfloat16",
+                    "--dtype float32 or bfloat16, or write a file anew",
                 )
-            places = range(window.first, window.first + len(values))
-            found[-1].append(values.set_axis(places).assign(window=window.first))
+            index = range(window.first, window.first + len(values))
+            found[-1].append(values.set_axis(index).assign(window=window.first))
     return found, about
 
 
 def token_values(
-    logits: Sequence[Logits],
+    logits: Sequence[Callable[[torch.Tensor, int], torch.Tensor]],
     states: Sequence[torch.Tensor],
     tokens: torch.Tensor,
     vocabulary: Vocabulary,
     block: int,
     values_of: Callable[..., pd.DataFrame],
 ) -> pd.DataFrame:
-    """Compute columns of values from the states [n, …] of A and B and the tokens [n] after them,
-    wherever these are.
+    """Compute columns of values from the states [n, …] of A and B and the tokens [n] after them, on
+    any device.
 
     The logits are float32 for 16-bit models, too (linear_token_stats' logits_dtype=torch.float32),
-    and are made once, of `block` tokens at a time: all values read the same block. Tokens that are
-    not compared have probability 0.
+    and are made once, at most `block` of each model at a time: all values read the same ones.
+    Tokens that are not compared have probability 0.
     """
+    step = max(1, block // vocabulary.size)
     none, blocks = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long), []
-    for *both, following in zip(*(each.split(block) for each in (*states, tokens)), strict=True):
+    for *both, following in zip(*(each.split(step) for each in (*states, tokens)), strict=True):
         made = [make(each, vocabulary.size) for make, each in zip(logits, both, strict=True)]
         device = made[0].device
         made = [each.to(device).index_fill_(1, none.to(device), -math.inf) for each in made]

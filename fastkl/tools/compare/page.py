@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from .report import expected, model_line, notes, place, tables, text_line
+from .report import expected, location, model_line, notes, tables, text_line
 
-# Backgrounds of levels 1, 2, …, in the light and in the dark; level 0 has none.
-LIGHT = ("#fff9d6", "#fff0a8", "#ffdf86", "#ffc066", "#ff9852", "#fb6a4a", "#e0342b", "#a50f15")
-DARK = ("#2e2a14", "#413810", "#58450f", "#704d12", "#8a4c17", "#a5401d", "#c02f27", "#e5322d")
-# Control characters have no place in HTML; each has a picture in Unicode.
+# Tokens are coloured from level 1 to this; level 0 has no colour.
+LEVELS = 8
+# Control characters have no place in HTML; each has a picture in Unicode. Those that change the
+# direction of a text would change that of what follows.
 CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
     127: 0x2421,
     13: None,
 }
@@ -33,6 +34,8 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 th,td{padding:.15rem .7rem .15rem 0;text-align:left;white-space:nowrap;vertical-align:top}
 th{font-weight:600;border-bottom:1px solid var(--line)}.r{text-align:right}
 td:last-child{white-space:pre;font-family:ui-monospace,monospace}td.r:last-child{font-family:inherit}
+@media (prefers-color-scheme:dark){
+:root{--ink:#ddd;--paper:#16181c;--line:#444;--dim:#8a8a8a;--bar:#3fb6c9}}
 figure{display:inline-block;width:26rem;max-width:100%;margin:0 1rem 1rem 0}
 svg{width:100%;fill:var(--bar)}svg text{fill:var(--ink);font-size:11px}
 .text,#tip{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;
@@ -45,16 +48,11 @@ pointer-events:none;max-width:min(28rem,90vw);z-index:9}
 """
 
 
-def style() -> str:
-    """Write the colours of levels."""
-    light, dark = (
-        "".join(f".k{level}{{background:{colour}}}" for level, colour in enumerate(colours, 1))
-        for colours in (LIGHT, DARK)
-    )
-    ink = ":root{--ink:#ddd;--paper:#16181c;--line:#444;--dim:#8a8a8a;--bar:#3fb6c9}"
-    return f"{light}@media (prefers-color-scheme:dark){{{ink}{dark}}}"
-
-
+# From pale yellow to red, over white and over black.
+STYLE = "".join(
+    f".k{level}{{background:hsl({56 - 7 * level} 95% 45%/{level / LEVELS:.2f})}}"
+    for level in range(1, LEVELS + 1)
+)
 TAIL = """<div id="tip" hidden></div>
 <script>
 const tip=document.getElementById("tip"),names=["KL(A\\u2016B)","KL(B\\u2016A)","JSD",
@@ -75,7 +73,7 @@ SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entrop
 def bounds_of(summary: dict[str, Any]) -> list[float]:
     """List the KL above which each level begins: from the median in equal ratios to the largest."""
     high = min(summary["kl_ab"]["max"], 1e3)
-    low, count = max(summary["kl_ab"]["p50"], high / 1e3), len(LIGHT)
+    low, count = max(summary["kl_ab"]["p50"], high / 1e3), LEVELS
     return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
 
 
@@ -85,7 +83,7 @@ def page(
     """Yield the page, part after part; label: a token's id as text."""
     bounds = bounds_of(report["summary"])
     steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
-    yield f"{HEAD}{style()}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
+    yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
     models = (model_line(*each) for each in zip("AB", report["models"], strict=True))
     for line in (report["sentence"], *models, f"Text: {text_line(report)}.", *notes(report)):
         yield f"<p>{clean(line)}</p>\n"
@@ -100,7 +98,7 @@ def page(
         yield html_table(title, align, rows)
     for name, kind in ((f"{report['by']}s", "units"), ("tokens", "top")):
         links = (
-            f'<a href="#t{each["index"]}">{clean(place(each))}</a>'
+            f'<a href="#t{each["index"]}">{clean(location(each))}</a>'
             for each in report[kind][: report["shown"]]
         )
         yield f"<p>The worst {name}: {', '.join(links)}</p>\n"
@@ -132,11 +130,12 @@ def html_table(title: str, align: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def bars(title: str, values: Sequence[tuple[float, float]], height: int = 150) -> str:
-    """Draw bars from 0, each with the lower end of its bin, and the largest value."""
-    most, step = max(value for _, value in values) or 1.0, 380 / len(values)
+    """Draw bars from 0, each with the lower end of its bin, and the largest finite value."""
+    most = max((value for _, value in values if value < math.inf), default=0.0)
+    step = 380 / len(values)
     parts = []
     for number, (start, value) in enumerate(values):
-        tall = height * value / most
+        tall = height * min(value / (most or 1.0), 1.0)
         parts.append(
             f'<rect x="{10 + number * step:.1f}" y="{20 + height - tall:.1f}" '
             f'width="{step * 0.85:.1f}" height="{tall:.1f}"><title>from {start:.2g}: {value:.4g}'
@@ -159,7 +158,7 @@ def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[i
     """Format a token, coloured, with its numbers as a tooltip."""
     if math.isnan(row.kl_ab):
         return f'<b class="u">{clean(row.text)}</b>' if row.text else ""
-    mark = " n" if "\n" in row.text else "" if row.text else " e"
+    mark = " n" if "\n" in row.text else "" if clean(row.text) else " e"
     anchor = f' id="t{row.Index}"' if anchored else ""
     numbers = " ".join(f"{getattr(row, name):.3g}" for name in SHOWN)
     expects_a = expected(label(int(row.top_a)), math.exp(row.top_logprob_a))

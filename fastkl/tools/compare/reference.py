@@ -1,14 +1,9 @@
-"""Files of a base model's last hidden states, against which candidates are compared without it.
-
-A float type's hidden states take H values a token, logits V: for H = 4096 and V = 128256, 31 times
-as many. The lm_head, the tokenizer and the text are in the file, too.
-"""
+"""Files of a base model's last hidden states, against which candidates are compared without it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,12 +21,12 @@ from .inputs import Document, TextTokenizer
 from .loading import Model, head_logits
 from .windows import Scheme, Window
 
-# The key of the file's metadata, and its version.
+# An entry of the file's metadata: what it is, and in which version.
 FORMAT = {"fastkl.reference": "1"}
 
 
 class Text(NamedTuple):
-    """What is compared on: files and documents, and how windows are cut from them."""
+    """Documents, the names of their files, and how they are cut into windows."""
 
     files: list[str]
     documents: list[Document]
@@ -42,93 +37,82 @@ def save_reference(
     path: Path,
     text: Text,
     tokenizer: TextTokenizer,
-    model: Model,
     windows: Sequence[Window],
+    model: Model,
     states: Sequence[torch.Tensor],
 ) -> None:
-    """Write a base's hidden states of all windows, whole or not at all."""
-    described = {
-        "about": model.about,
-        "files": text.files,
-        "documents": text.documents,
-        "scheme": text.scheme,
-    }
+    """Write a base's hidden states of all windows, its head, tokenizer and text, whole or not at
+    all.
+    """
     tensors = {
         "hidden": torch.cat([*states]),
-        "places": torch.cat([each.first + torch.arange(len(each.tokens)) for each in windows]),
+        "rows": torch.cat([each.first + torch.arange(len(each.tokens)) for each in windows]),
         "tokens": torch.cat([each.tokens for each in windows]),
         "weight": model.head.weight,
-        "about": _bytes(json.dumps(described)),
-        "tokenizer": _bytes(tokenizer.own.backend_tokenizer.to_str()),
     }
     if model.head.bias is not None:
         tensors["bias"] = model.head.bias
-    saved = {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}
-    write_whole(path, safetensors.torch.save(saved, FORMAT))
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())
+    described = json.dumps({"about": model.about, **text._asdict()})
+    save = partial(
+        safetensors.torch.save_file,
+        {name: each.detach().cpu().contiguous() for name, each in tensors.items()},
+        metadata=FORMAT
+        | {"described": described, "tokenizer": tokenizer.own.backend_tokenizer.to_str()},
+    )
+    write_whole(path, save)
 
 
 class ReferenceFile:
     """A base model by the file that save_reference wrote, as Checkpoint is one by its folder."""
 
-    adapter = None
-
-    def __init__(self, argument: str, name: str) -> None:
-        self.argument, self.name = argument, name
+    def __init__(self, letter: str, name: str) -> None:
+        self.letter, self.argument, self.name = letter, f"MODEL_{letter}", name
         with told(
-            argument,
+            self.argument,
             "a file that --save-reference wrote",
             repr(name),
             "pass such a file, a model's folder or a hub name",
         ):
             with safetensors.safe_open(name, "pt") as file:
-                if file.metadata() != FORMAT:
-                    raise ValueError(f"its metadata are {file.metadata()}")
+                self.metadata = file.metadata() or {}
+            if not FORMAT.items() <= self.metadata.items():
+                raise ValueError(f"its metadata have no {FORMAT}")
             self.tensors = safetensors.torch.load_file(name)
-            self.about: dict[str, Any] = json.loads(self._text("about"))
-            self.text = Text(
-                self.about["files"],
-                [Document(*each) for each in self.about["documents"]],
-                Scheme(*self.about["scheme"]),
-            )
+            described = json.loads(self.metadata["described"])
+            self.about: dict[str, Any] = described["about"]
+            documents = [Document(*each) for each in described["documents"]]
+            self.text = Text(described["files"], documents, Scheme(*described["scheme"]))
         self.rows = len(self.tensors["weight"])
-        self.config = SimpleNamespace(get_text_config=dict)
-
-    def _text(self, name: str) -> str:
-        return self.tensors[name].numpy().tobytes().decode()
 
     def tokenizer(self) -> TextTokenizer:
         """Restore the base's tokenizer."""
-        made = tokenizers.Tokenizer.from_str(self._text("tokenizer"))
+        made = tokenizers.Tokenizer.from_str(self.metadata["tokenizer"])
         return TextTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
 
     def load(self, dtype: str, device: str) -> "ReferenceFile":
         """Put the head on the device."""
-        about = self.about["about"]
-        head = Head(
-            self.tensors["weight"].to(device),
-            self.tensors["bias"].to(device) if "bias" in self.tensors else None,
-            about["logit_softcap"],
-            about["logit_scale"],
+        self.logits = partial(
+            head_logits,
+            Head(
+                self.tensors["weight"].to(device),
+                self.tensors["bias"].to(device) if "bias" in self.tensors else None,
+                self.about["logit_softcap"],
+                self.about["logit_scale"],
+            ),
         )
-        self.about, self.logits = about, partial(head_logits, head)
         return self
 
-    def states(self, windows: Sequence[Window], title: str) -> list[torch.Tensor]:
+    def states(self, windows: Sequence[Window], title: str) -> Iterator[torch.Tensor]:
         """Look up the hidden states of each window."""
-        places, found = self.tensors["places"].numpy(), []
+        rows = self.tensors["rows"].numpy()
         for window in windows:
-            at = int(np.searchsorted(places, window.first))
-            rows = slice(at, at + len(window.tokens))
+            at = int(np.searchsorted(rows, window.first))
+            mine = slice(at, at + len(window.tokens))
             expect(
-                torch.equal(self.tensors["tokens"][rows], window.tokens),
+                torch.equal(self.tensors["tokens"][mine], window.tokens),
                 self.argument,
-                "the tokens that this version of tokenizers makes of its text",
+                "the tokens that the installed tokenizers makes of the file's text",
                 f"others in {self.name!r}",
                 "write it anew with --save-reference",
             )
-            found.append(self.tensors["hidden"][rows])
-        return found
+            yield self.tensors["hidden"][mine]

@@ -1,9 +1,10 @@
 """Figures to text: the report of a comparison, as a terminal shows it."""
 
-import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..console import percent, table
 from .figures import CONFIDENCE
@@ -30,21 +31,23 @@ def quoted(token: str) -> str:
 
 
 def expected(token: str, probability: float) -> str:
-    """Format the most likely token at a place, and its probability."""
+    """Format the most likely token somewhere, and its probability."""
     return f"{quoted(token)} {percent(probability)}"
 
 
-def place(entry: dict[str, Any]) -> str:
+def location(entry: dict[str, Any]) -> str:
     """Format file and line."""
     return visible(entry["document"]) + (f":{entry['line']}" if "line" in entry else "")
 
 
 def sentence(report: dict[str, Any]) -> str:
     """Say how different the two are, and where; and where rounding may hide an adapter."""
-    summary = report["summary"]
+    summary, b = report["summary"], report["letter"]
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        text = f"A and B are the same on this text: the KL of its tokens, {count:,}, is exactly 0."
+        text = (
+            f"A and {b} are the same on this text: the KL of its tokens, {count:,}, is exactly 0."
+        )
         narrow = [each["dtype"] for each in report["models"] if each["adapter"]]
         if narrow and narrow[-1] != "float32":
             text += f" A change that {narrow[-1]} rounds away shows with --dtype float32."
@@ -52,36 +55,40 @@ def sentence(report: dict[str, Any]) -> str:
     word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
     worst = report["top"][0]
     return (
-        f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects "
+        f"{b} differs {word} from A: KL(A‖{b}) is {kl['mean']:.3g} nats per token and {b} expects "
         f"another next token at {percent(1 - summary['same_top1'], 1)} of {count:,} "
         f"token{'s' * (count > 1)}; the largest KL is {worst['kl_ab']:.3g}, at "
-        f"{quoted(worst['token'])} in {place(worst)}, where A expects "
-        f"{expected(**worst['expected_a'])} and B {expected(**worst['expected_b'])}."
+        f"{quoted(worst['token'])} in {location(worst)}, where A expects "
+        f"{expected(**worst['expected_a'])} and {b} {expected(**worst['expected_b'])}."
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Count names, and show the first ones."""
+    shown = ", ".join([*map(visible, names[:NAMED]), *["…"] * (len(names) > NAMED)])
+    return f"{len(names):,} ({shown})" if names else ""
 
 
 def text_line(report: dict[str, Any]) -> str:
     """Say what was read, and how."""
     text = report["text"]
-    named = {}
-    for letter, tokens in text["left_out"].items():
-        quotes = [quoted(entry["token"]) for entry in tokens[:NAMED]] + ["…"] * (
-            len(tokens) > NAMED
-        )
-        named[letter] = f"{len(tokens):,} ({', '.join(quotes)})" if tokens else ""
+    named = {
+        f"tokens left out of {letter}": listed([quoted(entry["token"]) for entry in tokens])
+        for letter, tokens in text["left_out"].items()
+    }
     rows = {model["vocabulary"] for model in report["models"]} - {text["vocabulary"]}
     facts = {
         "files": visible(", ".join(text["files"]))
         if len(text["files"]) < 3
         else len(text["files"]),
         "documents": text["documents"],
+        "too short to score": listed(text["too_short"]),
         "tokens": f"{report['summary']['tokens']:,}",
-        "skipped, with fewer than 2 tokens": visible(", ".join(text["skipped"])),
+        "skipped, with fewer than 2 tokens": listed(text["skipped"]),
         "tokenizer": text["tokenizer"],
         "vocabulary": text["vocabulary"],
         "cut from lm_heads of rows": " and ".join(map(str, sorted(rows))),
-        "tokens left out of A": named["A"],
-        "tokens left out of B": named["B"],
+        **named,
         "windows of": text["window"],
         "stride": text["stride"],
         "scored": "the second half of each" if text["score"] == "second-half" else "",
@@ -114,7 +121,7 @@ def fill(text: str, width: int, indent: int = 6) -> list[str]:
 
 def within(summary: dict[str, Any], name: str) -> str:
     """Format the 95 % interval of a mean; the divergences in nats, the shares in percent."""
-    bounds = (summary["intervals"] or {}).get(name)
+    bounds = summary["intervals"].get(name)
     if not bounds:
         return ""
     share = name in ("same_top1", "acceptance")
@@ -136,17 +143,16 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     head = ["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % of the mean"]
     yield "", "<>>>>>>>", [head, *nats]
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
-    pairs = {
+    pairs: dict[str, Sequence[float]] = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
         "log-prob of the text, nats per token": likely,
-        "perplexity of the text": [math.exp(min(700.0, -value)) for value in likely],
+        "perplexity of the text": np.exp(np.negative(likely)).tolist(),
     }
     rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
+    yield "", "<>>", [["over the scored tokens", "A", "B"], *rows]
     shares = {"same top-1 token": "same_top1", "acceptance rate, 1 - total variation": "acceptance"}
-    rows += [
-        [title, percent(summary[key], 2), within(summary, key)] for title, key in shares.items()
-    ]
-    yield "", "<>>", [["the whole text", "A", "B"], *rows]
+    rows = [[name, percent(summary[key], 2), within(summary, key)] for name, key in shares.items()]
+    yield "", "<>>", [["agreement", "mean", "95 %"], *rows]
     rows = [
         [
             f"{percent(each['from'])} to {percent(([*CONFIDENCE, 1.0])[number])}",
@@ -162,7 +168,7 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         [
             *(f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")),
             *(percent(unit["same_top1"], 1), f"{unit['tokens']:,}"),
-            *(place(unit), visible(unit["text"])),
+            *(location(unit), visible(unit["text"])),
         ]
         for unit in units
     ]
@@ -173,26 +179,28 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
         excerpt = f"{before[-24:]:>24}«{token[:24]}»{after}"
         both = (expected(**entry[f"expected_{letter}"]) for letter in "ab")
-        rows.append([f"{entry['kl_ab']:.3g}", place(entry), *both, excerpt])
+        rows.append([f"{entry['kl_ab']:.3g}", location(entry), *both, excerpt])
     title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
     yield title, "><<<<", rows
 
 
 def notes(report: dict[str, Any]) -> Iterator[str]:
-    """Yield what else must be known to read the figures."""
+    """Yield the notes below the tables."""
     summary = report["summary"]
-    (unit, count), *_ = summary["interval_units"].items()
-    if summary["intervals"]:
-        yield f"95 % intervals of means: a bootstrap over {count:,} {unit}s."
-    else:
-        yield f"No intervals: they need two documents or windows, and this is one {unit}."
+    yield intervals_line(summary)
     if report["note"]:
         yield report["note"]
-    floor = report.get("floor")
-    if floor:
-        kl = floor["kl_ab"]["mean"]
-        times = f"; B's mean is {summary['kl_ab']['mean'] / kl:,.1f} times it" if kl else ""
-        yield f"Floor, KL(A‖A in another type): mean {kl:.3g}{times}."
+    if report.get("floor"):
+        means = (each["kl_ab"]["mean"] for each in (report["floor"], summary))
+        yield "Floor, KL(A‖A in another type): mean {:.3g}; B's is {:.3g}.".format(*means)
+
+
+def intervals_line(summary: dict[str, Any]) -> str:
+    """Say where the intervals come from."""
+    over = "{units:,} {unit}s".format(**summary["bootstrap"])
+    if summary["intervals"]:
+        return f"95 % intervals of means: a bootstrap over {over}."
+    return f"No intervals of means: they need 10 documents or windows, and these are {over}."
 
 
 def text_report(report: dict[str, Any], width: int) -> str:

@@ -18,7 +18,7 @@ import torch
 
 import fastkl
 
-from ..errors import expect
+from ..errors import UseError, expect
 from ..files import STDIN, STDOUT, json_text, write_whole
 from . import candidates, figures, inputs, page, report
 from .inputs import Document, TextTokenizer, Vocabulary, readable
@@ -28,8 +28,6 @@ from .measure import measure
 from .processes import gathered
 from .reference import ReferenceFile, Text, save_reference
 from .windows import Window, choose_scheme, longest, windows_of
-
-LETTERS = string.ascii_uppercase
 
 
 class Comparison(NamedTuple):
@@ -54,45 +52,36 @@ class Comparison(NamedTuple):
 # ---- models and text
 
 
-class Floor(Checkpoint):
-    """The base again, computed in bfloat16, or in float32 where bfloat16 is the base's type."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        super().__init__("MODEL_floor", base.name)
-        self.base = base
-
-    def load(self, dtype: str, device: str) -> Any:
-        """Load it in the other type."""
-        return super().load("float32" if self.base.dtype == "bfloat16" else "bfloat16", device)
-
-
 def open_models(settings: Namespace) -> tuple[Any, list[Any]]:
-    """Open base and candidates by their names, before anything large is loaded."""
+    """Open the base and the candidates by their names, before anything large is loaded.
+
+    A base has letter, name, rows, tokenizer() and load(dtype, device), which returns about, states
+    and logits. With settings.floor the base itself is the last candidate.
+    """
     name = settings.model_a
-    kind = (
+    kind: Any = (
         LogitsFile
         if is_base_file(name)
         else ReferenceFile
         if os.path.isfile(name) and name.endswith(".safetensors")
         else Checkpoint
     )
-    base: Any = kind("MODEL_A", name)
-    others: list[Any] = [
-        Checkpoint(f"MODEL_{letter}", other)
-        for letter, other in zip(LETTERS[1:], settings.candidates, strict=False)
-    ]
-    for option, given in (
-        ("--floor", settings.floor),
-        ("--save-reference", settings.save_reference),
-    ):
+    layers = ("floor", "save_reference")
+    text = ("text", "window", "stride", "score", "tokenizer")
+    for option in layers + text if kind is not Checkpoint else ():
         expect(
-            not given or kind is Checkpoint,
-            option,
-            "a base by its folder or hub name",
-            f"{name!r}, a file without the base's layers",
-            "pass the model itself as MODEL_A",
+            not getattr(settings, option),
+            f"--{option.replace('_', '-')}",
+            "a model as MODEL_A"
+            if option in layers
+            else "nothing, for MODEL_A has text and tokens",
+            f"the file {name!r}",
+            "pass the base by its folder or hub name" if option in layers else "leave it out",
         )
-    return base, others + ([Floor(base)] if settings.floor else [])
+    base = kind("A", name)
+    letters = string.ascii_uppercase[1:]
+    others = [*map(Checkpoint, letters, settings.candidates)]
+    return base, others + [base] * settings.floor
 
 
 class Read(NamedTuple):
@@ -108,27 +97,22 @@ class Read(NamedTuple):
 
 def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
     """Read the text with the models' tokenizers, and cut it into windows."""
-    models = {each.argument.removeprefix("MODEL_"): each for each in (base, *others)}
-    models.pop("floor", None)
-    in_file = isinstance(base, LogitsFile | ReferenceFile)
-    given = settings.text or settings.window or settings.stride or settings.score
+    models = {each.letter: each for each in (base, *others)}
+    coded = isinstance(base, LogitsFile)
+    letters = [settings.tokenizer] if settings.tokenizer else [*models][coded:]
     expect(
-        not in_file or not given,
-        "--text, --window, --stride, --score",
-        "none of them, for MODEL_A's file holds its text and windows",
-        "one",
+        letters[0] in models,
+        "--tokenizer",
+        "a model's letter",
+        f"{letters[0]}, of which there is none",
         "leave it out",
     )
-    limit = longest(model.config for model in models.values())
-    letters = settings.tokenizer or ("B" if isinstance(base, LogitsFile) else [*models])
     tokenizers = {letter: models[letter].tokenizer() for letter in letters}
-    tokenizer, rows = next(iter(tokenizers.values())), {k: each.rows for k, each in models.items()}
-    if isinstance(base, LogitsFile):
+    tokenizer = tokenizers[letters[0]]
+    rows = {letter: model.rows for letter, model in models.items()}
+    vocabulary = inputs.shared_vocabulary(tokenizers, rows)
+    if coded:
         vocabulary = Vocabulary(base.rows, frozenset(), {letter: [] for letter in models})
-        text, tables = Text([base.name], [], base.scheme), base.tables(tokenizer)
-        skipped: list[str] = []
-    else:
-        vocabulary = inputs.shared_vocabulary(tokenizers, rows)
     for model in models.values():
         expect(
             model.rows is None or model.rows >= vocabulary.size,
@@ -137,80 +121,39 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
             f"{model.rows} in {model.name!r}",
             "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
         )
-    if isinstance(base, ReferenceFile):
+    limit = longest(model.config for model in models.values() if hasattr(model, "config"))
+    if hasattr(base, "text"):
         text = base.text
-    elif not in_file:
-        scheme = choose_scheme(settings, limit)
+    else:
         files = [readable(path) for path in settings.text]
         documents = settings.documents or inputs.documents_of(settings.text, tokenizer.own)
-        text = Text(files, documents, scheme)
-    if not isinstance(base, LogitsFile):
-        tables, skipped = inputs.read(text.files, text.documents, tokenizers, vocabulary)
+        text = Text(files, documents, choose_scheme(settings, limit))
     expect(
         text.scheme.window <= limit,
         "--window",
         f"at most {limit} (max_position_embeddings)",
         str(text.scheme.window),
-        f"--window {limit} or less, for a file in A's place a new one",
+        f"--window {limit} or less, for a file as MODEL_A a new one",
     )
+    if coded:
+        tables, skipped = base.tables(tokenizer), list[str]()
+    else:
+        tables, skipped = inputs.read(text.files, text.documents, tokenizers, vocabulary)
     windows = windows_of(tables, text.scheme, tokenizer.prefix)
     return Read(tables, windows, vocabulary, tokenizer, text, skipped)
 
 
 # ---- shares of processes
 
-
-def compare(
-    settings: Namespace, base: Any, others: Sequence[Any]
-) -> tuple[list[Comparison], dict[str, Any]]:
-    """Compare each candidate with the base; return that, and what the report says of the text."""
-    shared, (read, about) = gathered(partial(compare_share, settings, base, others))
-    table = pd.concat(read.tables, ignore_index=True)
-    described = {
-        "by": settings.by,
-        "shown": settings.top,
-        "text": {
-            "files": [file for file in read.text.files if file not in read.skipped],
-            "skipped": read.skipped,
-            "documents": len(read.tables),
-            "tokenizer": settings.tokenizer,
-            "vocabulary": read.vocabulary.size,
-            "left_out": {
-                letter: [{"id": number, "token": token} for number, token in alone]
-                for letter, alone in read.vocabulary.alone.items()
-            },
-            **read.text.scheme._asdict(),
-        },
-        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
-    }
-    comparisons = []
-    for at, model in enumerate(about[1:]):
-        parts = itertools.chain(*(values[at] for _, values in shared))
-        tokens = table.join(pd.concat(parts))
-        result = {
-            "sentence": "",
-            "letter": others[at].argument.removeprefix("MODEL_"),
-            "models": [about[0], model],
-            **described,
-            "summary": figures.summarise(tokens),
-            "buckets": figures.buckets(tokens),
-            "histogram": figures.histogram(tokens),
-            "positions": figures.positions(tokens),
-            "units": figures.worst_units(tokens, settings.by, settings.top),
-            "top": figures.worst_tokens(tokens, settings.top, read.tokenizer.label),
-            "note": base.note(figures.scored_of(tokens)) if "kld" in tokens else "",
-        }
-        result["sentence"] = report.sentence(result)
-        comparisons.append(Comparison(result, tokens, read.tokenizer))
-    return comparisons, about[0] | described
+# What compare_share returns: the digest of the text and each candidate's values of each window;
+# the text and what each model is.
+Share = tuple[tuple[int, list[list[pd.DataFrame]]], tuple[Read, list[dict[str, Any]]]]
 
 
 def compare_share(
     settings: Namespace, base: Any, others: Sequence[Any], rank: int, count: int
-) -> tuple[Any, tuple[Read, list[dict[str, Any]]]]:
-    """Compute the values of every count-th window; return (a digest of the whole text, they), and
-    the text and what the models say of themselves.
-    """
+) -> Share:
+    """Compute the values of every count-th window."""
     expect(
         count == 1 or STDIN not in settings.text,
         "--text",
@@ -228,18 +171,69 @@ def compare_share(
     if settings.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     read = read_text(settings, base, others)
-
-    def save(model: Any, states: Sequence[torch.Tensor]) -> None:
-        if settings.save_reference:
-            save_reference(
-                settings.save_reference, read.text, read.tokenizer, model, read.windows, states
-            )
-
-    values, about = measure(
-        base, others, read.windows[rank::count], read.vocabulary, settings, save
-    )
-    digest = int(pd.util.hash_pandas_object(pd.concat(read.tables, ignore_index=True)).sum())
+    save = partial(save_reference, settings.save_reference, read.text, read.tokenizer, read.windows)
+    windows = read.windows[rank::count]
+    values, about = measure(base, others, windows, read.vocabulary, settings, save)
+    digest = sum(int(pd.util.hash_pandas_object(table).sum()) for table in read.tables)
     return (digest, values), (read, about)
+
+
+def join(
+    settings: Namespace, base: Any, others: Sequence[Any], shared: Sequence[Any], own: Any
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Join the shares; return each candidate's comparison, and what the base and the text are."""
+    read, about = own
+    table = pd.concat(read.tables, ignore_index=True)
+    scored = {table["document"].iat[window.first] for window in read.windows}
+    described = {
+        "by": settings.by,
+        "shown": settings.top,
+        "text": {
+            "files": [file for file in read.text.files if file not in read.skipped],
+            "skipped": read.skipped,
+            "documents": len(scored),
+            "too_short": [
+                each.name
+                for each in read.text.documents
+                if each.name not in scored and each.file not in read.skipped
+            ],
+            "tokenizer": settings.tokenizer,
+            "vocabulary": read.vocabulary.size,
+            "left_out": {
+                letter: [{"id": number, "token": token} for number, token in alone]
+                for letter, alone in read.vocabulary.alone.items()
+            },
+            **read.text.scheme._asdict(),
+        },
+        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
+    }
+    comparisons = []
+    for at, (other, model) in enumerate(zip(others, about[1:], strict=True)):
+        parts = itertools.chain(*(values[at] for _, values in shared))
+        tokens = table.join(pd.concat(parts))
+        result = {
+            "sentence": "",
+            "letter": other.letter,
+            "models": [about[0], model],
+            **described,
+            "summary": figures.summarise(tokens),
+            "buckets": figures.buckets(tokens),
+            "histogram": figures.histogram(tokens),
+            "positions": figures.positions(tokens),
+            "units": figures.worst_units(tokens, settings.by, settings.top),
+            "top": figures.worst_tokens(tokens, settings.top, read.tokenizer.label),
+            "note": base.note(figures.scored_of(tokens)) if "kld" in tokens else "",
+        }
+        result["sentence"] = report.sentence(result)
+        comparisons.append(Comparison(result, tokens, read.tokenizer))
+    return comparisons, about[0] | described
+
+
+def compare(
+    settings: Namespace, base: Any, others: Sequence[Any]
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Compare on all processes of torchrun; the first alone returns."""
+    return join(settings, base, others, *gathered(partial(compare_share, settings, base, others)))
 
 
 # ---- the command, and models in memory
@@ -268,21 +262,21 @@ def run_compare(settings: Namespace) -> int:
             *found[0][:2], lru_cache(1 << 16)(found[0].tokenizer.label)
         ),
         settings.tokens: lambda: candidates.table_of_tokens(found, settings.tokens),
-        settings.plot: lambda: candidates.picture(found, floor, settings.plot.suffix[1:]),
+        settings.plot: lambda: candidates.picture(found, floor, settings.plot.suffix[1:].lower()),
     }
     paths = [path for path in outputs if path]
     for path in paths:
         write_whole(path, outputs[path]())
     out = sys.stderr if STDOUT in paths else sys.stdout
     if settings.format == "llama.cpp":
-        for each in found:
+        for each in [*found, *([floor] if floor else [])]:
             model = report.model_line(each.report["letter"], each.report["models"][1])
             print(f"{model}\n\n{each.llama_table()}\n", file=out)
     elif found:
         print(text(whole), file=out)
-    paths += [settings.save_reference] if settings.save_reference else []
-    if paths:
-        print(f"\nwrote {' and '.join(map(readable, paths))}", file=out)
+    named = [path for path in (*paths, settings.save_reference) if path and path != STDOUT]
+    if named:
+        print(f"\nwrote {' and '.join(map(readable, named))}", file=out)
     return 0
 
 
@@ -311,26 +305,29 @@ def compare_models(  # noqa: PLR0913
         A Comparison: print it, or take `report`, a dictionary of all figures, and `tokens`, a
         pandas.DataFrame of the values of every token.
 
+    In a distributed job it is a call of this process alone.
+
     Raises fastkl.tools.errors.UseError for what cannot be compared.
     """
     expect(
-        not isinstance(texts, str) and all(isinstance(each, str) for each in texts),
+        isinstance(texts, list | tuple) and texts and all(isinstance(x, str) for x in texts),
         "texts",
         "a list of str",
-        type(texts).__name__,
+        repr(texts)[:80],
         "put a single text in a list",
     )
-    base, other = (
-        InMemory(f"MODEL_{letter}", model, tokenizer)
-        for letter, model in (("A", model_a), ("B", model_b))
-    )
+    allowed = {"score": ("all", "second-half"), "by": ("document", "line")}
+    for name, choice in {"score": score, "by": by}.items():
+        expect(choice in allowed[name], name, f"one of {allowed[name]}", repr(choice), "choose one")
+    for name, number, least in (("window", window, 8), ("stride", stride, 1), ("top", top, 1)):
+        holds = (number is None and name != "top") or (isinstance(number, int) and number >= least)
+        expect(holds, name, f"an int of at least {least}", repr(number), "pass one")
     settings = Namespace(
         text=(Path("texts"),),
         documents=[
             Document("texts", f"#{number}", text, False) for number, text in enumerate(texts, 1)
         ],
         tokenizer="A",
-        device=str(base.model.device),
         dtype="auto",
         format="report",
         save_reference=None,
@@ -340,10 +337,17 @@ def compare_models(  # noqa: PLR0913
         by=by,
         top=top,
     )
-    with contextlib.ExitStack() as restored:
-        for module in (*base.model.modules(), *other.model.modules()):
-            restored.callback(setattr, module, "training", module.training)
-        base.model.eval()
-        other.model.eval()
-        (found,), _ = compare(settings, base, [other])
-    return found
+    try:
+        base, other = InMemory("A", model_a, tokenizer), InMemory("B", model_b, tokenizer)
+        settings.device = str(base.device)
+        with contextlib.ExitStack() as restored:
+            for module in (*base.model.modules(), *other.model.modules()):
+                restored.callback(setattr, module, "training", module.training)
+            base.model.eval()
+            other.model.eval()
+            alone, own = compare_share(settings, base, [other], 0, 1)
+    except UseError as error:
+        # Its argument is one of this function, which the command line spells in another way.
+        name, *rest = error.args
+        raise UseError(name.removeprefix("--").lower(), *rest) from None
+    return join(settings, base, [other], [alone], own)[0][0]

@@ -45,7 +45,7 @@ def longest(configs: Iterable[Any]) -> int:
 
 
 def choose_scheme(settings: Namespace, limit: int) -> Scheme:
-    """Fill in what is left out; limit: of the models."""
+    """Choose window, stride and what is scored; limit: tokens that all models can read at once."""
     score = settings.score or ("second-half" if settings.format == "llama.cpp" else "all")
     window = settings.window or min(WINDOWS[score], limit)
     if score == "all":

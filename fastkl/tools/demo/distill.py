@@ -5,7 +5,6 @@ is the lesson.
 """
 
 import dataclasses
-import io
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from fastkl import linear_divergence
 
 from ..console import table
+from ..plot import rendered
 from . import Settings
 from .corpus import Corpus, windows
 from .model import LanguageModel, train_reference
@@ -94,7 +94,7 @@ def distill(
 
 def picture(curves: dict[str, list[list[float]]]) -> bytes:
     """Draw what the students miss and what they invent over their steps, as PNG."""
-    figure, content = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained"), io.BytesIO()
+    figure = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained")
     for at, axes in enumerate(figure.subplots(1, 2)):
         for name, curve in curves.items():
             axes.plot([each[at] for each in curve], label=name)
@@ -105,5 +105,4 @@ def picture(curves: dict[str, list[list[float]]]) -> bytes:
             ylim=(0, None),
         )
         axes.legend(frameon=False)
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return rendered(figure, "png")
