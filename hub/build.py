@@ -1,4 +1,5 @@
-"""Builds the kernel repository that Hugging Face's `kernels` loads: `python hub/build.py FOLDER`, in a checkout.
+"""Builds the kernel repository that Hugging Face's `kernels` loads:
+`python hub/build.py FOLDER`, in a checkout.
 
 FOLDER becomes a kernel repository: the model card, the licence, and a variant build/torch-BACKEND
 for each backend of build.toml. A variant is the package without the command line and integrations,

@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 
 from .. import _checks, _modes
 
-# A copy of the package under another name, as a kernel from the Hub is one, registers ops of its own.
+# A copy of the package under another name, as a kernel from the Hub, registers ops of its own.
 NAMESPACE = __name__.removesuffix(".ops.dual_op").replace(".", "_")
 Outputs = TypeVar("Outputs")
 # The type of a NamedTuple's field in an op's schema.
