@@ -143,7 +143,7 @@ def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
         raise TypeError(
-            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a mask, or "
+            f"{expected} a nested tensor; pad it by to_padded_tensor, beside a mask, or "
             f"pass the .values() of every jagged argument"
         )
     if value.layout is not torch.strided:

@@ -192,7 +192,7 @@ def linear_token_stats(  # noqa: PLR0913
         dominates every other error, as for logits that a model returns; logits_dtype=torch.float32
         avoids that rounding. float16 gradients of logits underflow if upstream gradients are small,
         as in torch: use a GradScaler, or "sum" and "mean" of linear_kl_divergence, which have a
-        loss scale of their own. Figures: fastkl's README, "From hidden states".
+        loss scale of their own. Figures: docs/linear.md, "Accuracy".
 
     autocast: inputs are cast to the autocast type, as by F.linear.
 

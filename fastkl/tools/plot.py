@@ -231,8 +231,7 @@ def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
     drawn = np.sort(values[values > 0])
     if len(drawn):
         axes.set_yscale("log", nonpositive="mask")
-        # The first steps, on their way up from 0, may leave the axis.
-        axes.set_ylim(max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5, 1.5 * drawn[-1])
+        axes.set_ylim(max(drawn[0], drawn[-1] / SPAN) / 1.5, 1.5 * drawn[-1])
 
 
 def _draw(axes: Axes, run: Run, name: str, colour: str, alone: bool) -> None:

@@ -128,6 +128,9 @@ def training_names() -> dict[str, object]:
         "mean_kl": lambda: (parameter.detach() - 1).square().mean(),
     }
     exec("import fastkl; from fastkl import *; from fastkl.rl import *", scope)
+    scope["controller"] = fastkl.rl.AdaptiveBeta(0.05, target=0.1, horizon=1000)
+    scope["penalty"] = fastkl.KLPenalty(scope["controller"])
+    scope["penalty"](scope["policy_logits"], scope["ref_logits"], scope["mask"])
     return scope
 
 
