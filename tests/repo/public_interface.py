@@ -1,7 +1,7 @@
 # The public surface of fastkl as data: names, signatures with defaults, fields, methods and the
 # options of the command line. public_interface.json is that of the last release;
 #   python tests/repo/public_interface.py --write
-# makes it anew, in the first commit after a release.
+# makes it anew, in the commit that dates a version in CHANGELOG.md.
 
 import importlib
 import inspect

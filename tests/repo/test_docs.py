@@ -195,11 +195,14 @@ def public_names() -> set[str]:
             for node in ast.parse(path.read_text()).body
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
         }
+    names |= {f"fastkl.tools.compare.{name}" for name in ("Comparison", "compare_models")}
     return names | {"fastkl.integrations.transformers.head_of"}
 
 
 def test_the_reference_has_every_public_name_once() -> None:
     shown = re.findall(r"^::: (\S+)$", WORDS, flags=re.M)
+    missing = public_names() - set(shown)
+    assert not missing, f"in no page of docs/reference: add ::: {missing}"
     assert sorted(shown) == sorted(public_names())
 
 

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 
 import public_interface
 import pytest
@@ -16,6 +17,9 @@ def test_changes_since_the_last_release():
     changelog = (public_interface.SNAPSHOT.parents[2] / "CHANGELOG.md").read_text()
     new = public_interface.surface()
     assert not list(public_interface.complaints(OLD, new, changelog))
+    # Of an older snapshot each name in the sections since could change once more, unsaid.
+    dated = re.search(r"^## \[([\d.]+)\] - \d{4}-", changelog, flags=re.M)[1]
+    assert dated == OLD["version"], "run python tests/repo/public_interface.py --write"
 
 
 @pytest.mark.parametrize(

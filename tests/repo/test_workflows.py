@@ -49,7 +49,12 @@ def check_make(words):
         recipe = re.search(rf"^{target}:.*\n((?:\t.+\n)+)", MAKEFILE, re.M)
         assert recipe, f"{target}: no target of the Makefile"
         for line in recipe[1].splitlines():
-            check(line.strip().replace("$(VENV)", ".venv").replace(" $(ARGS)", ""))
+            check(
+                line.strip()
+                .replace("$(VENV)", ".venv")
+                .replace(" $(ARGS)", "")
+                .replace("$(AT_LEAST)", "65")
+            )
     check_pytest(shlex.split(named.get("ARGS", "")))
 
 

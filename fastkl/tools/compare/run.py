@@ -270,8 +270,13 @@ def run_compare(settings: Namespace) -> int:
     out = sys.stderr if STDOUT in paths else sys.stdout
     if settings.format == "llama.cpp":
         for each in [*found, *([floor] if floor else [])]:
-            model = report.model_line(each.report["letter"], each.report["models"][1])
-            print(f"{model}\n\n{each.llama_table()}\n", file=out)
+            print(
+                report.model_line(each.report["letter"], each.report["models"][1]),
+                f"text  {report.text_line(each.report)}",
+                f"\n{each.llama_table()}\n",
+                sep="\n",
+                file=out,
+            )
     elif found:
         print(text(whole), file=out)
     named = [path for path in (*paths, settings.save_reference) if path and path != STDOUT]
