@@ -145,7 +145,7 @@ def bars(title: str, values: Sequence[tuple[float, float]], height: int = 150) -
             name = f"{start:,.0f}" if start >= 1 else f"{start:.0e}"
             parts.append(f'<text x="{10 + number * step:.1f}" y="{height + 36}">{name}</text>')
     parts.append(f'<text x="10" y="12">tallest: {most:,.4g}</text>')
-    drawn = f'<svg viewBox="0 0 400 {height + 45}" role="img">{"".join(parts)}</svg>'
+    drawn = f'<svg viewBox="0 0 420 {height + 45}" role="img">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{clean(title)}</figcaption>{drawn}</figure>\n"
 
 
