@@ -22,15 +22,16 @@ NUMBER = r"-?\d+\.\d+"
 
 
 @torch.no_grad()
-def second_halves(name, ids, begin=None):
-    # Log-probs [n, V] in float64 of the second half of every whole window, and the tokens there.
+def second_halves(name, ids, begin=None, size=VOCABULARY, sharp=1.0):
+    # Log-probs [n, size] in float64 of the second half of every whole window, and the tokens there;
+    # sharp: a factor of the logits.
     rows, tokens = [], []
     for start in range(0, len(ids) - WINDOW + 1, WINDOW):
         read = torch.tensor([ids[start : start + WINDOW]])
         if begin is not None:
             read[0, 0] = begin
         logits = wide_model(name)[0](input_ids=read, use_cache=False).logits[0]
-        rows.append(logits[WINDOW // 2 : -1, :VOCABULARY].log_softmax(-1))
+        rows.append((sharp * logits[WINDOW // 2 : -1, :size]).log_softmax(-1))
         tokens.append(torch.tensor(ids[start + WINDOW // 2 + 1 : start + WINDOW]))
     return torch.cat(rows).numpy(), torch.cat(tokens).numpy()
 
@@ -109,37 +110,41 @@ def test_the_table_of_two_models(files, long, capsys):
     assert_table(shown, expected_table(log_p, log_q, tokens, kld))
 
 
-def write_base_file(path, name, ids, begin=None):
+def write_base_file(path, name, ids, begin=None, size=VOCABULARY, sharp=1.0):
     # As llama-perplexity --kl-divergence-base writes it, in float32; return it in float64.
-    log_p, tokens = second_halves(name, ids, begin)
+    log_p, tokens = second_halves(name, ids, begin, size, sharp)
     chunks, rows = len(ids) // WINDOW, (log_p - log_p.max(-1, keepdims=True)).astype(np.float32)
     low = np.maximum(rows.min(-1, keepdims=True), np.float32(-16))
     scale = -low / np.float32(65535)
     codes = np.where(rows > low, np.rint((rows - low) / scale), 0).astype("<u2")
     minimum = low - np.log(np.exp(rows).sum(-1, keepdims=True))
     head = np.concatenate([scale, minimum], -1).astype("<f4").view("<u2")
-    odd = np.zeros((len(rows), VOCABULARY % 2), "<u2")
-    header = np.array([WINDOW, VOCABULARY, chunks], "<i4").tobytes()
+    odd = np.zeros((len(rows), size % 2), "<u2")
+    header = np.array([WINDOW, size, chunks], "<i4").tobytes()
     text = np.array(ids[: chunks * WINDOW], "<i4").tobytes()
     path.write_bytes(b"_logits_" + header + text + np.concatenate([head, codes, odd], -1).tobytes())
     return codes * scale.astype(np.float64) + minimum, tokens
 
 
-@pytest.mark.parametrize("begin", [False, True])
-def test_a_base_file_by_llama_cpps_definitions(files, long, tmp_path, capsys, begin):
-    # With and without a special token in place of each window's first.
+@pytest.mark.parametrize("begin, size, sharp", [(0, 300, 1.0), (1, 300, 5.0), (0, 301, 5.0)])
+def test_a_base_file_by_llama_cpps_definitions(files, long, tmp_path, capsys, begin, size, sharp):
+    # With and without a special token in place of each window's first, an odd vocabulary, and
+    # log-probs below -16.
     path, ids = tmp_path / "base.kld", long[1]
     b = tmp_path / "b"
     b.mkdir()
-    for file in (files.folder / "b").iterdir():
+    for file in (files.folder / "padded").iterdir():
         (b / file.name).symlink_to(file)
     if begin:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (b / name).unlink()
         make_tokenizer(begin=True).save_pretrained(b)
-    stored, tokens = write_base_file(path, files.a, ids, 0 if begin else None)
-    log_q, _ = second_halves(files.b, ids, 0 if begin else None)
+    own = (ids, 0 if begin else None, size)
+    base = files.a if size == VOCABULARY else files.padded
+    stored, tokens = write_base_file(path, base, *own, sharp)
+    log_q, _ = second_halves(files.padded, *own)
     kept = stored > -16
+    assert kept.all() == (sharp == 1)
     kld = np.where(kept, np.exp(stored) * (stored - log_q), 0).sum(-1)
     code, shown, _ = cli_run(capsys, path, b, "--format", "llama.cpp", "--device", "cpu")
     assert code == 0
