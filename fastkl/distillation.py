@@ -205,11 +205,11 @@ class LinearDistillationLoss(_Distillation):
         logits_dtype, chunk_size, recompute: as linear_token_stats.
 
     forward(hidden, weight, ref_hidden, ref_weight, labels, *, normalizer=None) takes the student's
-    hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and [V,
-    H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
+    hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and
+    [V, H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
     gradient with respect to the inputs that require it; pass weight.detach() as ref_weight to keep
-    the teacher's gradient out of a shared lm_head. Pass a bias, soft cap or logit scale in a Head.
-    labels, normalizer, `last`: as DistillationLoss.
+    the teacher's gradient out of a shared lm_head. Pass a bias, soft cap or logit scale in the
+    Head. labels, normalizer, `last`: as DistillationLoss.
 
     Raises ValueError or TypeError for wrong arguments, as linear_divergence and linear_token_stats
     do. Source: as DistillationLoss.

@@ -68,10 +68,9 @@ def estimate_kl(
 
     Special values:
         A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token
-        has no probability to move); the other log-probability keeps its gradient. Both -inf give d
-        = 0. Values and gradients are finite for all log-probabilities ≤ 0, but a float16 gradient
-        is ±inf beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own
-        token.
+        has no probability to move); the other one keeps its gradient. Both -inf give d = 0. Values
+        and gradients are finite for all log-probabilities ≤ 0, but a float16 gradient is ±inf
+        beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own token.
 
     Raises:
         TypeError for anything except float tensors, or float64 mixed with another type. ValueError
@@ -176,16 +175,16 @@ def binary_divergence(
         Never negative, exactly 0 for equal log-probabilities; "tv" is at most 1.
 
     Gradient:
-        To both if they require it. With p = e^logprob and q = e^ref_logprob, "kl" has p·(log(p/(1 -
-        p)) - log(q/(1 - q))) to logprob and (q - p)/(1 - q) to ref_logprob; "tv" has ±p and ±q, 0
-        where they are equal. Never NaN for finite log-probabilities. At a logprob of 0 the first
-        one has no finite limit; here it is finite, as if 1 - p were 2e-308.
+        To both if they require it. With p = e^logprob and q = e^ref_logprob, "kl" has
+        p·(log(p/(1 - p)) - log(q/(1 - q))) to logprob and (q - p)/(1 - q) to ref_logprob; "tv" has
+        ±p and ±q, 0 where they are equal. Never NaN for finite log-probabilities. At a logprob of 0
+        the first one has no finite limit; here it is finite, as if 1 - p were 2e-308.
 
     Special values:
         -inf is a probability of 0. A log-probability above 0 is a rounding error and counts as 0,
         without gradient. "kl" is +inf exactly where q is 0 and p in float64 is not, or q is 1 and p
-        is not. A ref_logprob rounded to 0 suffices: float32 log_softmax returns 0 above q = 1 -
-        6e-8. NaN stays NaN.
+        is not. A ref_logprob rounded to 0 suffices: log_softmax in float32 returns 0 above
+        q = 1 - 6e-8. NaN stays NaN.
 
     Raises:
         As estimate_kl; ValueError for an unknown kind.

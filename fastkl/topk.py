@@ -144,8 +144,8 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
         topk_kl_divergence(logits, topk_logprobs, topk_ids, mask, direction=direction, ...)
 
     in one matrix product forward and two backward (one for a frozen lm_head), and one more if the
-    logits are not kept: see recompute. tail="renormalize" needs only the listed logits: up to K = V
-    / 256 each product uses K rows of the weight per token.
+    logits are not kept: see recompute. tail="renormalize" needs the listed logits only: up to
+    K = V / 256 each product uses K rows of the weight per token.
 
     Args:
         hidden, weight, bias, softcap, logits_dtype, chunk_size, recompute: as in
