@@ -83,7 +83,7 @@ def tensor_remedy(name: str, value: object, otherwise: str) -> str:
 
 
 def logits(name: str, value: torch.Tensor, split: bool = False) -> None:
-    """Check for a floating-point tensor [..., V] with V ≥ 1, or ≥ 0 if the vocabulary is split."""
+    """Check for a floating-point tensor [..., V] with V ≥ 1, or ≥ 0 for a split vocabulary."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the "

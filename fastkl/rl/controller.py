@@ -68,10 +68,10 @@ class Controller:
                 counted, not by n. A process without samples passes n=0 and any kl.
 
         Raises:
-            TypeError: kl or n is not a number. ValueError: a KL that is not finite (with a process
-            group, on every process), n ≤ 0 (with a process group, a sum of 0), a unit that is
-            missing or not the controller's, a penalty that was not called. beta and the state are
-            then unchanged.
+            TypeError: kl or n is not a number.
+            ValueError: a KL that is not finite (with a process group, on every process), n ≤ 0
+                (with a process group, a sum of 0), a unit that is missing or not the controller's,
+                a penalty that was not called. beta and the state are then unchanged.
         """
         if unit is not None:
             _checks.choice("unit", unit, get_args(Unit))
