@@ -273,8 +273,7 @@ class KLCallback(TrainerCallback, ExportableState):
         }
 
     def _monitored(self, step: int) -> dict[str, float]:
-        """Pass the micro-batches to the monitor as one packed batch, and name its figures for logs.
-        """
+        """Pass the micro-batches to the monitor as one packed batch, and name its figures."""
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
         # Created on the KL's device: a copy from the CPU would wait for all queued work.
         lengths = torch.cat(
