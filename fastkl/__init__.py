@@ -99,7 +99,7 @@ _MODULES = {*_HOMES.values(), "reference", "rl"}
 if not typing.TYPE_CHECKING:  # else a checker would accept any misspelt name
 
     def __getattr__(name: str) -> object:
-        """Import a public name's module, and make the name a plain attribute of this one."""
+        """Import a public name's module, and make the name a plain attribute of this module."""
         if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
         if name not in _HOMES:

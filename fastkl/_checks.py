@@ -14,7 +14,7 @@ INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 LARGEST_CLAMP = 50.0
 # 1/T and T are normal float32 numbers.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**126
-# Bound of sizes, so that a product of two fits int64.
+# Bound on sizes, so that a product of two fits int64.
 LARGEST_COUNT = 2**31 - 1
 
 
@@ -41,7 +41,7 @@ def is_number(value: object) -> bool:
 
 
 def described(value: object) -> str:
-    """Show a number; of anything else the type."""
+    """Show a number, or the type of anything else."""
     return shown(value) if isinstance(value, (int, float)) else type_name(value)
 
 
@@ -83,7 +83,7 @@ def tensor_remedy(name: str, value: object, otherwise: str) -> str:
 
 
 def logits(name: str, value: torch.Tensor, split: bool = False) -> None:
-    """Check for a floating-point tensor [..., V] with V ≥ 1, or 0 of a vocabulary that is split."""
+    """Check for a floating-point tensor [..., V] with V ≥ 1, or ≥ 0 for a split vocabulary."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the "
@@ -117,7 +117,7 @@ def not_forward_mode(name: str, value: torch.Tensor) -> None:
 
 
 def refuse_forward_mode(name: str) -> None:
-    """Raise for a tangent, which kernels would lose."""
+    """Raise for a tangent, which the kernels would drop."""
     raise NotDifferentiableError(
         f"{name}: expected a tensor without a tangent, got one of forward-mode differentiation "
         f"(torch.func.jvp, jacfwd, hessian), which is not implemented; use .backward() or "
@@ -127,7 +127,7 @@ def refuse_forward_mode(name: str) -> None:
 
 
 def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    """Check for a strided tensor without a tangent that this process holds whole; `remedy` is for a
+    """Check for a strided tensor, whole on this process and without a tangent; `remedy` is for a
     DTensor.
     """
     if type(value) is not torch.Tensor or value.is_nested or value.layout is not torch.strided:
@@ -137,7 +137,7 @@ def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    """Check for a strided tensor that this process holds whole; `remedy` is for a DTensor."""
+    """Check for a strided tensor that is whole on this process; `remedy` is for a DTensor."""
     expected = f"{name}: expected a plain tensor, {what}, got"
     if type(value) is not torch.Tensor and hasattr(type(value), "full_tensor"):
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
@@ -156,7 +156,7 @@ def local_or_full(name: str) -> str:
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Check for a tensor of another's shape and device, both float64 or neither."""
+    """Check that two tensors have the same shape and device, and both are float64 or neither."""
     if value.shape != other.shape:
         hint = "align the batch and time dimensions"
         if value.shape[:-1] == other.shape[:-1]:
@@ -173,14 +173,14 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
 def shared_vocabulary(
     names: tuple[str, ...], width: int, others: tuple[str, ...], other: int, before: str = ""
 ) -> str:
-    """Name the slices that cut the tensors of the wider vocabulary to the other's."""
+    """Name the slices that cut the tensors with the wider vocabulary to the smaller one."""
     wider = names if width > other else others
     slices = " and ".join(f"{each}[{before}:{min(width, other)}]" for each in wider)
     return f"slice the padded vocabulary to the shared one: {slices}"
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Check for a tensor on the device of another."""
+    """Check that two tensors are on the same device."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; "
@@ -191,7 +191,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 def same_device_and_precision(
     name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
 ) -> None:
-    """Check for two tensors on the same device, both float64 or neither."""
+    """Check that two tensors are on the same device, and both are float64 or neither."""
     same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
@@ -211,7 +211,7 @@ def per_row(
 ) -> None:
     """Check for a tensor with one entry per token: per row of logits or of hidden states.
 
-    kind: tensors of `types`, in words; remedy: for another type.
+    kind: `types` in words; remedy: for another type.
     """
     if not isinstance(value, torch.Tensor) or value.dtype not in types:
         remedy = tensor_remedy(name, value, remedy)
@@ -230,7 +230,7 @@ def per_row(
 
 
 def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
-    """Return K of ids [..., K]; 1 for an object that per_row refuses."""
+    """Return K of ids [..., K]; 1 for an object that per_row rejects."""
     if not isinstance(ids, torch.Tensor) or ids.is_nested:
         return 1
     expect(
@@ -298,7 +298,7 @@ def temperature(
 
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
-    """Check the temperature of a module, a number; `elsewhere` takes one per token."""
+    """Check the temperature of a module, a number; the function `elsewhere` takes one per token."""
     remedy = f"call {elsewhere} for a temperature per token"
     number = not isinstance(value, torch.Tensor)
     expect(number, name, "a positive number", value, remedy, TypeError)
@@ -354,8 +354,8 @@ def _number(name: str, value: float) -> None:
 
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
-    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, 0 for an
-    empty batch, which is read where it is readable.
+    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, which may be
+    0 for an empty batch and is read only if that needs no synchronisation.
     """
     if value is None:
         return
@@ -388,7 +388,7 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
         )
         if not _modes.readable(value):
             return
-        value = value.detach().item() or 1.0  # 0 is right
+        value = value.detach().item() or 1.0  # 0 is valid
     what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
     expect(is_number(value), "normalizer", what, value, remedy, TypeError)
     remedy = f"{remedy}, or a tensor, which may be 0"

@@ -29,8 +29,8 @@ def takes_dtensors(function: Function) -> Function:
 
 
 def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """Call a function on the local parts of DTensors, with the columns' shard if they have one, and
-    return its results as DTensors with the other placements.
+    """Call a function on the local parts of DTensors, with a VocabShard if the columns are split,
+    and return its results as DTensors with the remaining placements.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

@@ -22,7 +22,7 @@ from ._checks import (
 
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
-    """Check for a tensor of one of FLOAT_TYPES that this process holds whole."""
+    """Check for a tensor of one of FLOAT_TYPES that is whole on this process."""
     if not isinstance(value, torch.Tensor):
         expect(False, name, f"a tensor, {what}", value, "pass the model's own", TypeError)
     plain(
@@ -57,8 +57,8 @@ class Names(NamedTuple):
 def head(
     names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """Check hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on
-    one device.
+    """Check one model's hidden states [..., H], weight [V, H] and bias [V] or None, all of one type
+    on one device.
     """
     name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
@@ -97,7 +97,7 @@ def head(
 
 
 def absent(given: dict[str, object], where: str, remedy: str) -> None:
-    """Check that arguments are None where they have no meaning; where: such as "beside a Head"."""
+    """Check that arguments without meaning are None; where: such as "beside a Head"."""
     for name, value in given.items():
         expect(value is None, name, f"None {where}", described(value), remedy)
 
@@ -105,7 +105,7 @@ def absent(given: dict[str, object], where: str, remedy: str) -> None:
 def given_logits(
     logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, others: dict[str, object]
 ) -> None:
-    """Check ref_logits [..., V], and that what they replace is None."""
+    """Check ref_logits [..., V], and that the arguments they replace are None."""
     absent(others, "beside ref_logits", "pass the reference's logits or its hidden states")
     _plain_float_tensor("ref_logits", logits, "logits [..., V]")
     expected = (*hidden.shape[:-1], weight.shape[0])
@@ -133,7 +133,7 @@ def second_head(
     """Check the reference's (hidden, weight, bias) against the policy's: the same tokens and
     vocabulary.
 
-    own_bias: the second model is a Head, which has a bias of its own even if it shares the weight.
+    own_bias: the second model is a Head, with its own bias even if it shares the weight.
     """
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = first, second
     head(names[1], ref_hidden, ref_weight, ref_bias)
@@ -162,7 +162,7 @@ def second_head(
 
 
 def softcap(value: float | None, name: str = "softcap") -> None:
-    """Check for None or a positive number that float32 represents, as it does its inverse."""
+    """Check for None or a positive number that float32 can represent, and its inverse too."""
     if value is not None:
         number(
             name,
@@ -184,7 +184,7 @@ def options(
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> None:
-    """Check that each option of a computation is None, or a float type, a number of tokens, a bool;
+    """Check that the options are None or, in order, a float type, a number of tokens and a bool;
     logits_dtype_for checks the type against the inputs.
     """
     remedy = "pass None, which chooses one"
@@ -223,7 +223,7 @@ def options(
 
 
 def logits_dtype_for(value: torch.dtype | None, default: torch.dtype) -> None:
-    """Check for None, the default or float32; for float64 inputs only for float64."""
+    """Check for None, the default or float32; with float64 inputs, only float64."""
     widest = default in (torch.float32, torch.float64)
     allowed = (default,) if widest else (default, torch.float32)
     expect(

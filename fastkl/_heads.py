@@ -30,9 +30,9 @@ class Head(NamedTuple):
             logits = softcap * torch.tanh(logits / softcap)
 
     before the temperature. weight: [V, H]. bias: [V] or None. softcap: a positive number or None.
-    logit_scale: a positive number. shard: unless None, weight and bias are this process's rows of
-    a vocabulary split over processes, the same for both models. A Head inherits nothing from the
-    arguments beside it or from the other model.
+    logit_scale: a positive number. shard: if given, weight and bias are this process's rows of a
+    vocabulary split over processes; the same for both models. A Head inherits nothing from other
+    arguments or from the other model.
     """
 
     weight: torch.Tensor
@@ -76,7 +76,7 @@ class Given(NamedTuple):
 def prepare(
     given: Given, *, reference_required: bool = False, swapped: bool = False
 ) -> LinearInputs:
-    """Check the arguments, cast them under autocast, and pack them for an op.
+    """Check the arguments, cast them under autocast and pack them for an op.
 
     swapped: exchange policy and reference, but given logits stay the second argument.
     """
@@ -142,7 +142,7 @@ def prepare(
         if given.ref_logits is None:
             models.reverse()
     (policy, (ref_hidden, second_weight, second_bias)), (first, other) = models, scales
-    # s·x under a soft cap of c is s·(x under a cap of c/s): the ops take caps of raw logits.
+    # Capping s·x at c equals s·(x capped at c/s): the ops take caps of raw logits.
     dtype = result_dtype(hidden)
     temperatures, temperature = per_token(first.divisor(dtype))
     ratios, ratio = per_token(other.ratio_to(first, dtype))
@@ -175,7 +175,7 @@ def prepare(
 
 def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cut:
     """Check the shard of both heads, replace hidden states by those of all tokens, and return the
-    Cut of the weights.
+    weights' Cut.
     """
     shard, other = heads[0].shard, heads[0].shard if alone else heads[1].shard
     _checks.expect(
@@ -200,7 +200,7 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
     for model in models:
         if isinstance(model[0], torch.Tensor):
             model[0] = hidden_states(model[0], shard)
-        if rows < len(heads[0].weight):  # 0·NaN of padding would spread through a product
+        if rows < len(heads[0].weight):  # a product would spread the padding's 0·NaN
             model[1:] = [None if value is None else value[:rows] for value in model[1:]]
     return cut
 
@@ -225,8 +225,9 @@ def learning(inputs: LinearInputs) -> str:
 def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
     """Return whether forward keeps all logits for backward.
 
-    Never without a backward, nor inside a transform of torch.func, which may call it for any number
-    of samples. An exported graph may be for any number of tokens: only with recompute=False.
+    Never if no backward can follow, nor inside a transform of torch.func, which may batch any
+    number of samples. An exported graph may serve any number of tokens: there, only with
+    recompute=False.
     """
     if recompute or _modes.transforming() or not learning(inputs):
         return False
@@ -237,7 +238,7 @@ def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
 
 
 def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | None) -> Head:
-    """Return a model's Head; for a plain weight make one of the arguments beside it."""
+    """Return a model's Head; for a plain weight, build one from the other arguments."""
     if not isinstance(weight, Head):
         return Head(weight, bias, softcap)
     _head_checks.absent(
@@ -256,7 +257,7 @@ def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | 
 
 
 class _Scale(NamedTuple):
-    """The numbers between one model's raw logits and its log-softmax: softcap (0: none),
+    """The numbers applied between one model's raw logits and its log-softmax: softcap (0: none),
     logit_scale (factor), temperature.
     """
 
@@ -273,7 +274,7 @@ class _Scale(NamedTuple):
         return self.temperature / self.factor
 
     def ratio_to(self, first: "_Scale", dtype: torch.dtype) -> float | torch.Tensor:
-        """Return the first model's divisor over this one's; NaN for a tensor's entry out of the
+        """Return the first model's divisor over this one's; NaN for a tensor entry outside the
         range of temperatures.
         """
         if self.temperature is first.temperature:
@@ -310,7 +311,7 @@ def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> lis
 
 
 def _autocast(value: Any) -> Any:
-    """Cast as F.linear under autocast: float32 and 16-bit tensors to the autocast type."""
+    """Cast as F.linear does under autocast: float32 and 16-bit tensors to the autocast type."""
     if (
         isinstance(value, torch.Tensor)
         and value.is_floating_point()

@@ -17,12 +17,12 @@ try:
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
     from torch.jit._trace import is_tracing
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-except ImportError:  # private names of torch: without one of them every call takes the op
+except ImportError:  # private names of torch: if one is missing, every call takes the op
     SHORT_WAYS = False
 else:
     SHORT_WAYS = True
 
-# For ops/dual_op.py too; all private names stand in one place.
+# Also for ops/dual_op.py, so that all private names are in one place.
 __all__ = [
     "TransformType",
     "_are_functorch_transforms_active",
@@ -31,7 +31,7 @@ __all__ = [
     "peek_interpreter_stack",
 ]
 
-# Types that no subclass or mode can override; of any other the call is not eager.
+# Types that no subclass or mode can override; a call with any other type is not eager.
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
 
@@ -47,7 +47,7 @@ def eager(*inputs: object) -> bool:
 
 
 def readable(value: torch.Tensor) -> bool:
-    """Return whether reading values costs no synchronisation: on a CPU in eager mode."""
+    """Return whether values can be read without synchronising: on a CPU in eager mode."""
     return value.device.type == "cpu" and eager(value)
 
 
@@ -60,8 +60,8 @@ def plain(inputs: Sequence[Any]) -> bool:
     """Return whether no dispatch mode or tracer sees a call with these arguments, and each is a
     plain value or a dense tensor.
 
-    Not dense: subclasses, meta tensors, batched ones (is_grads_batched=True), a pending negation
-    (x.conj().imag), the wrapper that a transform left behind.
+    Not dense: subclasses, meta tensors, batched tensors (is_grads_batched=True), a pending negation
+    (x.conj().imag), wrappers left behind by a transform.
     """
     if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or is_tracing():
         return False

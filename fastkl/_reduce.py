@@ -1,4 +1,4 @@
-"""Reduces one value per token to a scalar: Σ weights·x / normalizer, and nothing else."""
+"""Reduces one value per token to a scalar: Σ weights·x / normalizer."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def check(
 ) -> None:
     """Check the arguments of a reduction that may be "none"."""
     if weights is None and normalizer is None and type(reduction) is str and reduction == "none":
-        return  # with few rows Python dominates a call's time
+        return  # Python dominates a call with few rows
     _checks.choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and weights is not None:
         raise ValueError(
@@ -39,7 +39,7 @@ def check(
 def tokens(
     mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor | int:
-    """Count the unmasked tokens; with a mask as a tensor of type dtype, without synchronising."""
+    """Count the unmasked tokens; with a mask, as a tensor of type dtype, without synchronising."""
     return math.prod(leading) if mask is None else mask.sum(dtype=dtype)
 
 
@@ -61,8 +61,8 @@ def divisor(
 ) -> torch.Tensor | float:
     """Return the divisor, a number or scalar tensor, of the sum over tokens, of type dtype.
 
-    Without tokens (sequences) it is 1. A tensor 0 becomes inf, so that every finite sum and its
-    gradient are 0; one below 0, NaN.
+    It is 1 without tokens (sequences). A tensor 0 becomes inf, so that every finite sum and its
+    gradient are 0; a negative tensor becomes NaN.
     """
     if reduction == "sum":
         return 1
@@ -79,7 +79,7 @@ def divisor(
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    """Return the count, or 1 for 0: the divisor of a mean."""
+    """Return the count, or 1 for 0, as the divisor of a mean."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)
 
 
@@ -90,8 +90,8 @@ def reduced(
     reduction: str,
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum or average values [...], exactly 0 where the mask is False, or with "none" return them; a
-    masked token's weight may be anything.
+    """Sum or average values [...], which are exactly 0 where the mask is False, or return them with
+    "none"; a masked token's weight may have any value.
     """
     if reduction == "none":
         return values

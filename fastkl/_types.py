@@ -1,5 +1,5 @@
-"""Types in annotations: a type checker refuses a misspelt direction, and run-time checks read the
-same list.
+"""Types for annotations: type checkers reject a misspelt direction, and run-time checks read the
+same lists.
 """
 
 from typing import Literal, Protocol
@@ -9,7 +9,7 @@ Estimator = Literal["k1", "k2", "k3", "abs"]
 BinaryKind = Literal["kl", "tv"]
 DivergenceName = Literal["kl", "js", "skew_kl", "renyi", "total_variation", "jeffreys"]
 DistillationDirection = Literal["teacher||student", "student||teacher"]
-Reduction = Literal["none", "mean", "token_mean", "sum"]  # "token_mean" is another name of "mean"
+Reduction = Literal["none", "mean", "token_mean", "sum"]  # "token_mean" is an alias of "mean"
 PenaltyReduction = Literal["token_mean", "mean", "sequence_mean", "sum"]
 
 

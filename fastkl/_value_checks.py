@@ -1,4 +1,4 @@
-"""Checks values of tensors by reading them, which synchronises a GPU; worded as in _checks.py."""
+"""Checks that read tensor values, which synchronises a GPU; wording as in _checks.py."""
 
 from typing import Any
 
@@ -35,6 +35,6 @@ def in_range(temperature: Any) -> Any:
 
 
 def ratios_finite(value: torch.Tensor) -> None:
-    """Check ratios of two temperatures; NaN stands for one out of range."""
+    """Check ratios of two temperatures; NaN marks one out of range."""
     what = f"{_VALUES}, in relation to temperature too"
     expect(value.isfinite().all(), "ref_temperature", what, "one that is not", _REMEDY)

@@ -21,14 +21,14 @@ _forced: str | None = None
 
 
 class use_backend:  # noqa: N801  (used like a function)
-    """Choose the implementation: `use_backend("triton")` from now on, or `with
+    """Choose the implementation: `use_backend("triton")` from this call on, or `with
     use_backend("triton"):` for a block.
 
     name: "triton", "reference", or None for the default (Triton on a GPU, the reference on CPU
-    tensors). The choice is one for the whole process; a backward pass runs on the backend of its
+    tensors). The choice applies to the whole process; a backward pass runs on the backend of its
     forward pass. With TRITON_INTERPRET=1 set before the first use, "triton" runs the kernels on CPU
     tensors in Triton's interpreter, for debugging: it rounds a multiply-add twice where a GPU
-    rounds once, so that results of logits at a common level L are off by about 1e-7·L.
+    rounds once, so results for logits with a common offset L are off by about 1e-7·L.
     Raises ValueError for another name.
     """
 
@@ -49,10 +49,10 @@ class use_backend:  # noqa: N801  (used like a function)
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The backend that would run and why. str() is one readable line.
+    """The backend that would run, and why. str() is one readable line.
 
     backend: "triton" or "reference"; why: the reason for the choice; problems: every reason why
-    that backend cannot take the input (empty: it can).
+    that backend cannot take the input (empty if it can).
     """
 
     backend: str
@@ -98,8 +98,8 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
     """Explain which backend these logits select, why, and every reason why it cannot run.
 
-    Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example:
-    print(fastkl.explain(logits))
+    Raises TypeError or ValueError for inputs that token_stats(logits, …, ref_logits) does not
+    accept. Example: print(fastkl.explain(logits))
     """
     _checks.logits("logits", logits)
     if ref_logits is not None:
@@ -118,8 +118,8 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
 def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
     """Return the backend for these logits; RuntimeError with every reason if it cannot take them.
 
-    read_rows: whether the kernels read these tensors; False for hidden states, which only show on
-    which device the logits will be.
+    read_rows: whether the kernels read these tensors; False for hidden states, which only determine
+    the logits' device.
     """
     backend = _forced or ("triton" if logits[0].is_cuda else "reference")
     if backend == "triton":

@@ -1,4 +1,4 @@
-"""The loss of distillation as a module, from logits or from hidden states: cross-entropy with the
+"""The distillation loss as a module, from logits or from hidden states: cross-entropy with the
 labels and a divergence from the teacher.
 """
 
@@ -16,9 +16,9 @@ from .linear import Head, linear_token_stats
 from .linear_divergences import reduced
 from .tokens import TokenStats, token_stats
 
-# The label of a token that does not count, as of torch.nn.functional.cross_entropy.
+# The label of an ignored token, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
-# Arguments that print(model) shows where they are not None.
+# Arguments shown by print(model) if not None.
 _ARGUMENTS = (
     *("divergence", "alpha", "temperature", "direction", "divergence_alpha", "beta"),
     *("logits_dtype", "chunk_size", "recompute"),
@@ -68,11 +68,11 @@ class _Distillation(torch.nn.Module):
         statistics: Callable[..., TokenStats],
         divergence: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Check labels [...] of `like` [..., X], add up the terms of a weight above 0, and remember
-        their means.
+        """Check labels [...] of `like` [..., X], add up the terms with a weight above 0, and
+        remember their means.
 
-        statistics: token_stats as a function of (labels, *teacher, mask=); divergence: the sum as
-        one of the mask.
+        statistics: token_stats as a function of (labels, *teacher, mask=); divergence: its sum as a
+        function of the mask.
         """
         _checks.tokens(labels, like.shape[:-1], like.device, "labels")
         _checks.normalizer(normalizer, "mean", like.device)
@@ -90,13 +90,13 @@ class _Distillation(torch.nn.Module):
             sums["divergence"] = (stats.kl if self._reverse else stats.ref_kl).sum()
         elif self.alpha > 0:
             sums["divergence"] = divergence(mask)
-        if self.alpha == 1:  # no log-prob that a wrong label makes NaN
+        if self.alpha == 1:  # no log-prob turns NaN at a wrong label
             right = ~mask | (labels >= 0) & (labels < vocabulary)
             sums["divergence"] = torch.where(right.all(), sums["divergence"], torch.nan)
         scales = {"cross_entropy": 1 - self.alpha, "divergence": self.alpha * self.temperature**2}
         total = torch.stack([scales[name] * value for name, value in sums.items()]).sum()
         loss = _reduce.reduced(total, mask, None, "mean", normalizer)
-        if not _modes.transforming():  # else these tensors are invalid outside the transform
+        if not _modes.transforming():  # a transform's tensors are invalid outside
             with torch.no_grad():
                 tokens = mask.sum(dtype=total.dtype)
                 means = {name: value / tokens.clamp(min=1) for name, value in sums.items()}
@@ -105,8 +105,8 @@ class _Distillation(torch.nn.Module):
 
 
 class DistillationLoss(_Distillation):
-    """Computes a mixture of the cross-entropy with the labels and a divergence of student and
-    teacher, a scalar loss.
+    """Computes a scalar loss: a weighted sum of the cross-entropy with the labels and a divergence
+    between student and teacher.
 
     Equivalent to
 
@@ -116,7 +116,8 @@ class DistillationLoss(_Distillation):
         loss = ((1 - alpha) * cross_entropy + alpha * temperature**2 * kl.sum()) / mask.sum()
 
     for the default divergence, without a tensor of probabilities: from one read of both logits at
-    temperature 1, else from one of the student's for the cross-entropy and those of the divergence.
+    temperature 1, otherwise from one read of the student's for the cross-entropy plus those of the
+    divergence.
 
     Args:
         divergence: "kl", "js", "skew_kl", "renyi", "total_variation" or "jeffreys", as in
@@ -124,23 +125,23 @@ class DistillationLoss(_Distillation):
         alpha: the divergence's weight, a number in [0, 1]; 1 - alpha is the cross-entropy's. A term
             of weight 0 is not computed.
         temperature: divides both logits in the divergence, not in the cross-entropy; a positive
-            number. Its square keeps the gradient's size.
-        direction: "teacher||student", the forward KL, or "student||teacher", the reverse KL: P and
-            Q exchanged, of every divergence.
-        divergence_alpha: the divergence's own alpha, of "skew_kl" and "renyi".
-        beta: of "js", the share of P. Default: 0.5.
+            number. Its square in the loss keeps the gradient's scale.
+        direction: "teacher||student", the forward KL, or "student||teacher", the reverse KL; for
+            every divergence, P and Q exchanged.
+        divergence_alpha: the divergence's own alpha, for "skew_kl" and "renyi".
+        beta: for "js", the share of P. Default: 0.5.
 
     forward(logits, teacher_logits, labels, *, normalizer=None) takes logits [..., V] and integer
-    labels [...], -100 where a token does not count (another outside 0 … V-1 is an error on a CPU
-    and NaN on a GPU), and returns a float32 scalar with gradient with respect to the logits that
-    require it. labels[..., t] is the token that logits[..., t, :] predict: of a causal model's pass
-    logits[:, :-1] and labels[:, 1:]. Without a token that counts it returns 0. normalizer: the
-    divisor in place of mask.sum(), as in KLPenalty.
+    labels [...], -100 where a token does not count (any other label outside 0 … V-1 is an error on
+    a CPU and gives NaN on a GPU), and returns a float32 scalar with gradient with respect to the
+    logits that require it. labels[..., t] is the token that logits[..., t, :] predict: for a causal
+    model pass logits[:, :-1] and labels[:, 1:]. With no token that counts it returns 0. normalizer:
+    the divisor in place of mask.sum(), as in KLPenalty.
 
     `last` holds the last call's means over the tokens that count, as detached tensors:
     "cross_entropy" and "divergence" (nats, without weights and temperature²; absent if not
-    computed), and "tokens" (their number) and "loss". A call inside a transform of torch.func
-    leaves it unchanged.
+    computed), and "tokens" (their count) and "loss". A call inside a transform of torch.func leaves
+    it unchanged.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence and token_stats do.
     Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network (2015), section 2.
@@ -184,7 +185,7 @@ class DistillationLoss(_Distillation):
 
 
 class LinearDistillationLoss(_Distillation):
-    """Computes DistillationLoss from hidden states and lm_head weights, a chunk of logits at a
+    """Computes DistillationLoss from hidden states and lm_head weights, one chunk of logits at a
     time.
 
     Equivalent to
@@ -194,10 +195,10 @@ class LinearDistillationLoss(_Distillation):
         loss = DistillationLoss(divergence, alpha, temperature)(logits, teacher_logits, labels)
 
     with logits_dtype, chunk_size and recompute as in linear_token_stats. The KL at temperature 1
-    comes with the cross-entropy, in the products and memory of one linear_token_stats of both
-    models: four with a trained lm_head and kept logits, six without. Otherwise the divergence costs
-    those of linear_divergence with "sum", four, and the cross-entropy those of linear_token_stats
-    of the student, three or four.
+    comes with the cross-entropy, at the matrix products and memory of one linear_token_stats of
+    both models: four products with a trained lm_head and kept logits, six without. Otherwise the
+    divergence costs the products of linear_divergence with "sum", four, and the cross-entropy those
+    of linear_token_stats of the student, three or four.
 
     Args:
         divergence, alpha, temperature, direction, divergence_alpha, beta: as DistillationLoss.
@@ -206,9 +207,9 @@ class LinearDistillationLoss(_Distillation):
     forward(hidden, weight, ref_hidden, ref_weight, labels, *, normalizer=None) takes the student's
     hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and
     [V, H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
-    gradient with respect to those that require it; pass weight.detach() as ref_weight to keep the
-    teacher's gradient out of a shared lm_head. A bias, soft cap or factor of the logits is its
-    Head's. labels, normalizer, `last`: as DistillationLoss.
+    gradient with respect to the inputs that require it; pass weight.detach() as ref_weight to keep
+    the teacher's gradient out of a shared lm_head. Pass a bias, soft cap or logit scale in the
+    Head. labels, normalizer, `last`: as DistillationLoss.
 
     Raises ValueError or TypeError for wrong arguments, as linear_divergence and linear_token_stats
     do. Source: as DistillationLoss.

@@ -24,8 +24,8 @@ def kl_divergence(
     normalizer: float | torch.Tensor | None = None,
     shard: Shards = None,
 ) -> torch.Tensor:
-    """Compute KL(P‖Q) of every row, exact over the vocabulary, the expectation under the FIRST
-    argument.
+    """Compute KL(P‖Q) of every row, exact over the vocabulary; the expectation is under P, the
+    FIRST argument.
 
     Equivalent to
 
@@ -35,10 +35,10 @@ def kl_divergence(
         kl = torch.where(mask, kl, 0)
         "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
-    but in one read of each tensor and without a tensor of probabilities. Its digits are kept where
-    P and Q are close: the lines above return noise, or a negative number, for a KL below about
-    1e-5. Backward needs the inputs and 40 bytes per row; on a CPU "sum" and "mean" also hold the
-    gradient, if it is to p_logits alone and not float16.
+    but reads each tensor once and allocates no tensor of probabilities. It keeps its relative
+    accuracy where P and Q are close; for a KL below about 1e-5 the lines above return noise or a
+    negative number. Backward needs the inputs and 40 bytes per row; on a CPU "sum" and "mean" also
+    keep the gradient if only p_logits requires one and it is not float16.
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF
     penalty (reverse KL), `kl_divergence(teacher, student)` the distillation loss (forward KL).
@@ -47,24 +47,24 @@ def kl_divergence(
         p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
             backend), any strides with a unit stride along V.
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient).
-            Under torch.compile a changed number recompiles; a tensor does not. An entry of the
-            tensor that is not positive is an error on the reference backend and NaN on a GPU.
+            Under torch.compile a changed number recompiles; a tensor does not. A non-positive entry
+            of the tensor is an error on the reference backend and gives NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and
             have gradient exactly 0.
-        weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require
-            gradient; a masked token's entry may be anything.
+        weights: [...] float, a factor for each token's KL; only with "sum" and "mean". It may
+            require gradient; a masked token's entry may have any value.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
-        normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-            makes the mean 0 and one below 0 is an error on a CPU and NaN on a GPU. Default: the
-            number of unmasked tokens in this call, whatever their weights (1 if none). For several
-            micro-batches pass the number in all of them; under DDP and FSDP, which average
-            gradients, the number in all processes / world_size.
-        shard: the columns that both tensors hold of a vocabulary split over processes, a VocabShard
-            or a pair of them, one for each; DTensors need none. Every rank gets the same result. On
-            a GPU 32 bytes per row and segment and 80 per row and rank are gathered, in two
-            collectives forward and none backward. Other divergences but Jeffreys' gather all logits
-            forward and keep 40 bytes per row; the reference backend, and either backend for a pair,
-            gathers and keeps all logits. No second derivative.
+        normalizer: the divisor of the mean: a number above 0, or a tensor with one number; a tensor
+            0 makes the mean 0, a negative one is an error on a CPU and gives NaN on a GPU. Default:
+            the number of unmasked tokens in this call, whatever their weights (1 if there are
+            none). With several micro-batches pass their total; under DDP and FSDP, which average
+            gradients, the total over all processes / world_size.
+        shard: for a vocabulary split over processes, the columns that both tensors hold: a
+            VocabShard, or a pair, one for each tensor; DTensors need none. Every rank gets the same
+            result. On a GPU two collectives forward, and none backward, gather 32 bytes per row and
+            segment and 80 per row and rank. Divergences other than KL and Jeffreys' gather all
+            logits forward and keep 40 bytes per row; the reference backend, and either backend for
+            a pair, gathers and keeps all logits. No second derivative.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -75,17 +75,17 @@ def kl_divergence(
         upstream gradient is 0 costs no reads. No second derivative.
 
     Special values:
-        An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
-        +inf; in p_logits alone, finite. A p below e^-745, which float64 cannot hold, counts as 0:
-        it adds 0 whatever q is. A NaN, a +inf, or -inf in every entry of either makes its own row
-        NaN.
+        An entry that is -inf in both tensors adds 0; -inf in q_logits alone makes the row +inf
+        where p > 0; -inf in p_logits alone adds a finite term. A p below e^-745, which float64
+        cannot hold, counts as 0: it adds 0 whatever q is. A NaN, a +inf, or -inf in every entry of
+        either tensor makes that row NaN.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen
         backend cannot take the input.
 
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
-    2.4. The formula used: reference.py's docstring.
+    2.4. The docstring of reference.py has the formula used.
     """
     return Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer, shard).of(
         "kl", 0.0, None
@@ -115,16 +115,17 @@ def js_divergence(  # noqa: PLR0913
         m = beta * p + (1 - beta) * q
         js = (beta * p * (p / m).log() + (1 - beta) * q * (q / m).log()).sum(-1)
 
-    with its digits kept where P and Q are close. Two reads of the logits forward, one backward.
+    but keeps its relative accuracy where P and Q are close. Reads the logits twice forward, once
+    backward.
 
     Args:
         beta: the share of P, which is the teacher in on-policy distillation, a number in [0, 1]. 0
-            and 1 give 0, as the definition does. TRL's GKDTrainer and Liger-Kernel's LigerJSD take
-            the student first and give KL(P‖Q) at 0 and KL(Q‖P) at 1; between, they are the same.
+            and 1 give 0, as in the definition. TRL's GKDTrainer and Liger-Kernel's LigerJSD take
+            the student first and give KL(P‖Q) at 0 and KL(Q‖P) at 1; in between they are the same.
 
-    The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
-    the entropy of (β, 1 - β): log 2 for the default. An entry without probability in one model or
-    both has a finite term.
+    Other arguments, result, gradient, Raises: as kl_divergence. The result is at most the entropy
+    of (β, 1 - β): log 2 for the default. An entry of probability 0 in one or both models adds a
+    finite term.
 
     Source: Lin, Divergence measures based on the Shannon entropy, IEEE Trans. Inf. Theory 37
     (1991); Agarwal et al., On-policy distillation of language models (2024).
@@ -156,15 +157,15 @@ def skew_kl_divergence(  # noqa: PLR0913
         q = (q_logits.float() / temperature).softmax(-1)
         skew = (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum(-1)
 
-    with its digits kept where P and Q are close. Two reads of the logits forward, one backward.
+    but keeps its relative accuracy where P and Q are close. Reads the logits twice forward, once
+    backward.
 
     Args:
         alpha: the share of P in the mixture, a number in [0, 1]; 0 gives kl_divergence, 1 gives 0.
             DistiLLM's skew KL is skew_kl_divergence(teacher, student, alpha=0.1), its skew reverse
             KL skew_kl_divergence(student, teacher, alpha=0.1).
 
-    The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
-    -log(α).
+    Other arguments, result, gradient, Raises: as kl_divergence. The result is at most -log(α).
 
     Source: Lee, Measures of distributional similarity (1999); Ko et al., DistiLLM (2024).
     """
@@ -194,17 +195,17 @@ def renyi_divergence(  # noqa: PLR0913
         log_q = (q_logits.float() / temperature).log_softmax(-1)
         renyi = (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1) / (alpha - 1)
 
-    from one read of the logits, with its digits kept where P and Q are close.
+    but reads the logits once and keeps its relative accuracy where P and Q are close.
 
     Args:
         alpha: the order, a finite number above 0. 1, and numbers within 1e-7 of it, give
             kl_divergence, the limit.
 
-    The other arguments, the result, its gradient, Raises: as kl_divergence.
+    Other arguments, result, gradient, Raises: as kl_divergence.
 
     Special values:
         +inf if p > 0 = q anywhere for α ≥ 1, and if P and Q have no entry in common for α < 1. For
-        α > 1 a p below e^-745 matters where q is far smaller still; it counts as 0 as in
+        α > 1 a p below e^-745 would matter where q is far smaller; it still counts as 0, as in
         kl_divergence.
 
     Source: Rényi, On measures of entropy and information (1961); van Erven & Harremoës, Rényi
@@ -235,14 +236,15 @@ def total_variation(
         q = (q_logits.float() / temperature).softmax(-1)
         tv = 0.5 * (p - q).abs().sum(-1)
 
-    with its digits kept where P and Q are close. Two reads of the logits forward, one backward. 1
-    minus it is the acceptance rate of speculative decoding with draft P and target Q.
+    but keeps its relative accuracy where P and Q are close. Reads the logits twice forward, once
+    backward. 1 minus the result is the acceptance rate of speculative decoding with draft P and
+    target Q.
 
-    The arguments, the result, Raises: as kl_divergence. The result is at most 1.
+    Arguments, result, Raises: as kl_divergence. The result is at most 1.
 
     Gradient:
-        That of the lines above. At p = q, a kink, any slope between those on either side is right:
-        which one comes depends on rounding, as in the lines above. Of equal rows it is 0.
+        The gradient of the lines above. At the kink p = q every slope between the one-sided ones is
+        valid; rounding decides which is returned, as in the lines above. For equal rows it is 0.
 
     Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """
@@ -265,10 +267,10 @@ def jeffreys_divergence(
 ) -> torch.Tensor:
     """Compute the Jeffreys divergence KL(P‖Q) + KL(Q‖P) of every row, from one read of the logits.
 
-    Equivalent to kl_divergence(p_logits, q_logits, ...) + kl_divergence(q_logits, p_logits, ...);
-    not half of it, which some papers call by this name.
+    Equivalent to kl_divergence(p_logits, q_logits, ...) + kl_divergence(q_logits, p_logits, ...),
+    not half of that, to which some papers give this name.
 
-    The arguments, the result, its gradient, Raises: as kl_divergence. +inf where either KL is.
+    Arguments, result, gradient, Raises: as kl_divergence. The result is +inf if either KL is.
 
     Source: Jeffreys, An invariant form for the prior probability in estimation problems, Proc. R.
     Soc. A 186 (1946).
@@ -291,7 +293,9 @@ class Call(NamedTuple):
     shard: Shards
 
     def of(self, kind: str, share: float, factor: float | None) -> torch.Tensor:
-        """Check the arguments and compute what of_name describes, per token or reduced."""
+        """Check the arguments and compute the divergence that of_name returned, per token or
+        reduced.
+        """
         p, q, mask, temperature, weights, reduction, normalizer, shard = self
         _checks.logits("p_logits", p, shard is not None)
         _checks.logits("q_logits", q, shard is not None)
@@ -328,8 +332,8 @@ DIVERGENCES = get_args(DivergenceName)
 def of_name(
     name: str, alpha: float | None, beta: float | None, alpha_name: str = "alpha"
 ) -> tuple[str, float, float | None]:
-    """Check alpha and beta, and return (kind, share) of fields.Divergence and None, or, for P and Q
-    exchanged, a factor of the result.
+    """Check alpha and beta, and return (kind, share, factor): kind and share as in
+    fields.Divergence; factor is None, or multiplies the result of P and Q exchanged.
     """
     takes_alpha, takes_beta = name in ("skew_kl", "renyi"), name == "js"
     for argument, value, takes in ((alpha_name, alpha, takes_alpha), ("beta", beta, takes_beta)):
@@ -353,10 +357,10 @@ def of_name(
     if name == "js" and share < 0.5:
         share, factor = 1.0 - share, 1.0
     elif name == "renyi" and share < 0.5:
-        # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): with a small order the formulas lose digits.
+        # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): the formulas lose digits at small orders.
         share, factor = 1.0 - share, share / (1.0 - share)
     if (name, share) == ("skew_kl", 0.0) or (name == "renyi" and abs(share - 1.0) < 1e-7):
         return "kl", 0.0, factor
     if name in ("js", "skew_kl") and share == 1.0:
-        return "total_variation", 0.0, 0.0  # 0 times something finite
+        return "total_variation", 0.0, 0.0  # 0 times a finite value
     return name, share, factor

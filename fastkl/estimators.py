@@ -1,9 +1,9 @@
 """Estimates KL from the log-probabilities of sampled tokens alone: k1, k2, k3 and abs, and a loss
-whose gradient is right as well; and the exact divergence of "this token or another".
+whose gradient is also correct; and the exact divergence of "this token or another".
 
-fastkl.kl_divergence has neither their noise nor their pitfalls; use these if only log-probabilities
-were kept. An estimator with the right value may have the wrong gradient: tests/test_estimators.py
-enumerates the gradients of the losses.
+Use these if only log-probabilities were kept; fastkl.kl_divergence has neither their noise nor
+their pitfalls. An estimator with the correct value may have a wrong gradient:
+tests/test_estimators.py enumerates the gradients of the losses.
 """
 
 import math
@@ -16,7 +16,7 @@ from ._types import BinaryKind, Direction, Estimator
 
 # Lower clamp of log-probabilities (-inf, finfo.min masks), which keeps every difference finite.
 _FLOOR = -1e4
-# Bound of |d| beyond which k3 continues along its tangent without a clamp.
+# |d| beyond which k3 continues along its tangent if no clamp is given.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
 # A ratio beyond e^20 = 4.9e8 is useless as an importance weight; e^89 is infinite in float32, and
 # its gradient NaN.
@@ -32,7 +32,7 @@ def estimate_kl(
 ) -> torch.Tensor:
     """Estimate KL(policy‖reference) from tokens sampled from the policy, one estimate per token.
 
-    Equivalent, with the digits of a small d kept, to
+    Equivalent, but accurate for a small d, to
 
         d = logprob.float() - ref_logprob.float()
         k1 = d                          # unbiased, of either sign, the noisiest near the reference
@@ -40,31 +40,31 @@ def estimate_kl(
         k3 = torch.expm1(-d) + d        # unbiased, never negative, little noise near the reference
         abs = d.abs()                   # not an estimate of KL but a distance
 
-    k3 is unbiased only if the policy covers the reference. If top-k, top-p or a mask of actions
-    excludes tokens that the reference may choose, it is low by their probability under the
+    k3 is unbiased only if the policy covers the reference. If top-k, top-p or an action mask
+    excludes tokens that the reference may choose, k3 is low by their probability under the
     reference. k1 is not affected.
 
-    These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the
-    gradient of KL(policy‖reference) as its expectation; k1 has 0, k3 that of KL(reference‖policy),
-    abs that of twice the total variation, and off-policy none is right. Train on sampled_kl_loss,
-    or with k1 (detached) inside the reward.
+    This holds for the values. As a loss on tokens sampled from the current policy, only k2 has the
+    gradient of KL(policy‖reference) in expectation; k1 has 0, k3 the gradient of
+    KL(reference‖policy), abs that of twice the total variation. Off-policy none is correct. Train
+    on sampled_kl_loss, or with k1 (detached) inside the reward.
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and
             reference, floats of any type.
         estimator: "k1", "k2", "k3" or "abs".
-        clamp: beyond |d| = clamp an estimator continues along its tangent, so that its gradient
-            keeps the value at the clamp. A number in (0, 50]; k1 and abs are their own tangents.
-            None: no clamp, but k3 continues along its tangent beyond |d| = 50 (600 for float64),
-            because e^|d| nears the largest number.
+        clamp: beyond |d| = clamp an estimator continues along its tangent, so its gradient keeps
+            the value at the clamp. A number in (0, 50]; k1 and abs are their own tangents. None: no
+            clamp, but k3 continues along its tangent beyond |d| = 50 (600 for float64), because
+            e^|d| approaches overflow.
 
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats. Zero masked tokens with
         torch.where.
 
     Gradient:
-        That of the code above, or of the tangent, with respect to logprob and ref_logprob where
-        they require it.
+        The gradient of the code above, or of the tangent, with respect to logprob and ref_logprob
+        if they require it.
 
     Special values:
         A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token
@@ -73,8 +73,8 @@ def estimate_kl(
         beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own token.
 
     Raises:
-        TypeError for anything but a float tensor, and for float64 beside another type. ValueError
-        for different shapes or devices, an unknown estimator, a clamp outside (0, 50].
+        TypeError for anything except float tensors, or float64 mixed with another type. ValueError
+        for different shapes or devices, an unknown estimator, or a clamp outside (0, 50].
 
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
@@ -94,25 +94,25 @@ def sampled_kl_loss(
     """Compute a loss per sampled token whose expected value is a KL and whose expected gradient is
     that KL's gradient with respect to the policy.
 
-    Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to
+    Equivalent, with d = logprob - ref_logprob and w = exp(-d), but accurate for a small d, to
 
         ratio = 1 if old_logprob is None else (logprob - old_logprob).exp().detach()
         value, form = {"policy||reference": (w - 1 + d, d ** 2 / 2),              # k3 and k2
                        "reference||policy": (1 - w * (1 + d), w - 1 + d)}[direction]
         loss = ratio * (value.detach() + form - form.detach())
 
-    in which `value` is never negative and `form` has the gradient. Off-policy, the first direction
-    equals the ratio with gradient times k3, token by token: both have gradient ratio·d·∇logprob.
+    `value` is never negative; `form` has the gradient. Off-policy, the first direction equals the
+    ratio with gradient times k3, token by token: both have gradient ratio·d·∇logprob.
 
     Args:
         logprob: [...], log-probabilities of the sampled tokens under the trained policy.
         ref_logprob: [...], under the reference; gets no gradient.
-        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: that
-            is the current policy.
+        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: the
+            current policy sampled them.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy", whose noise grows with e^(-d).
-        clamp: as estimate_kl, for `value` and `form`: the gradient is right inside and of the right
-            sign beyond. It does not apply to the ratio, which is clamped to e^20.
+        clamp: as estimate_kl, for `value` and `form`: the gradient is correct inside the clamp and
+            has the correct sign beyond it. The ratio is not clamped by it, but at e^20.
 
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over unmasked tokens;
@@ -120,20 +120,19 @@ def sampled_kl_loss(
 
     Gradient:
         With respect to logprob. Unbiased, like the value, for the KL between the two next-token
-        distributions after each prefix of the batch. It omits that a token also changes the
-        prefixes that follow: for the gradient of a whole sequence's KL put k1 inside the reward.
-        First derivatives only.
+        distributions after each prefix of the batch. It ignores the effect of a token on later
+        prefixes: for the gradient of a whole sequence's KL put k1 inside the reward. First
+        derivatives only.
 
         If the policy does not cover the reference (top-k, top-p, masked actions), the value for
         "policy||reference" is low by the reference's probability of the excluded tokens, and its
-        gradient is still right; KL(reference‖policy) is infinite, which the estimate cannot show.
-        Off-policy the sampling policy must cover the trained one.
+        gradient is still correct; KL(reference‖policy) is infinite, which the estimate cannot show.
+        Off-policy, the sampling policy must cover the trained one.
 
     Special values: as estimate_kl.
 
     Raises:
-        As estimate_kl; ValueError for an unknown direction and for an old_logprob that requires
-        grad.
+        As estimate_kl; ValueError for an unknown direction or an old_logprob that requires grad.
 
     Source: Schulman (2020) as estimate_kl, for the values; the gradients are the score-function
     identity Σ π·∇log π = 0 applied to each form.
@@ -156,15 +155,15 @@ def binary_divergence(
     """Compute the divergence of "this token or another" under two models, exactly, from the token's
     log-probabilities.
 
-    Equivalent, with every digit of a small result and of probabilities near 0 and 1 kept, to
+    Equivalent, but accurate for small results and for probabilities near 0 and 1, to
 
         p, q = logprob.double().exp(), ref_logprob.double().exp()
         kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()   # 0 · log 0 = 0
         tv = (p - q).abs()
 
-    the KL(P‖Q) and the total variation of two Bernoulli distributions. No token is sampled here:
-    it is the exact divergence of two events, and at most that of the two models over the whole
-    vocabulary (their divergence can only fall when tokens are merged).
+    the KL(P‖Q) and the total variation of two Bernoulli distributions. No sampling is involved: the
+    result is the exact divergence between two events, and at most that of the two models over the
+    whole vocabulary (merging tokens can only lower a divergence).
 
     Args:
         logprob: [...], log p of a token in nats, a float of any type.
@@ -176,29 +175,29 @@ def binary_divergence(
         Never negative, exactly 0 for equal log-probabilities; "tv" is at most 1.
 
     Gradient:
-        To both where they require it: with p = e^logprob, of "kl" to logprob p·(log(p/(1 - p)) -
-        log(q/(1 - q))) and to ref_logprob (q - p)/(1 - q); of "tv" ±p and ±q, 0 where they are
-        equal. Never NaN for finite log-probabilities. At a logprob of 0 the first one has no finite
-        limit; it is finite here, as if 1 - p were 2e-308.
+        To both if they require it. With p = e^logprob and q = e^ref_logprob, "kl" has
+        p·(log(p/(1 - p)) - log(q/(1 - q))) to logprob and (q - p)/(1 - q) to ref_logprob; "tv" has
+        ±p and ±q, 0 where they are equal. Never NaN for finite log-probabilities. At a logprob of 0
+        the first one has no finite limit; here it is finite, as if 1 - p were 2e-308.
 
     Special values:
         -inf is a probability of 0. A log-probability above 0 is a rounding error and counts as 0,
-        without gradient. "kl" is +inf exactly where q is 0 and float64's p is not, or q is 1 and p
-        is not. A ref_logprob that was rounded to 0 is enough: log_softmax in float32 rounds so
-        above q = 1 - 6e-8. NaN stays NaN in its own token.
+        without gradient. "kl" is +inf exactly where q is 0 and p in float64 is not, or q is 1 and p
+        is not. A ref_logprob rounded to 0 suffices: log_softmax in float32 returns 0 above
+        q = 1 - 6e-8. NaN stays NaN.
 
     Raises:
-        As estimate_kl; ValueError for another kind.
+        As estimate_kl; ValueError for an unknown kind.
 
-    Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026), whose
-    binary approximation it is, with the policy that sampled as P.
+    Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026), the binary
+    approximation, with the sampling policy as P.
     """
     _checks.choice("kind", kind, get_args(BinaryKind))
     _check(logprob, ref_logprob)
     a, b = (value.double().clamp(max=0) for value in (logprob, ref_logprob))
-    a = a.clamp(min=_FLOOR)  # p is 0 from -746 on, and the difference of two -inf would be NaN
+    a = a.clamp(min=_FLOOR)  # p is 0 from -746 down; -inf - (-inf) would be NaN
     p, q, d = a.exp(), b.exp(), b - a
-    # Each form has the digits of its derivative too: that of expm1 is its result + 1.
+    # Each form keeps the derivative accurate too: expm1's is its result + 1.
     gap = torch.where(d.abs() < 1, p * torch.expm1(d.clamp(-1, 1)), q - p)
     if kind == "tv":
         result = gap.abs()
@@ -208,27 +207,27 @@ def binary_divergence(
         )
         tiny = torch.finfo(torch.float64).tiny
         divisor, near = rest.clamp(min=tiny), 2 * gap.abs() < rest
-        # log((1 - q) / (1 - p)), from 1 - gap / (1 - p) or as a difference
+        # log((1 - q) / (1 - p)), from gap / (1 - p), or as a difference
         rest_d = torch.where(
             near,
             torch.log1p(-torch.where(near, gap, 0.0) / divisor),
             ref_rest.clamp(min=tiny).log() - divisor.log(),
         )
-        # d = 1 where p = 0, so that p·d is 0
+        # d = 1 where p = 0 makes p·d = 0
         result = _bregman(p, torch.where(p == 0, 1.0, d), gap) + _bregman(rest, rest_d, -gap)
         result = torch.where((ref_rest == 0) & (rest > 0), math.inf, result)
     return result.to(torch.promote_types(logprob.dtype, torch.float32))
 
 
 def _bregman(p: torch.Tensor, d: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-    """Compute p·(e^d - 1 - d), never negative, from gap = p·(e^d - 1), which does not overflow."""
+    """Compute p·(e^d - 1 - d) ≥ 0 from gap = p·(e^d - 1), which does not overflow."""
     return torch.where(d.abs() < 1, p * _expm1_minus(d.clamp(-1, 1)), gap - p * d)
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
     """Compute an Estimator of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d).
 
-    Beyond |d| = clamp it is the tangent there.
+    Beyond |d| = clamp it continues along the tangent.
     """
     if form in ("k1", "abs"):
         return d if form == "k1" else d.abs()
@@ -247,14 +246,14 @@ def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
     """Compute e^x - 1 - x and its derivative accurately: expm1(x) - x cancels for a small x."""
     small = x.clamp(-0.5, 0.5)
     series = torch.ones_like(x)
-    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): the rest is below 1e-17
+    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): remainder below 1e-17
         series = 1 + small / k * series
     return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
 def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
-    """Return log-probabilities in float32 (float64 stays), clamped to at least `floor`, below which
-    their gradient is 0.
+    """Return log-probabilities in float32 (float64 stays), clamped to at least `floor`; their
+    gradient is 0 below.
     """
     return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 

@@ -1,5 +1,4 @@
-"""Defines the divergences of two rows once, in plain torch, in the form that keeps its digits
-near P = Q.
+"""Defines the divergences of two rows once, in plain torch, in a form accurate near P = Q.
 
 With d = log q - log p and e = expm1(d), all but Rényi's are f-divergences, Σ p·f(d), where f and f'
 are 0 at d = 0:
@@ -8,13 +7,13 @@ are 0 at d = 0:
     skew_kl          f = a - log1p(a),  a = (1 - α)·e
     total_variation  f = |e|/2
     jeffreys         f = d·e
-Since Σ p·e = 0, a multiple of e may be added to f; these multiples make every term as small as the
-result. With u = f - f' and v = f'/e^d the gradients to the logits of P and Q, times T, are
+Since Σ p·e = 0, any multiple of e may be added to f; the multiples above make every term as small
+as the result. With u = f - f' and v = f'/e^d the gradients to the logits of P and Q, times T, are
     p·(u - E_p[u])  and  q·(v - E_q[v])
 Rényi's divergence, with γ = 1 - α, h(d) = e - d and Z = Σ p^α·q^γ = 1 + Σ p·(h(γd) - γ·h(d)), is
 log Z/(α - 1); with r = p^α·q^γ/Z its gradients are α/(α - 1)·(r - p) and q - r.
 
-An entry with p = 0 adds nothing to an expectation under P, one with q = 0 nothing to one under Q.
+An entry with p = 0 adds 0 to an expectation under P; an entry with q = 0 adds 0 to one under Q.
 """
 
 import math
@@ -39,7 +38,7 @@ def divergence(
     """Compute a divergence of each row from log-probabilities [..., V]; share: alpha or beta."""
     if kind == "renyi":
         return _log_z(log_p, log_q, share)[..., 0] / (share - 1.0)
-    # Rounding may not lift it above its largest value.
+    # Rounding must not lift the result above its maximum.
     largest = {
         "js": -sum([x * math.log(x) for x in (share, 1.0 - share) if x]),
         "skew_kl": -math.log(share) if share else math.inf,
@@ -51,7 +50,8 @@ def divergence(
 def gradients(
     log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute its gradients with respect to both models' logits, [..., V], times the temperature.
+    """Compute a divergence's gradients with respect to both models' logits, [..., V], times the
+    temperature.
 
     An entry with probability 0 has gradient 0.
     """
@@ -69,8 +69,8 @@ def gradients(
 
 
 def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> Terms:
-    """Compute the Terms of an f-divergence: values of the KL, JSD and skew KL where |d| < 1 by
-    expm1 and log1p, others by differences of p and q, whose digits float64 can spare.
+    """Compute the Terms of an f-divergence: values of the KL, JSD and skew KL by expm1 and log1p
+    where |d| < 1, otherwise by differences of p and q, whose cancellation float64 can afford.
     """
     p, q, d = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
     short, rest, near = d.clamp(-1.0, 1.0), 1.0 - share, d.abs() < 1.0
@@ -87,7 +87,7 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     if kind == "jeffreys":
         pd, qd = _times(p, d), _times(q, d)
         return Terms(qd - pd, -q_minus_p - pd, qd + q_minus_p)
-    # mixture is m = share·p + rest·q over the larger of p and q; m/p = 1 + a.
+    # mixture = m / max(p, q) with m = share·p + rest·q; m/p = 1 + a.
     a, smaller = rest * e, (-d.abs()).exp()
     mixture = torch.where(d > 0, rest + share * smaller, share + rest * smaller)
     log_near = a.log1p()
@@ -95,7 +95,7 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     if kind == "js":
         log_q_over_m = torch.where(near, d - log_near, d.clamp(max=0.0) - mixture.log())
         of_p, of_q = _times(p, share * log_m_over_p), _times(q, rest * log_q_over_m)
-        # The terms of first order, rest·e - a, are left out.
+        # The first-order terms, rest·e - a, are omitted: they cancel.
         small = rest * (short * (1.0 + e)) - (1.0 + a) * log_near
         return Terms(torch.where(near, p * small, of_q - of_p), -of_p, of_q)
     if kind != "skew_kl":
@@ -120,7 +120,7 @@ def _log_r(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tens
 
 
 def _log_z(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Compute log Z of Rényi's divergence, [..., 1], with α - 1 for its sign."""
+    """Compute log Z of Rényi's divergence, [..., 1], with the sign of α - 1."""
     gamma, log_r = 1.0 - alpha, _log_r(log_p, log_q, alpha)
     p, q, d = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
     near = d.abs() * max(1.0, abs(gamma)) < 1.0

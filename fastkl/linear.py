@@ -108,57 +108,59 @@ def linear_token_stats(  # noqa: PLR0913
     for plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide
     ref_logits instead. Forward takes two matrix products (one without a reference). Every field and
     token may have its own upstream gradient. If all logits take at most 2 GiB, or with
-    recompute=False, they are kept for backward, which overwrites them with their gradients; else
-    buffers for one chunk of logits are the only large memory, and backward recomputes the logits.
-    Backward needs 40 bytes per token beside the inputs.
+    recompute=False, they are kept for backward, which overwrites them with their gradients;
+    otherwise buffers for one chunk of logits are the only large memory, and backward recomputes the
+    logits. Backward needs 40 bytes per token in addition to the inputs.
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16
             (float64 on the reference backend).
-        weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary padded
-            in one model: pass weight[:V] and bias[:V].
+        weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. If one model's
+            vocabulary is padded, pass its weight[:V] and bias[:V].
         tokens: integer ids [...] or None, as for token_stats.
-        ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier
-            pass, also one in inference mode, and their H and type may differ.
-        ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads, is one
-            weight with one gradient sum. Default: the policy's weight, with all of its Head.
-        bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs
-            it as both. An error beside a model's Head.
+        ref_hidden: [..., H_ref], the reference's hidden states. They may be cached from an earlier
+            pass, also in inference mode; their H and type may differ.
+        ref_weight: [V, H_ref], or a Head. If it is the same tensor as weight, also inside Heads,
+            both are one weight with one gradient sum. Default: the policy's weight, or its entire
+            Head.
+        bias, ref_bias: [V] or None, in the type of their weight. For a shared lm_head with a bias
+            pass it as both. An error for a model given as a Head.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
-        ref_temperature: divides the reference's logits instead, likewise. Default: temperature.
+        ref_temperature: the same for the reference's logits. Default: temperature.
         softcap: the logits become softcap·tanh(logits/softcap), before the temperature; a positive
-            number. It is both models', hence an error if either is a Head: make Heads of both.
+            number. It applies to both models, so it is an error if either is a Head: make Heads of
+            both.
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have
-            gradient exactly 0, for any hidden states. The reference backend drops them from the
-            products; on a GPU, where that would synchronise, they are computed as zeros.
-        support: integer ids [..., K], as for token_stats. Up to K = V / 256 each product is with K
-            rows of the weight per token; beyond, chunks of all logits are computed as without it.
+            gradient exactly 0, whatever their hidden states. The reference backend drops them from
+            the products; on a GPU, where that would synchronise, they are computed as zeros.
+        support: integer ids [..., K], as for token_stats. Up to K = V / 256 each product uses K
+            rows of the weight per token; above, chunks of all logits are computed as without it.
             Backward needs about 45·K + 70 bytes per token, with a reference 120·K + 90.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, or float32 if
             policy and reference differ. torch.float32 keeps the products' float32 sums for 16-bit
             inputs; see Accuracy.
-        chunk_size: an upper bound of C and G in tokens (C is at most 1024). Default: from N, H, V
-            and a fixed bound on memory, never from free memory. See Memory.
+        chunk_size: an upper bound on C and G in tokens (C is at most 1024). Default: computed from
+            N, H, V and a fixed bound on memory, never from free memory. See Memory.
         recompute: False keeps the logits of all models from forward to backward, which saves a
             product for each; True recomputes them; None keeps them if N·V·l of all models together
-            is at most 2 GiB. Nothing is kept if nothing requires gradient, under torch.no_grad and
-            inside transforms of torch.func; with None nothing is kept in graphs of torch.export.
-            See Memory.
+            is at most 2 GiB. They are not kept if no input requires gradient, under torch.no_grad
+            or inside transforms of torch.func; with None, nor in graphs of torch.export. See
+            Memory.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The reference's
         fields and the KLs are None without ref_hidden.
 
     Gradient:
-        Of every field with respect to hidden, weight, bias, ref_hidden, ref_weight and ref_bias
-        where they require it, in their types; weight gradients are summed in float32 (on a CPU the
-        summands are rounded to 16-bit inputs' type). To keep the reference's gradient out of a
-        shared lm_head, pass ref_weight=weight.detach(). Backward costs one product for each hidden
-        and each weight that requires gradient and, without kept logits, two more (one if only
-        logprob and entropy have a gradient): forward and backward with a trained lm_head and a
-        frozen reference take four with kept logits, six without; of logprob and entropy without a
-        reference three and four. A second backward through a retained graph recomputes the logits,
-        which the first has overwritten. No second derivative.
+        Of every field with respect to hidden, weight, bias, ref_hidden, ref_weight and ref_bias if
+        they require it, in their types; weight gradients are summed in float32 (on a CPU the
+        summands are rounded to the type of 16-bit inputs). To keep the reference's gradient out of
+        a shared lm_head, pass ref_weight=weight.detach(). Backward costs one product for each
+        hidden and each weight that requires gradient and, without kept logits, two more (one if
+        only logprob and entropy have a gradient): forward and backward with a trained lm_head and a
+        frozen reference take four with kept logits, six without; logprob and entropy without a
+        reference take three and four. A second backward through a retained graph recomputes the
+        logits, which the first one has overwritten. No second derivative.
 
     Memory:
         Beyond inputs, results and returned gradients, with b bytes per input element, l per logit,
@@ -173,32 +175,33 @@ def linear_token_stats(  # noqa: PLR0913
                       from b; 4·V·H for each 16-bit weight that requires gradient (its sum in
                       float32)
 
-        Kept logits of l = b need no G·V·b: their gradients overwrite them, but not under
-        torch.compile, selective checkpointing and other modes that see ops. Then G = N, as
-        whenever that has no larger peak, the returned gradient included: one GEMM then computes a
-        bfloat16 weight's gradient, without a sum. Hidden states are copied too: those of G tokens
-        with a mask, all of them if their leading dimensions do not merge into one in memory. On a
-        CPU rows in float32 take 15 MB more.
+        Kept logits with l = b need no G·V·b: their gradients overwrite them, except under
+        torch.compile, selective checkpointing and other modes that see ops. G is then N, as it is
+        whenever that does not raise the peak, the returned gradient included: one GEMM then
+        computes a bfloat16 weight's gradient, without a float32 sum. Hidden states are copied too:
+        those of G tokens with a mask, all of them if their leading dimensions do not merge into one
+        in memory. On a CPU rows in float32 take 15 MB more.
 
         At H = 4096, V = 128256 in bfloat16: kept, 2.10 GB for N = 8192 of one model or 4096 of two,
-        and nothing else; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at N = 4096,
-        2.36 GB at 8192, and 1.05 + 2.10 GB above. Without chunk_size all terms but kept logits and
-        the sums, or the window that replaces them, stay under 1 GiB on a GPU (128 MiB on a CPU) or
-        half of the sums, whichever is more. Results depend on the chunk only as a GEMM's rounding
-        depends on its shape.
+        and no other memory; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at N = 4096,
+        2.36 GB at 8192, and 1.05 + 2.10 GB above. Without chunk_size all terms except kept logits
+        and the sums (or the window that replaces the sums) stay under 1 GiB on a GPU (128 MiB on a
+        CPU) or half of the sums, whichever is larger. Results depend on the chunk only as a GEMM's
+        rounding depends on its shape.
 
     Accuracy:
-        float32: that of the products. bfloat16, float16: each logit is rounded once, which
+        float32: the accuracy of the products. bfloat16, float16: each logit is rounded once, which
         dominates every other error, as for logits that a model returns; logits_dtype=torch.float32
         avoids that rounding. float16 gradients of logits underflow if upstream gradients are small,
-        as in torch: use a GradScaler, or "sum" and "mean" of linear_kl_divergence, which have a
-        loss scale of their own. Figures: docs/linear.md, "Accuracy".
+        as in torch: use a GradScaler, or "sum" and "mean" of linear_kl_divergence, which have their
+        own loss scale. Figures: docs/linear.md, "Accuracy".
 
     autocast: inputs are cast to the autocast type, as by F.linear.
 
     Special values: as token_stats. Raises: TypeError, ValueError, RuntimeError as token_stats.
 
-    Source: the chunking is that of every fused linear cross-entropy; a chunk computes token_stats.
+    Source: the chunking is that of fused linear cross-entropy losses; each chunk computes
+    token_stats.
     """
     inputs = prepare(
         Given(

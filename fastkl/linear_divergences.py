@@ -48,16 +48,16 @@ def linear_kl_divergence(  # noqa: PLR0913
     "sum" and "mean" compute the gradients with the value, from the same logits of a chunk: four
     matrix products with a trained lm_head, three with a frozen one, two if nothing requires
     gradient (or under torch.no_grad); one more each for the other model's hidden states and weight
-    if they require gradient. The finished gradients are kept until backward, one tensor like each
-    input that requires it (float32 for a float16 weight or bias): call it under torch.no_grad() if
-    no backward will follow. "sum" and "mean" keep no logits, for any recompute. "none" allows any
+    if they require gradient. The finished gradients are kept until backward, one tensor per input
+    that requires gradient (float32 for a float16 weight or bias): call under torch.no_grad() if no
+    backward will follow. "sum" and "mean" keep no logits, whatever recompute is. "none" allows any
     upstream gradient per token: with kept logits (see recompute) it takes the same numbers of
-    products; otherwise backward recomputes the logits, in two products more.
+    products; otherwise backward recomputes the logits, with two more products.
 
     Args:
-        weights: [...] float, the factor of each token's KL (a sequence's advantage, beta over a
-            length, …): "sum" and "mean" only. It may require gradient; a masked token's entry may
-            be anything.
+        weights: [...] float, a factor for each token's KL (a sequence's advantage, beta over a
+            length, …); only with "sum" and "mean". It may require gradient; a masked token's entry
+            may have any value.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean, as in kl_divergence. Default: the number of unmasked
             tokens in this call, whatever their weights.
@@ -65,11 +65,11 @@ def linear_kl_divergence(  # noqa: PLR0913
             argument of KL(·‖·).
 
     Returns:
-        [...] float32 (float64 for float64 inputs) for "none", else a scalar. Nats.
+        [...] float32 (float64 for float64 inputs) for "none", otherwise a scalar. Nats.
 
     Gradient:
-        With respect to hidden, weight, bias, ref_hidden, ref_weight, ref_bias and weights where
-        they require it. A second backward through a retained graph returns the same. No second
+        With respect to hidden, weight, bias, ref_hidden, ref_weight, ref_bias and weights if they
+        require it. A second backward through a retained graph returns the same. No second
         derivative. "sum" and "mean" must know at the call which inputs require gradient: under
         torch.vmap, or in a graph traced without gradients, they raise instead of omitting one. They
         scale a finished gradient by the upstream one, which must be finite.
@@ -142,20 +142,20 @@ def linear_divergence(  # noqa: PLR0913
 
     Args:
         divergence: "kl", "js", "skew_kl", "renyi", "total_variation" or "jeffreys".
-        alpha: of "skew_kl" and "renyi", as in skew_kl_divergence and renyi_divergence.
-        beta: of "js", the share of P, as in js_divergence. Default: 0.5.
-        ref_logits: [..., V], the second model's logits or log-probs as they are, in place of
-            ref_hidden and ref_weight: divided by ref_temperature (default: temperature) alone, not
-            scaled or capped. No gradient.
+        alpha: for "skew_kl" and "renyi", as in skew_kl_divergence and renyi_divergence.
+        beta: for "js", the share of P, as in js_divergence. Default: 0.5.
+        ref_logits: [..., V], the second model's logits or log-probs, in place of ref_hidden and
+            ref_weight: only divided by ref_temperature (default: temperature), not scaled or
+            capped. No gradient.
         reverse: exchange P and Q: with "kl", KL(Q‖P).
         The others: as linear_kl_divergence.
 
     Returns, Gradient, Memory, Accuracy, autocast, Special values: as linear_kl_divergence and the
-    function of logits, with the same numbers of matrix products, one less with ref_logits.
+    function of logits, with the same numbers of matrix products, one fewer with ref_logits.
 
     Raises: TypeError, ValueError, RuntimeError as linear_kl_divergence; ValueError for an alpha or
-    a beta that the divergence does not take, and for ref_logits beside ref_hidden, ref_weight or
-    ref_bias or with gradient.
+    beta that the divergence does not take, and for ref_logits together with ref_hidden, ref_weight
+    or ref_bias, or requiring gradient.
 
     Source: as the function of logits.
     """
@@ -212,7 +212,7 @@ def reduced(
             inputs, StatisticsInputs(None, "kl", keeps_logits(inputs, recompute))
         )[3]
         return values
-    # A masked token's weight may be anything, NaN included.
+    # A masked token's weight may have any value, NaN included.
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
     divisor = _reduce.divisor(reduction, normalizer, mask, leading, dtype)
     return weighted_kl(inputs, (ones if weights is None else weights.to(dtype)) / divisor)[0]

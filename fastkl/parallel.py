@@ -18,26 +18,24 @@ HiddenGrad = Literal["reduced", "partial"]
 
 @dataclasses.dataclass(frozen=True)
 class VocabShard:
-    """The columns of a vocabulary that a tensor of this process holds, accepted wherever `shard`
-    is.
+    """The vocabulary columns that this process's tensor holds, accepted wherever `shard` is.
 
-    The tensor [..., width] on rank r of `group` holds columns start … start + width - 1. Those at
-    and beyond vocab_size are padding: they are not read, and their gradient is exactly 0. Ranks
-    hold the columns in order. Every rank holds the same number of them, except the last ones, which
-    may hold fewer or none. Every rank of the group makes the same call, with the same rows, and
-    gets the same result.
+    The tensor [..., width] on rank r of `group` holds columns start … start + width - 1. Columns
+    from vocab_size on are padding: they are not read, and their gradient is exactly 0. Ranks hold
+    the columns in order, equally many each, except the last ranks, which may hold fewer or none.
+    Every rank of the group makes the same call, with the same rows, and gets the same result.
 
     Args:
         group: a torch.distributed process group: the tensor-parallel one.
         start: the first column of this process's tensor.
-        vocab_size: the size of the vocabulary without padding. Of models whose vocabularies differ
-            the shared one, the smaller.
-        hidden_layout: of the functions on hidden states, as Head(shard=...). "replicated": every
+        vocab_size: the size of the vocabulary without padding; if the models' vocabularies differ,
+            the smaller, shared one.
+        hidden_layout: for the functions on hidden states, with Head(shard=...). "replicated": every
             rank has all tokens. "sequence": each has its part of the first dimension, in rank order
-            and of any length; the other arguments and the result are of all tokens. The parts'
+            and of any length; the other arguments and the result cover all tokens. The parts'
             lengths are read, which synchronises a GPU.
         hidden_grad: "reduced": the gradient of hidden states is summed over the ranks in backward.
-            "partial": it is that of this rank's columns, for a caller whose own autograd sums it,
+            "partial": it covers only this rank's columns, for callers whose own autograd sums it,
             as Megatron-LM's does.
 
     Raises: TypeError, ValueError.
@@ -89,8 +87,8 @@ class VocabShard:
 
     @classmethod
     def dtensor(cls, tensor: Any, vocab_size: int | None = None) -> VocabShard:
-        """Return the shard that a DTensor [..., V] of logits holds, or of a weight [V, H] its
-        transpose, weight.t(): along the mesh dimension that splits its last one.
+        """Return the shard of a DTensor of logits [..., V], along the mesh dimension that splits
+        its last dimension; for a weight [V, H] pass its transpose, weight.t().
 
         vocab_size: as in VocabShard. Default: V.
         """
@@ -112,12 +110,12 @@ class VocabShard:
         return cls(group, start, columns if vocab_size is None else vocab_size)
 
 
-# The argument `shard`: of all tensors, or of each of two.
+# The argument `shard`: one for all tensors, or one for each of two.
 Shards = VocabShard | tuple[VocabShard, VocabShard] | None
 
 
 class Cut(NamedTuple):
-    """A VocabShard as an op takes it: the group's name, or "" without one; this tensor's first
+    """A VocabShard in the form for ops: the group's name, or "" without one; this tensor's first
     column, the vocabulary's size, the width of all shards but the last, and the number of ranks.
     """
 
@@ -127,9 +125,9 @@ class Cut(NamedTuple):
     width: int = 0
     ranks: int = 0
 
-    # No property: torch 2.10 does not compile one of a NamedTuple.
+    # Not a property: torch 2.10 cannot compile a NamedTuple's properties.
     def as_arguments(self) -> dict[str, Any]:
-        """The fields by name, as ops take them; none without a group."""
+        """Return the fields by name, as op arguments; none without a group."""
         return self._asdict() if self.group else {}
 
     def columns(self, own: int) -> int:
@@ -154,8 +152,8 @@ def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
 
 
 def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Return the logits [..., V] at ids [..., K] of the whole vocabulary; the gradient is that of
-    this rank's columns. Refuses second derivatives, which depend on those of other ranks.
+    """Return the logits [..., V] at ids [..., K] of the whole vocabulary, with gradient to this
+    rank's columns. Second derivatives, which depend on other ranks' columns, raise an error.
     """
     if not cut.group:
         return logits.gather(-1, ids)
@@ -174,7 +172,7 @@ def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor
                 "gather the logits first",
             )
         )
-    # One rank has each logit, the others have 0.
+    # Each logit is on one rank; the others have 0.
     return torch.where(elsewhere, all_gather(mine.detach(), cut.group, cut.ranks).sum(0), mine)
 
 
@@ -215,7 +213,7 @@ def shards_of(
 
 def cut_of(shard: VocabShard, own: int) -> tuple[Cut, bool]:
     """Return the Cut of a tensor with `own` columns, and whether they start at rank · width and
-    fill their place in the vocabulary. Other ranks are not asked.
+    fill their place in the vocabulary. No communication.
     """
     rank, ranks = shard.group.rank(), shard.group.size()
     width = shard.start // rank if rank else own
@@ -244,7 +242,7 @@ def sharded_logits(
     shard: Shards, native: bool, logits: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], Cut]:
     """Check `shard` and return the logits and their Cut; without `native`, or for a pair, the
-    logits of the whole vocabulary and no Cut. All ranks decide alike.
+    logits of the whole vocabulary and no Cut. All ranks take the same path.
     """
     if shard is None:
         return list(logits.values()), WHOLE
@@ -257,8 +255,8 @@ def sharded_logits(
 
 
 def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the logits of the whole vocabulary [..., V] of tensors with the same rows, from one
-    gather.
+    """Return the logits of the whole vocabulary [..., V] for tensors with the same rows, in one
+    all-gather.
     """
     padded = [
         torch.nn.functional.pad(value, (0, cut.width - value.shape[-1]))
@@ -277,13 +275,13 @@ def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[
 
 
 class _Whole(torch.autograd.Function):
-    """Gathers the columns of all ranks; the gradient is the part of this one."""
+    """Gathers the columns of all ranks; the gradient is this rank's part."""
 
     @staticmethod
     def forward(
         ctx: Any, shards: list[VocabShard], name: str, *logits: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Compare what the ranks hold, as a gather may not, and gather the columns."""
+        """Check that the ranks' tensors match, as all-gather may not, and gather the columns."""
         found = [cut_of(s, value.shape[-1]) for s, value in zip(shards, logits, strict=True)]
         cuts = [cut for cut, _ in found]
         if not torch.compiler.is_compiling():
@@ -327,7 +325,7 @@ class _Whole(torch.autograd.Function):
 
 
 def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Return the hidden states of all tokens, whose gradient is summed as hidden_grad says."""
+    """Return the hidden states of all tokens; their gradient is summed according to hidden_grad."""
     if shard.hidden_layout == "replicated" and shard.hidden_grad == "partial":
         return hidden
     lengths = [len(hidden)]
@@ -345,7 +343,7 @@ class _Hidden(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, shard: VocabShard, lengths: list[int]
     ) -> torch.Tensor:
-        """Return the parts of all ranks one after the other; a replicated one as it is."""
+        """Concatenate the parts of all ranks; return replicated hidden states as they are."""
         ctx.group, ctx.own = shard.group.group_name, slice(0, lengths[0])
         if shard.hidden_layout == "replicated":
             return hidden.view_as(hidden)

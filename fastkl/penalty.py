@@ -16,9 +16,9 @@ from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 from .parallel import Shards
 
-# Numbers of "tokens" and of "sequences", or divisors from them.
+# Counts of "tokens" and "sequences", or divisors computed from them.
 Counts = dict[str, torch.Tensor | int]
-# Arguments that print(model) shows where they are not None.
+# Arguments shown by print(model) if not None.
 _ARGUMENTS = (
     *("direction", "temperature", "reduction"),
     *("softcap", "logits_dtype", "chunk_size", "ref_temperature", "recompute"),
@@ -88,7 +88,7 @@ class _Penalty(torch.nn.Module):
     def _divisor(
         self, divisors: Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | float:
-        """Return the divisor of the sum over tokens, by default one of those of `_counted`."""
+        """Return the divisor of the sum over tokens, by default one from `_counted`."""
         if normalizer is None and self.reduction != "sum":
             return divisors["sequences" if self.reduction == "sequence_mean" else "tokens"]
         return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
@@ -96,9 +96,9 @@ class _Penalty(torch.nn.Module):
     def _remember(
         self, kl: torch.Tensor, counts: Counts, divisors: Counts, beta: float, loss: torch.Tensor
     ) -> None:
-        """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
-        if not _modes.transforming():  # else these tensors are invalid outside the transform
-            # As a decorator no_grad breaks the graph of a compiled step that makes the module.
+        """Keep the statistics of a call in `last`, without gradient or synchronisation."""
+        if not _modes.transforming():  # a transform's tensors are invalid outside
+            # As a decorator, no_grad breaks the graph of a compiled step that creates the module.
             with torch.no_grad():
                 kl, total = kl.detach(), kl.sum()
                 self.last = {
@@ -115,8 +115,8 @@ class _Penalty(torch.nn.Module):
 
 
 def _counted(like: torch.Tensor, mask: torch.Tensor | None) -> tuple[Counts, Counts]:
-    """Count unmasked tokens and sequences, in the type of `like`; return the counts, and the
-    divisors of means over them, at least 1.
+    """Count unmasked tokens and sequences, in the type of `like`; return the counts and, at least
+    1, the divisors of means.
     """
     counts = {
         "tokens": _reduce.tokens(mask, like.shape, like.dtype),
@@ -137,33 +137,34 @@ class KLPenalty(_Penalty):
 
     Args:
         beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute
-            `beta`, read at every call. 0 gives 0 for an infinite KL too.
+            `beta`, read at every call. 0 gives 0 even for an infinite KL.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy".
         temperature: divides both logits; a positive number.
         reduction: "token_mean" (also spelt "mean"): mean over unmasked tokens; "sequence_mean":
             mean over sequences of the sum over each sequence's tokens (the last dimension), as in a
-            reward per sequence, without sequences that are masked entirely; "sum".
+            reward per sequence, excluding entirely masked sequences; "sum".
 
     forward(policy_logits, ref_logits, mask=None, *, normalizer=None, shard=None) takes [..., V]
     logits and a bool mask [...], and returns a float32 scalar with gradient with respect to the
-    logits that require it. Without an unmasked token it returns 0. shard: as in kl_divergence; a
-    pair is (policy's, reference's).
+    logits that require it. With no unmasked token it returns 0. shard: as in kl_divergence; a pair
+    is (policy's, reference's).
 
     normalizer, for both means, replaces the number of tokens (sequences) in this call, so that
-    micro-batches and processes of different lengths weight each token equally: pass the number in
-    all micro-batches of a step; under DDP and FSDP, which average gradients, the number in all
-    processes / world_size. A number above 0, or a tensor of one number, where 0 makes the loss 0.
+    micro-batches and processes of different lengths weight each token equally: pass the total of
+    all micro-batches of a step; under DDP and FSDP, which average gradients, the total over all
+    processes / world_size. A number above 0, or a tensor with one number; a tensor 0 makes the loss
+    0.
 
     `last` holds the last call's statistics as detached tensors on the logits' device, without a
-    synchronisation: "kl" (mean KL per unmasked token, nats), "max_kl", "kl_per_sequence" (mean over
-    sequences with an unmasked token of the sum of KL over its tokens), "tokens" and "sequences"
-    (their numbers), "beta", "loss"; only "loss" depends on the normalizer. It is empty before the
-    first call; a call inside a transform of torch.func leaves it unchanged.
+    synchronisation: "kl" (mean KL per unmasked token, nats), "max_kl", "kl_per_sequence" (mean,
+    over sequences with an unmasked token, of the KL summed over a sequence's tokens), "tokens" and
+    "sequences" (their counts), "beta", "loss"; only "loss" depends on the normalizer. It is empty
+    before the first call; a call inside a transform of torch.func leaves it unchanged.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence does.
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with
-    the KL taken exactly instead of sampled.
+    the exact KL instead of a sampled one.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class KLPenalty(_Penalty):
         like = torch.empty(first.shape[:-1], dtype=result_dtype(first), device=first.device)
         counts, divisors = _counted(like, mask)
         divisor = self._divisor(divisors, normalizer, like.dtype)
-        # A tensor: a changed number would recompile. With beta 0 an infinite KL gives 0.
+        # A tensor, since a changed number would recompile. With beta 0 an infinite KL gives 0.
         scale = like.new_ones(()) * beta
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature, shard=shard)
@@ -223,8 +224,8 @@ class KLPenalty(_Penalty):
 
 
 class LinearKLPenalty(_Penalty):
-    """Computes KLPenalty from hidden states and lm_head weights: never all logits at once, the
-    gradients together with the value.
+    """Computes KLPenalty from hidden states and lm_head weights, never with all logits at once, and
+    the gradients with the value.
 
     Equivalent to
 
@@ -233,21 +234,20 @@ class LinearKLPenalty(_Penalty):
         penalty = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)
         loss = penalty(policy_logits, ref_logits, mask)
 
-    with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and
-    memory it has with reduction "sum".
+    with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence. Cost and
+    memory: as linear_kl_divergence with reduction "sum".
 
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
-        ref_temperature: divides the reference's logits instead; a positive number. Default:
-            temperature.
+        ref_temperature: divides the reference's logits; a positive number. Default: temperature.
         softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no
-            logits for any recompute.
+            logits, whatever recompute is.
 
     forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None,
     normalizer=None) takes hidden states [..., H], weights [V, H] (or a Head for either) and a bool
-    mask [...], and returns a float32 scalar with gradient with respect to those that require it;
-    pass ref_weight=weight.detach() to keep the reference's gradient out of a shared lm_head. The
-    policy comes first in either direction. Without an unmasked token it returns 0.
+    mask [...], and returns a float32 scalar with gradient with respect to the inputs that require
+    it; pass ref_weight=weight.detach() to keep the reference's gradient out of a shared lm_head.
+    The policy comes first in either direction. With no unmasked token it returns 0.
 
     normalizer, `last`: as KLPenalty.
 

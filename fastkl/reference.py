@@ -1,16 +1,16 @@
-"""Defines every statistic of a row and every gradient once, in plain torch, in the form that keeps
-its digits near KL = 0.
+"""Defines every statistic of a row and every gradient once, in plain torch, in a form accurate near
+KL = 0.
 
 With x, y the logits of P and Q divided by the temperature and any centre c,
     d = (y - x) - c,    t = E_p[expm1(d)],    lse(y) - lse(x) = c + log1p(t),
     KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)).
 The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close;
-here every term is as small as the result. Conventions for infinities: an entry with p = 0 adds
-nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN makes its own
-row NaN and no other.
+here every term is as small as the result. Conventions for infinities: an entry with p = 0 adds 0 to
+an expectation under P, an entry with p > 0 = q makes KL(P‖Q) infinite; a NaN makes only its own row
+NaN.
 
-On CPU tensors ops/cpu_rows.py computes nearly every row, and this file, in float64, the fallback
-rows, for which its sums do not suffice.
+On CPU tensors ops/cpu_rows.py computes nearly every row; this file computes the fallback rows, for
+which those sums are not accurate enough, in float64.
 """
 
 import math
@@ -105,8 +105,7 @@ def _log_ratio(
     """Compute log q - log p = (y - x)·scale - (lse(y) - lse(x)), where lse(y) - lse(x) is
     (y_max - x_max)·scale + rest.
 
-    The large terms cancel before they are rounded. An entry that is -inf in both gives 0 and adds
-    nothing anywhere.
+    The large terms cancel before they are rounded. An entry that is -inf in both gives 0.
     """
     (hi, lo), (max_hi, max_lo) = _subtract(y, x), _subtract(y_max, x_max)
     d = ((hi - max_hi) + (lo - max_lo)) * scale - rest
@@ -150,7 +149,7 @@ def row_statistics(
     zero, lse = torch.zeros_like(x_max), (x_max * scale + x_log_sum)[:, 0]
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
-    # 0 - …: the entropy of a one-hot row is 0, not -0.
+    # 0 - … makes the entropy of a one-hot row 0, not -0.
     row_entropy = (
         0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     )
@@ -248,7 +247,7 @@ def row_gradients(
         if "entropy" in g:
             bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
-            # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
+            # Skip an infinite KL with upstream gradient 0: 0·inf is NaN.
             bracket -= torch.where(g["kl"] == 0, 0.0, g["kl"] * _about_mean(p, d))
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:

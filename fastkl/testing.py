@@ -6,9 +6,9 @@
     exact = testing.truth(p, q)
     testing.assert_kl(my_kl(p, q), exact.kl)
 
-A comparison raises AssertionError for other shapes and the worst entry, NaN included, else returns
-the largest relative error. The tests, `fastkl doctor` and the benchmarks use this module; it needs
-torch alone, and `import fastkl` does not load it.
+A comparison raises AssertionError for different shapes, or with the worst entry if one exceeds its
+tolerance or is NaN; otherwise it returns the largest relative error. The tests, `fastkl doctor` and
+the benchmarks use this module; it needs only torch, and `import fastkl` does not load it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ from . import _checks
 
 # Fields of fastkl.TokenStats that `Truth.stats` has.
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
-# Divergences below SMALL_KL: relative and absolute error; from there on: relative error.
+# Divergences below SMALL_KL: relative and absolute error; above: relative error.
 SMALL_KL, SMALL_KL_LIMITS, KL_LIMIT = 1e-2, (1e-4, 1e-8), 2e-5
 # Log-probabilities, entropies and log-sum-exps: relative and absolute error.
 VALUE_LIMITS = (2e-6, 2e-6)
 # Gradients: a row's L2 error over its norm.
 GRADIENT_LIMIT = 1e-5
-# Gradients of a smaller norm are compared absolutely, like a KL below 1e-8: rows with p_max of
-# 1 - 1e-14 have such gradients. Between rows 50 apart a float32 centre lies up to 2e-6 from the
-# mean, and the mean of the rest is known to 2^-24 of that, 1e-13 a rounding: three of them are 1e-5
-# of this floor.
+# Gradients with a smaller norm are compared absolutely, like a KL below 1e-8; rows with p_max of
+# 1 - 1e-14 have such gradients. With rows 50 apart a float32 centre is up to 2e-6 from the mean,
+# and the mean of the remainder is known to 2^-24 of that, 1e-13 per rounding: three roundings are
+# 1e-5 of this floor.
 GRADIENT_FLOOR = 3e-8
 
 
@@ -69,9 +69,9 @@ def truth(
 ) -> Truth:
     """Compute the statistics of logits [..., V] of any type; temperature is a number or [...].
 
-    Equivalent to two log-softmaxes in float64, with KL(P‖Q) = Σ p·(expm1(d) - d) for
-    d = log q - log p, which keeps its digits near 0. Autograd differentiates it; `gradients` has
-    more digits where a row is peaked.
+    Equivalent to two log-softmaxes in float64, with KL(P‖Q) = Σ p·(expm1(d) - d) for d = log
+    q - log p, accurate near 0. Autograd differentiates it; `gradients` is more accurate for peaked
+    rows.
     """
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double()[..., None]
@@ -99,8 +99,8 @@ def gradients(
         entropy: -p·(log p - E_p[log p]), 0
         kl: -p·(d - E_p[d]), q - p              ref_kl: p - q, q·(d - E_q[d])
         lse: p, 0                               ref_lse: 0, q
-    An entry of probability 0 adds nothing to an expectation. `upstream` has a tensor [...] for some
-    of FIELDS; log-probabilities need `tokens` [...].
+    An entry of probability 0 adds 0 to an expectation. `upstream` maps some of FIELDS to tensors
+    [...]; log-probabilities need `tokens` [...].
     """
     log_p, log_q = exact.log_p, exact.log_q
     p, q, zero = log_p.exp(), log_q.exp(), torch.zeros_like(log_p)
@@ -113,8 +113,8 @@ def gradients(
         return torch.zeros_like(p).scatter_(-1, tokens.long().to(p.device)[..., None], 1.0)
 
     def about_mean(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        # Subtract the value at the most probable entry first: on a peaked row it is far larger than
-        # its distance from the mean.
+        # Subtract the value at the most probable entry first: on a peaked row that value is far
+        # larger than its distance from the mean.
         peak = weight.argmax(-1, keepdim=True)
         value = (first - first.gather(-1, peak)) - (second - second.gather(-1, peak))
         return _weighted(weight, value - _weighted(weight, value).sum(-1, keepdim=True))
@@ -155,7 +155,7 @@ def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def kl_tolerance(kl: torch.Tensor) -> torch.Tensor:
-    """Return the error allowed for a KL: 1e-4·KL + 1e-8 below 1e-2, 2e-5·KL from there."""
+    """Return the error allowed for a KL: 1e-4·KL + 1e-8 below 1e-2, 2e-5·KL above."""
     relative, absolute = SMALL_KL_LIMITS
     return torch.where(kl < SMALL_KL, relative * kl + absolute, KL_LIMIT * kl)
 
@@ -177,7 +177,7 @@ def assert_near(
 def assert_stats(
     results: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], what: str = ""
 ) -> float:
-    """Compare fields of TokenStats, the same on both sides, each within its kind's tolerance."""
+    """Compare the same fields of TokenStats on both sides, each within its own tolerance."""
     for name in (*results, *exact):
         if results.get(name) is None or exact.get(name) is None:
             raise AssertionError(f"{what} {name}: no tensor on one of the two sides".strip())
@@ -198,7 +198,7 @@ def assert_gradient(
     what: str = "gradient",
     tolerance: float = GRADIENT_LIMIT,
 ) -> float:
-    """Compare rows of gradients: an L2 error of `tolerance` times the norm, or GRADIENT_FLOOR."""
+    """Compare rows of gradients: L2 error ≤ `tolerance` times the norm, at least GRADIENT_FLOOR."""
     exact = _wide(exact)
     return _compare_rows(result, exact, tolerance * _norm(exact), what)
 
@@ -213,12 +213,12 @@ def assert_rounded_gradient(
 ) -> float:
     """Compare rows of gradients with the truth rounded to their type: 1e-5 in float32, in L2 norm.
 
-    In a shorter type the rounding of the result dominates; the arithmetic rarely moves a value
-    across a rounding boundary. Allowed are 1.01 of the rounding error of the truth, 1e-5 of the
-    norm, and `absolute`. The gradient to Q is the difference q - p of two probabilities rounded in
-    float32, an error of at most 2^-23 of them, times upstream gradients over temperatures of up to
-    4: absolute=1e-6. truncated: as Triton's interpreter, which truncates to bfloat16 where a GPU
-    rounds.
+    In a 16-bit type the rounding of the result dominates; the arithmetic rarely moves a value
+    across a rounding boundary. The allowed error is 1.01 times the rounding error of the truth,
+    plus 1e-5 of the norm, plus `absolute`. The gradient to Q is the difference q - p of two
+    probabilities rounded in float32, an error of at most 2^-23 of them, times upstream gradients
+    over temperatures of up to 4: absolute=1e-6. truncated: for Triton's interpreter, which
+    truncates to bfloat16 where a GPU rounds.
     """
     if result.dtype == torch.float32:
         return assert_gradient(result, exact, what)
@@ -232,9 +232,9 @@ def assert_rounded_gradient(
 
 
 def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Raise AssertionError where two tensors differ in type, shape or any bit.
+    """Raise AssertionError if two tensors differ in type, shape or any bit.
 
-    NaN equals NaN: its sign differs between the vector part of a CPU's loop and the remainder.
+    NaN equals NaN: its sign differs between the vectorised part of a CPU loop and the remainder.
     """
     _same([f"{value.dtype} {tuple(value.shape)}" for value in (result, expected)], what)
     different = (bits(result) != bits(expected)) & ~(result.isnan() & expected.isnan())
@@ -248,7 +248,7 @@ def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) ->
 
 
 def bits(value: torch.Tensor) -> torch.Tensor:
-    """View a tensor's memory as integers, so that equality is to the bit."""
+    """View a tensor's memory as integers, to compare bits."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return value.detach().contiguous().view(integers[value.element_size()])
 
@@ -263,7 +263,7 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(exact: torch.Tensor) -> torch.Tensor:
-    """Return norms of rows, at least GRADIENT_FLOOR; 1 for a row of zeros: absolute tolerance."""
+    """Return row norms, at least GRADIENT_FLOOR; 1 for a row of zeros: absolute tolerance."""
     norm = exact.norm(dim=-1)
     return torch.where(norm == 0, 1.0, norm.clamp(min=GRADIENT_FLOOR))
 
@@ -298,8 +298,8 @@ def _judge(
     place: str,
     told: dict[str, torch.Tensor],
 ) -> float:
-    """Return the largest error in units of `scale`; raise with the numbers `told` of the entry that
-    exceeds its allowance most, if one does; NaN does.
+    """Return the largest error in units of `scale`; if an entry exceeds its allowance or is NaN,
+    raise with the numbers `told` of the worst one.
     """
     excess = torch.where(error == 0, 0.0, error / allowed).flatten()
     if not bool((excess <= 1).all()):
@@ -343,7 +343,7 @@ def pair(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw logits of P and of Q = P + size·noise + shift, the same numbers for every device.
+    """Draw logits of P and of Q = P + size·noise + shift, the same numbers on every device.
 
     KL(P‖Q) is near size²/2 on flat rows and far smaller on peaked ones.
     """
@@ -361,7 +361,7 @@ def sizes_pair(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one row for each size of the difference; the shifts of Q take turns."""
+    """Draw one row per size of the difference, cycling through the shifts of Q."""
     rows = [
         pair(kind, 1, vocabulary, size, shift=shifts[i % len(shifts)], dtype=dtype, seed=seed + i)
         for i, size in enumerate(sizes)
@@ -370,12 +370,12 @@ def sizes_pair(
 
 
 def leaf(value: torch.Tensor) -> torch.Tensor:
-    """Return the same memory as a tensor of its own that requires grad, whatever its strides."""
+    """Return the same memory as a new leaf tensor that requires grad, with unchanged strides."""
     return value.detach().requires_grad_()
 
 
 def upstream_for(value: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Draw upstream gradients of a result, of both signs and away from 0."""
+    """Draw upstream gradients for a result, of both signs and away from 0."""
     noise = torch.randn(
         value.shape, generator=torch.Generator().manual_seed(seed + 1000), device="cpu"
     )

@@ -23,8 +23,8 @@ class TokenStats(NamedTuple):
 
     logprob: log π(token). entropy: H(π). ref_logprob: log π_ref(token). kl: KL(π‖π_ref). ref_kl:
     KL(π_ref‖π). lse, ref_lse: the log-sum-exps of both logits over the temperature. logprob and
-    ref_logprob are None without tokens; the reference's and both KLs without ref_logits. A field
-    that depends on no argument requiring gradient has requires_grad False.
+    ref_logprob are None without tokens; the reference's fields and both KLs are None without
+    ref_logits. A field that depends on no argument requiring gradient has requires_grad False.
     """
 
     logprob: torch.Tensor | None
@@ -110,38 +110,38 @@ def token_stats(
         lse = (logits.float() / temperature).logsumexp(-1)
         ref_lse = (ref_logits.float() / temperature).logsumexp(-1)
 
-    each 0 where the mask is False, with the digits of a small KL kept. Backward needs the inputs
-    and 40 bytes per row.
+    but each is 0 where the mask is False, and a small KL keeps its relative accuracy. Backward
+    needs the inputs and 40 bytes per row.
 
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
             backend), any strides with a unit stride along V.
         tokens: integer ids [...]. Where the mask is False any value is allowed: with Hugging Face's
             labels pass mask=labels != -100. Elsewhere an id outside 0 … V-1 is an error on the
-            reference backend; on a GPU, where a check would synchronise, it reads nothing and makes
-            logprob and ref_logprob NaN. None: without log-probabilities.
-        ref_logits: the reference's. None: without its fields.
+            reference backend; on a GPU, where a check would synchronise, it makes logprob and
+            ref_logprob NaN without an out-of-bounds read. None: no log-probabilities.
+        ref_logits: the reference's logits. None: no reference fields.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
         support: integer ids [..., K], the tokens that sampling kept (top-k, top-p, min-p): both
-            models are restricted to them and normalised again, as by logits of -inf elsewhere. Ids
-            outside 0 … V-1 pad, repeated ones count once. A token outside the support has a
-            log-probability of -inf and no gradient; a row without support is masked. Computed in
-            float64 from K logits a row; only their gradient has V entries, NaN in a row whose KL is
-            infinite.
+            models are restricted to them and renormalised, as if all other logits were -inf. Ids
+            outside 0 … V-1 are padding; repeated ids count once. A token outside the support has
+            log-probability -inf and no gradient; a row without support is masked. Computed in
+            float64 from K logits per row; only the gradient has V entries; it is NaN in a row whose
+            KL is infinite.
         shard: as in kl_divergence; tokens and support are ids of the whole vocabulary. On a GPU
-            support= gathers K logits a row of each tensor.
+            support= gathers K logits per row of each tensor.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
 
     Gradient:
-        Of every field with respect to logits and ref_logits where they require it, in one backward
-        kernel. No second derivative, but with support= any that autograd gives.
+        Of every field with respect to logits and ref_logits if they require it, in one backward
+        kernel. No second derivative, except with support=, where autograd gives all derivatives.
 
-    Special values, Raises: as kl_divergence. What makes a row NaN there makes NaN of every field
-    that depends on it, and on the kernels maybe of others: lse too, where torch.logsumexp of a row
-    of -inf is -inf. With support= the lse of such a row is -inf.
+    Special values, Raises: as kl_divergence. Values that make a row NaN there make every field that
+    depends on them NaN, with the kernels possibly others too. This includes lse, although
+    torch.logsumexp of a row of -inf is -inf; with support= the lse of such a row is -inf.
 
     Source: Ouyang et al., Training language models to follow instructions with human feedback
     (2022), eq. 2, for the statistics that a step needs.
@@ -187,7 +187,7 @@ def token_stats(
 
 
 class Support(NamedTuple):
-    """The sorted ids [..., K] that both models are restricted to, which of them are absent as in
+    """Sorted ids [..., K] to which both models are restricted, which of them are absent as in
     topk_op.CellInputs, which rows count, the vocabulary's size, and whether values are checked.
     """
 
@@ -206,19 +206,19 @@ class Support(NamedTuple):
         device: torch.device,
         chosen: str,
     ) -> Support:
-        """Check the ids for logits of a shape and sort them."""
+        """Check the ids for logits of the given shape and sort them."""
         *leading, vocabulary = shape
         entries = _checks.entries("support", ids, leading)
         _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
         ids = sorted_ids(ids.long(), vocabulary)
         absent = absent_entries(ids, vocabulary)
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
-        # Graphs and transforms have no branch on values: bad ones give NaN there.
+        # Graphs and transforms cannot branch on values: bad ones give NaN there.
         checks = ENGINES[chosen].checks_values and _modes.eager(ids)
         return cls(ids, absent, counted, vocabulary, checks)
 
     def divisor(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
-        """Return a number, or [..., 1]: 1 for a row that does not count."""
+        """Return the temperature, a number or [..., 1], with 1 for rows that do not count."""
         if not isinstance(temperature, torch.Tensor):
             return temperature
         if self.checks:
@@ -232,9 +232,9 @@ class Support(NamedTuple):
         tokens: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> TokenStats:
-        """Compute the statistics of one or two models from (relative, origin): their logits at the
-        ids over the temperature minus the row's origin, in float64, and that origin. Entries at
-        absent ids may be anything.
+        """Compute the statistics of one or two models from pairs (relative, origin) in float64: the
+        logits at the ids over the temperature, minus the row's origin, and that origin. Entries at
+        absent ids may have any value.
         """
         rows = self.counted[..., None]
         listed = [
@@ -247,7 +247,7 @@ class Support(NamedTuple):
         log_p, *log_q = logs = [value.log_softmax(-1) for value in listed]
         if tokens is not None and self.checks:
             _value_checks.tokens_in_range(tokens[self.counted], self.vocabulary)
-        # Below the smallest float64 a logarithm adds nothing.
+        # e^-800 is 0 in float64; the clamp avoids 0·inf.
         found: dict[str, torch.Tensor] = {"entropy": -(log_p.exp() * log_p.clamp(-800.0)).sum(-1)}
         for prefix, values, total in zip(("", "ref_"), logs, lse, strict=False):
             found[f"{prefix}lse"] = total
@@ -308,26 +308,26 @@ def entropy_from_logits(
 def selective_log_softmax(
     logits: torch.Tensor, index: torch.Tensor, *, shard: Shards = None
 ) -> torch.Tensor:
-    """Compute log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the
-    function of that name in trainers.
+    """Compute log_softmax(logits) at an index without allocating the log-softmax: a drop-in
+    replacement for the function of that name in trainers.
 
     Equivalent to logits.float().log_softmax(-1).gather(-1, index), or, for one id per row,
     .gather(-1, index[..., None])[..., 0].
 
     Trainers' own functions return the logits' type. This one returns float32 for 16-bit logits too:
     a bfloat16 log-probability near -5 is a multiple of 1/32, too coarse for a ratio, a KL estimate
-    or an advantage. Convert with .to(logits.dtype) if that is wanted.
+    or an advantage. For the logits' type convert with .to(logits.dtype).
 
     Args:
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
             An id outside 0 … V-1 (-100 included) is an error on the reference backend; it gives NaN
             on a GPU and, for K ids per row, in torch.compile and vmap.
-        shard: as in kl_divergence; index holds ids of the whole vocabulary. For K ids per row all
-            logits are gathered forward, and on a GPU not kept.
+        shard: as in kl_divergence; index holds ids of the whole vocabulary. With K ids per row all
+            logits are gathered forward and, on a GPU, not kept.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
-        logits; ids that occur twice in a row add up.
+        logits; repeated ids in a row add up.
     Raises:
         As token_stats.
     """
@@ -356,7 +356,7 @@ def selective_log_softmax(
     if not ids.shape[-1]:
         return logits.gather(-1, ids).to(dtype)
     in_order = sorted_ids(ids, vocabulary)
-    # An id beyond the last finds the place of the rest, and becomes NaN below.
+    # An id above the last one is given the place of the rest, and becomes NaN below.
     listed, rest, *_ = cells(
         CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments())
     )
@@ -366,5 +366,5 @@ def selective_log_softmax(
 
 
 def sorted_ids(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Sort each row of ids [..., K]; `vocabulary` replaces those outside it."""
+    """Sort each row of ids [..., K]; ids outside the vocabulary become `vocabulary`."""
     return ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]

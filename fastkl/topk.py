@@ -18,7 +18,7 @@ from .parallel import Shards, sharded_logits
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
-# Listed mass above which log-probs cannot be those of a distribution, whatever their rounding.
+# Log-probs with a larger listed mass are not from a distribution, whatever their rounding.
 LARGEST_MASS = 1.05
 
 
@@ -62,44 +62,44 @@ def topk_kl_divergence(  # noqa: PLR0913
         "student||teacher": (log_q.exp() * (log_q - log_p)).sum(-1)
         "js": beta * KL(p‖m) + (1 - beta) * KL(q‖m) with m = beta * p + (1 - beta) * q
 
-    with the digits of the rest and of a small result kept. With all V tokens listed it is the
-    divergence of the two distributions; with fewer it is at most that, and grows with K.
+    but the rest and a small result keep their relative accuracy. With all V tokens listed this is
+    the divergence of the two distributions; with fewer it is at most that, and grows with K.
 
     Args:
         logits: [..., V], the student's, as in kl_divergence.
         topk_logprobs: [..., K] natural logarithms, normalised over the teacher's whole vocabulary,
             any float type; no gradient.
         topk_ids: [..., K] int32 or int64. An entry is absent if its log-prob is -inf or its id is
-            outside 0 … V-1, so that padded and ragged lists pass as they are: SGLang's and
-            NeMo-RL's, TRL's -inf padding, tinker's lists padded with -1. Entries with the same id
-            add up: of vLLM's K + 1 entries set a sampled token that is listed twice to -1 once.
-            verl pads with log-prob 0 and id 0: mask those positions. A row without entries is
-            masked, and leaves the default mean's count.
+            outside 0 … V-1, so padded and ragged lists pass unchanged: SGLang's and NeMo-RL's,
+            TRL's -inf padding, tinker's lists padded with -1. Entries with the same id add up: if
+            vLLM's K + 1 entries list the sampled token twice, set one of its two ids to -1. verl
+            pads with log-prob 0 and id 0: mask those positions. A row without entries is masked and
+            not counted by the default mean.
         mask: bool [...], True where the token counts.
         direction: which KL, or "js", the generalised JSD of js_divergence.
-        beta: of "js", the teacher's share, a number in [0, 1]. Default: 0.5.
-        tail: what is known of the tokens that are not listed. "bucket": both models' remaining mass
-            is one more token. "renormalize": the listed tokens are all; both models are normalised
-            over them. "ignore": only the listed terms are summed, of unnormalised probabilities;
-            the result may be negative and its gradient is not that of a divergence.
-        clip: an upper bound of each token's term, whose gradient is 0 where it is reached.
-        temperature: divides the student's logits only: the teacher's log-probs have theirs already.
+        beta: for "js", the teacher's share, a number in [0, 1]. Default: 0.5.
+        tail: how unlisted tokens count. "bucket": both models' remaining mass is one more token.
+            "renormalize": both models are renormalised over the listed tokens. "ignore": only the
+            listed terms are summed, with unnormalised probabilities; the result may be negative and
+            its gradient is not that of a divergence.
+        clip: an upper bound on each token's term; a clipped term has gradient 0.
+        temperature: divides only the student's logits; the teacher's log-probs include theirs.
         weights, reduction, normalizer: as in kl_divergence.
         shard: as in kl_divergence; topk_ids are ids of the whole vocabulary. All logits are
-            gathered forward, and on a GPU not kept.
+            gathered forward and, on a GPU, not kept.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats; ≥ 0 but for "ignore" and clip.
+        [...] float32 (float64 for float64 logits), nats; ≥ 0 except with "ignore" or clip.
 
     Gradient:
-        With respect to logits. Use it as a loss: as the advantage of a sampled token, on which it
-        does not depend, its expected gradient is zero.
+        With respect to logits. Use it as a loss: it does not depend on the sampled token, so as an
+        advantage its expected gradient is zero.
 
     Special values:
-        Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
-        nothing is rescaled; a KL then sums x·log(x/y) - x + y, which is never negative, and
-        "student||teacher" leaves the student's rest out. Above 1.05 it is an error on a CPU and NaN
-        on a GPU.
+        If the listed mass reaches 1, as 16-bit rounding may cause, the teacher's rest is 0 without
+        rescaling; a KL then sums x·log(x/y) - x + y, which is never negative, and
+        "student||teacher" omits the student's rest. A mass above 1.05 is an error on a CPU and
+        gives NaN on a GPU.
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -133,7 +133,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> torch.Tensor:
-    """Compute topk_kl_divergence of a student's hidden states and lm_head, a chunk of tokens at a
+    """Compute topk_kl_divergence from a student's hidden states and lm_head, a chunk of tokens at a
     time.
 
     Equivalent to
@@ -143,17 +143,17 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
             logits = softcap * torch.tanh(logits.float() / softcap)
         topk_kl_divergence(logits, topk_logprobs, topk_ids, mask, direction=direction, ...)
 
-    in one matrix product forward and two backward (one for a frozen lm_head), and one more where
-    the logits are not kept: see recompute. tail="renormalize" needs the listed logits alone: up to
-    K = V / 256 each product is with K rows of the weight per token.
+    in one matrix product forward and two backward (one for a frozen lm_head), and one more if the
+    logits are not kept: see recompute. tail="renormalize" needs the listed logits only: up to
+    K = V / 256 each product uses K rows of the weight per token.
 
     Args:
         hidden, weight, bias, softcap, logits_dtype, chunk_size, recompute: as in
-            linear_token_stats, for the student alone. The others: as in topk_kl_divergence.
+            linear_token_stats, for the student only. The others: as in topk_kl_divergence.
 
     Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
-    linear_token_stats, for one model; from forward to backward, beside kept logits, about 190·K +
-    250 bytes per token, 420·K + 490 for "js", as topk_kl_divergence.
+    linear_token_stats, for one model; from forward to backward, in addition to kept logits, about
+    190·K + 250 bytes per token, 420·K + 490 for "js", as topk_kl_divergence.
 
     Gradient:
         With respect to hidden, weight and bias, in their types.
@@ -206,7 +206,7 @@ def topk_stats(  # noqa: PLR0913
     temperature: float | torch.Tensor = 1.0,
     shard: Shards = None,
 ) -> TopKStats:
-    """Compute topk_kl_divergence per token beside the mass of the listed tokens in both models.
+    """Compute topk_kl_divergence per token and the mass of the listed tokens in both models.
 
     Returns:
         TopKStats of [...] float32 (float64 for float64 logits) tensors; a masked row is 0.
@@ -258,7 +258,7 @@ def _topk(
     how: _How,
     shard: Shards,
 ) -> tuple[TopKStats, torch.Tensor]:
-    """Return the statistics of logits, and which rows count."""
+    """Return the statistics from logits, and which rows count."""
     _checks.logits("logits", logits, shard is not None)
     leading = logits.shape[:-1]
     _check(leading, logits.device, logprobs, ids, how)
@@ -295,7 +295,7 @@ def _divergence(
     log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
     mass = log_p.logsumexp(-1, keepdim=True)
     too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
-    # Graphs and transforms have no branch on values: the row is NaN there.
+    # Graphs and transforms cannot branch on values: the row is NaN there.
     checks = ENGINES[chosen].checks_values and _modes.eager(too_much)
     if checks and bool(too_much.any()):
         _checks.expect(
@@ -309,11 +309,11 @@ def _divergence(
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
     student_mass = log_q[..., :-1].detach().exp().sum(-1)
     if how.tail == "bucket":
-        # Where all V tokens are listed no token is left for what rounding leaves of the mass.
+        # With all V tokens listed no token remains for the mass lost to rounding.
         complete = (~absent_entries(ids, vocabulary)).sum(-1, keepdim=True) == vocabulary
         log_p = torch.cat([log_p, _log1mexp(mass).masked_fill(complete, -torch.inf)], -1)
         if how.direction == "student||teacher":
-            # A rest that the teacher lacks adds nothing.
+            # The student's rest adds 0 if the teacher has none.
             log_q = log_q.masked_fill(log_p == -torch.inf, -torch.inf)
     else:
         log_q = log_q[..., :-1]
@@ -338,7 +338,7 @@ def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
         log_p, log_q = log_q, log_p
     kind = "js" if how.direction == "js" else "kl"
     terms = f_divergences.terms(log_p, log_q, kind, 0.5 if how.beta is None else how.beta)
-    # The terms of the KL differ by multiples of q - p, whose sum is 0 over all tokens.
+    # The KL's Terms.value contains a multiple of q - p, which sums to 0 only over all tokens.
     plain = kind == "kl" and (how.tail == "ignore" or how.clip is not None)
     return terms.to_p if plain else terms.value
 
@@ -347,7 +347,7 @@ def _merged(
     ids: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor | None, vocabulary: int
 ) -> _Teacher:
     """Return the teacher of a list. The first of equal ids gets the sum of their probabilities, the
-    others none. A row without entries does not count.
+    others 0. A row without entries does not count.
     """
     ids, log_p = ids.long(), logprobs.detach().double()
     absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
@@ -363,7 +363,7 @@ def _merged(
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:
-    """Compute log(1 - e^value), -inf for values from 0 on."""
+    """Compute log(1 - e^value), -inf for values ≥ 0."""
     value = value.clamp(max=0.0)
     return torch.where(value > -0.5, (-value.expm1()).log(), (-value.exp()).log1p())
 

@@ -1,1 +1,3 @@
-"""Callback for transformers, trainers for TRL, functions for verl. Import the one you use."""
+"""A callback for transformers, trainers for TRL, functions for verl and Megatron-LM. Import the
+module you use.
+"""

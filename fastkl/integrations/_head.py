@@ -1,4 +1,4 @@
-"""Head of a model of transformers: its lm_head with the soft cap and the factor of its logits."""
+"""The Head of a transformers model: its lm_head with the soft cap and scale of its logits."""
 
 import itertools
 import math
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from fastkl import Head
 from fastkl._checks import expect
 
-# Names of a soft cap in configurations: Gemma's and most others', RecurrentGemma's, xLSTM's.
+# Names of a soft cap in configs: Gemma's and most others', RecurrentGemma's, xLSTM's.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Names of a factor of the logits, and the powers with which model code applies it.
+# Names of a logit scale in configs, and the powers with which model code applies it.
 FACTORS = {
     "logit_scale": (1,),  # Cohere
     "lm_head_multiplier": (1,),  # Falcon-H1
@@ -24,34 +24,34 @@ BASE_WIDTH = "dim_model_base"  # MiniCPM: hidden_size / dim_model_base divides
 
 
 def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
-    """Take a causal language model apart: its backbone, which gives hidden states, and its Head.
+    """Split a causal language model into its backbone, which returns hidden states, and its Head.
 
     Equivalent to
 
         backbone = model.base_model
         head = Head(model.lm_head.weight, model.lm_head.bias, softcap, logit_scale)
 
-    with softcap and logit_scale such that the Head gives the model's logits. Its config names the
-    candidates (final_logit_softcapping, logit_scale, logits_scaling, lm_head_multiplier, ...); up
-    to four tokens go through the model, in eval mode and without gradient, and the candidate that
-    gives its own logits is taken.
+    with softcap and logit_scale such that the Head reproduces the model's logits. The model's
+    config names the candidates (final_logit_softcapping, logit_scale, logits_scaling,
+    lm_head_multiplier, ...); the model runs on up to four tokens, in eval mode and without
+    gradient, and the candidate that reproduces its logits is chosen.
 
         backbone, head = head_of(model)
         hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         stats = linear_token_stats(hidden[:, :-1], head, ids[:, 1:])
 
     Args:
-        model: a decoder of transformers with an lm_head; a multimodal one is run on text alone. Of
-            a PEFT model the weights are those of the active adapter, which may replace the lm_head
+        model: a transformers decoder with an lm_head; a multimodal one is run on text only. For a
+            PEFT model the weights are those of the active adapter, which may replace the lm_head
             (modules_to_save) but not add to it.
 
     Returns:
         (backbone, head). The tensors are the model's parameters, in their type, without a copy;
-        rows that the model leaves out of its logits are cut. Call it again after a resize or a
+        rows that the model leaves out of its logits are cut. Call head_of again after a resize or a
         change of adapter.
 
     Raises:
-        TypeError: not a model with an lm_head. ValueError: logits that no candidate gives, an
+        TypeError: not a model with an lm_head. ValueError: logits that no candidate reproduces, an
             adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
     """
     inner = causal_lm(model)
@@ -113,26 +113,28 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
     weight, bias = cut(weight, rows), cut(bias, rows)
     with torch.no_grad():
         product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
-    # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
-    # autocast may be at work in one of the two alone.
+    # Two evaluations of the same product differ by a few roundings. 16-bit logits are accurate to
+    # 4e-3, and autocast may apply to only one of the two.
     tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
     named = _named(inner.config.get_text_config())
     return inner.base_model, Head(weight, bias, *_form(name, product, logits, named, tolerance))
 
 
 def causal_lm(model: Any) -> Any:
-    """Return the model with the lm_head, inside a PEFT model."""
+    """Return the model with the lm_head, unwrapped from a PEFT model."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def cut(value: Any, rows: int) -> Any:
-    """Cut a weight or bias; all rows, or None, are the same object, by which one is known."""
+    """Cut a weight or bias to `rows`; return the same object, which identifies a shared one, if no
+    row is cut.
+    """
     return value if value is None or len(value) == rows else value[:rows]
 
 
 @torch.no_grad()
 def _own_logits(model: Any, layer: Any) -> tuple[Any, torch.Tensor, set[torch.dtype]]:
-    """Run a few tokens: (last hidden states or None, logits, types at work), all of one forward."""
+    """Run a few tokens; return (last hidden states or None, logits, types used) of one forward."""
     states, types = [None], {layer.weight.dtype}
     training = {module: module.training for module in model.modules()}
     ids = torch.arange(min(4, len(model.get_input_embeddings().weight)), device=layer.weight.device)
@@ -151,7 +153,7 @@ def _own_logits(model: Any, layer: Any) -> tuple[Any, torch.Tensor, set[torch.dt
 
 
 def _named(config: Any) -> dict[str, float]:
-    """Collect the soft caps and factors that a config names: positive numbers alone."""
+    """Collect the soft caps and logit scales in a config that are positive numbers."""
     found = {name: getattr(config, name, None) for name in (*CAPS, *FACTORS)}
     if isinstance(base := getattr(config, BASE_WIDTH, None), int):
         found[BASE_WIDTH] = base / config.hidden_size
@@ -169,7 +171,7 @@ def _form(
     named: dict[str, float],
     tolerance: float,
 ) -> tuple[float | None, float]:
-    """Find (softcap, logit_scale), preferring those that the config names."""
+    """Find (softcap, logit_scale), preferring values named by the config."""
     powers = {**FACTORS, BASE_WIDTH: (1,)}
     scales = {named[name] ** power for name in powers if name in named for power in powers[name]}
     caps = [*(named[name] for name in CAPS if name in named), None]

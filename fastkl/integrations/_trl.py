@@ -1,4 +1,4 @@
-"""Shared parts of the trainers for TRL: its version, refused options, lm_heads, the divergence."""
+"""Shared parts of the TRL trainers: version check, refused options, lm_heads, the divergence."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ except ModuleNotFoundError as missing:
     raise ImportError(
         f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'"
     ) from missing
-# The methods that the trainers override are private in TRL and may change with any version, in
-# ways that a signature does not show.
+# The trainers override private methods of TRL, which may change with any version in ways that a
+# signature does not show.
 if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(
         f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, "
@@ -28,7 +28,9 @@ from .transformers import KLCallback
 
 
 class ExactDivergence:
-    """Base of the distillation trainers beside TRL's: checks, and the divergence of beta."""
+    """Mixin for the distillation trainers, next to TRL's class: checks, and the divergence for
+    beta.
+    """
 
     def _set_up(
         self: Any, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
@@ -60,9 +62,9 @@ class ExactDivergence:
         mask: torch.Tensor,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Compute the sum over the tokens that count, or with a callback the divergence of each.
+        """Compute the sum over the tokens that count or, with a callback, the divergence per token.
 
-        The student is unwrapped, and alone gets a gradient. `mask` is of the last tokens.
+        The student is unwrapped; only it gets a gradient. `mask` covers the last tokens.
         """
         teacher = self.accelerator.unwrap_model(self.teacher_model.eval())
         keep = mask.shape[1]
@@ -76,7 +78,7 @@ class ExactDivergence:
                 ),
                 (teacher_hidden, detached(head(teacher, self._teacher_head))),
             ]
-            # At both ends TRL has the KLs, where the generalised JSD is 0.
+            # At beta 0 and 1, where the generalised JSD is 0, TRL uses the KLs.
             between = 0 < self.beta < 1
             return linear_divergence(
                 *(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]),
@@ -101,9 +103,9 @@ def per_item(
 def set_up(
     trainer: Any, logits_dtype: torch.dtype | None, instead: str, more: dict[str, bool]
 ) -> KLCallback | None:
-    """Return the trainer's KLCallback and keep logits_dtype; raise for options that none of the
-    trainers supports, for those in `more` that are on, and for a wrong logits_dtype: the first loss
-    comes after a generation.
+    """Return the trainer's KLCallback and keep logits_dtype; raise for options that no trainer here
+    supports, for options in `more` that are on, and for a wrong logits_dtype, all before the first
+    generation.
     """
     refused = {
         "fsdp": trainer.is_fsdp_enabled,
@@ -146,7 +148,7 @@ def sequence(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mask the completion tokens that count: a tool's do not."""
+    """Return a mask of the completion tokens that count; tokens from tools do not."""
     return (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
 
 
@@ -162,9 +164,9 @@ def hidden_states(
 
 
 def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:
-    """Return the heads of the trainer's model and of its reference or teacher (None: itself).
+    """Return the heads of the trainer's model and of its reference or teacher (None: the model).
 
-    Both are cut to the rows that they share.
+    Both are cut to the shared rows.
     """
     heads = [
         head_of(trainer.accelerator.unwrap_model(model))[1]
@@ -175,7 +177,7 @@ def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:
 
 
 def head(model: torch.nn.Module, made: Head) -> Head:
-    """Renew a checked head's tensors: with PEFT, those of the adapter that is on."""
+    """Update a checked head's tensors: with PEFT, to those of the active adapter."""
     layer, rows = causal_lm(model).get_output_embeddings(), len(made.weight)
     return made._replace(
         weight=cut(layer.weight, rows), bias=cut(getattr(layer, "bias", None), rows)

@@ -1,4 +1,4 @@
-"""TRL's experimental trainer for distillation (GKD) with exact divergences from hidden states."""
+"""TRL's experimental distillation trainer (GKD) with exact divergences from hidden states."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from trl.models.utils import _ForwardRedirection
 
 
 class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
-    """trl.experimental.gkd.GKDTrainer with fastkl's divergence from hidden states: never all logits
-    at once, and exact down to the smallest values.
+    """trl.experimental.gkd.GKDTrainer with fastkl's divergence from hidden states, exact down to
+    the smallest values and never with all logits at once.
 
     Equivalent to GKDTrainer, whose loss is
 
@@ -31,31 +31,31 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
             num_items_in_batch = mask.sum().clamp(min=1)
         loss = values.sum() / num_items_in_batch
 
-    in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
-    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the
-    values of each token, in six: reduction "none". It never waits for the device.
+    with four matrix products for a trainable lm_head, and the memory of one chunk of logits:
+    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs per-token
+    values, it takes six: reduction "none". It never synchronises with the device.
 
         trainer = ExactGKDTrainer(student, teacher, args=GKDConfig(…), …)
 
-    As in GKDTrainer, args.temperature is that of generation alone: the divergence is of the models
-    as they are. And num_items_in_batch is what transformers.Trainer counts: tokens of the data set,
-    where completions generated in their place may have more or fewer, and those of all processes,
-    over which DDP takes the mean once more: with n of them, loss and gradient are 1/n of those in
-    one. ExactDistillationTrainer has neither, and the temperature in both.
+    As in GKDTrainer, args.temperature applies to generation, not to the divergence.
+    num_items_in_batch is counted by transformers.Trainer: it counts tokens of the data set,
+    although completions generated in their place may have more or fewer, and over all processes,
+    although DDP averages over them once more: with n processes, loss and gradient are 1/n of those
+    in one. ExactDistillationTrainer has neither problem, and applies the temperature to both.
 
     Args:
         all of GKDTrainer's.
         logits_dtype: as fastkl.linear_divergence.
 
-    A KLCallback records the divergence that args.beta names.
+    A KLCallback records the divergence selected by args.beta.
 
-    compute_loss(…, return_outputs=True), which evaluation calls with compute_metrics, computes the
-    logits in a further forward without gradient.
+    compute_loss(…, return_outputs=True), as called in evaluation with compute_metrics, computes the
+    logits in another forward without gradient.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: args.beta
-        outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, a
-        KLCallback with a controller, a model that head_of refuses.
+        ImportError on import: a TRL version other than the tested one. ValueError on construction:
+        args.beta outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt
+        learning, a KLCallback with a controller, a model that head_of rejects.
 
     Source: as ExactDistillationTrainer.
     """
@@ -72,7 +72,7 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Compute the mean over the tokens that count; with return_outputs the outputs too."""
+        """Compute the mean over the tokens that count; with return_outputs, the outputs too."""
         student, mask = self.accelerator.unwrap_model(model), inputs["labels"][:, 1:] != -100
         sequence = inputs["input_ids"], inputs["attention_mask"]
         # Inside the forward of DDP, so that it gathers the gradients.

@@ -1,8 +1,8 @@
-"""Two call sites of Megatron-LM, whose tensor-parallel ranks split the vocabulary: its output
-layer's logits, and the hidden states before that layer.
+"""Functions for two call sites in Megatron-LM, whose tensor-parallel ranks split the vocabulary:
+the output layer's logits, and the hidden states before that layer.
 
-Megatron-LM is not imported. `group` is its tensor-parallel group, all of whose ranks make the same
-call: parallel_state.get_tensor_model_parallel_group(), or pg_collection.tp of a model.
+Megatron-LM is not imported. `group` is its tensor-parallel group; all its ranks make the same call:
+parallel_state.get_tensor_model_parallel_group(), or pg_collection.tp of a model.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def vocab_parallel_token_stats(
     mask: torch.Tensor | None = None,
 ) -> TokenStats:
     """Compute log-probs, entropies and both KLs of every token from the logits of Megatron-LM's
-    output layer, where vocab_parallel_cross_entropy takes them.
+    output layer, in the place of vocab_parallel_cross_entropy.
 
     Equivalent to
 
@@ -32,23 +32,23 @@ def vocab_parallel_token_stats(
         ref_whole = torch.cat(ref_logits_of_all_ranks, -1)[..., :vocab_size]
         token_stats(whole, tokens, ref_whole, temperature=temperature, mask=mask)
 
-    without whole logits on a GPU, unless the two models are padded differently. -logprob is
-    vocab_parallel_cross_entropy(logits, tokens), with padding left out of the softmax.
+    but without whole logits on a GPU, unless the two models are padded differently. -logprob is
+    vocab_parallel_cross_entropy(logits, tokens) with padding excluded from the softmax.
 
     Args:
         logits, ref_logits: [s, b, width], as output_layer returns them. Their widths may differ.
-            GPTModel's forward returns [b, s, width]: tokens, mask and results are then [b, s] too.
-            ref_logits None: without its fields.
+            GPTModel's forward returns [b, s, width]: tokens, mask and results are then [b, s].
+            ref_logits None: no reference fields.
         tokens: integer ids of the whole vocabulary [s, b], or None. Megatron-LM's labels are
             [b, s]: pass labels.t().
         group: the tensor-parallel group.
-        vocab_size: the tokenizer's, before padding.
+        vocab_size: the tokenizer's vocabulary size, before padding.
         temperature, mask: as token_stats, [s, b].
 
     Returns:
         TokenStats of [s, b] tensors, the same on every rank.
 
-    Gradient: to this rank's logits, 0 in padded columns. Nothing is left to reduce.
+    Gradient: to this rank's logits, 0 in padded columns. No further reduction is needed.
 
     Raises: TypeError, ValueError, RuntimeError as token_stats.
 
@@ -72,7 +72,7 @@ def vocab_parallel_linear_kl(
     sequence_parallel: bool = False,
     **options: Any,
 ) -> torch.Tensor:
-    """Compute KL(policy‖reference) from the hidden states that Megatron-LM's output layer takes, in
+    """Compute KL(policy‖reference) from the hidden states before Megatron-LM's output layer, in
     place of that layer.
 
     Equivalent to
@@ -81,25 +81,25 @@ def vocab_parallel_linear_kl(
         whole = torch.cat(weight_of_all_ranks)[:vocab_size]         # the reference's likewise
         linear_kl_divergence(parts, whole, ref_parts, ref_whole, **options)
 
-    without whole weights, and with logits of a chunk of tokens only.
+    but without whole weights, and with logits of one chunk of tokens at a time.
 
     Args:
         hidden, ref_hidden: [s, b, H], or with sequence_parallel this rank's [s / tp, b, H]: the
             decoder's output, before gather_from_sequence_parallel_region and
             copy_to_tensor_model_parallel_region, which the output layer applies itself.
         weight, ref_weight: [width, H], output_layer.weight, or shared_embedding_or_output_weight()
-            of tied embeddings. Both of one width. ref_weight None: weight.
+            for tied embeddings. Both must have the same width. ref_weight None: weight.
         group: the tensor-parallel group.
-        vocab_size: the tokenizer's, before padding.
+        vocab_size: the tokenizer's vocabulary size, before padding.
         sequence_parallel: as config.sequence_parallel.
-        options: mask, weights [s, b], reduction, normalizer, temperature and the others of
-            linear_kl_divergence, but bias and softcap.
+        options: mask, weights [s, b], reduction, normalizer, temperature and other arguments of
+            linear_kl_divergence, except bias and softcap.
 
     Returns:
-        [s, b] float32, or a scalar with a reduction: of all tokens, the same on every rank.
+        [s, b] float32, or a scalar with a reduction; over all tokens, the same on every rank.
 
-    Gradient: to hidden what the output layer would return, summed over the ranks, of this rank's
-    part with sequence_parallel; to weight that of its rows, 0 in padded ones.
+    Gradient: to hidden, the gradient that the output layer would return, summed over the ranks
+    (with sequence_parallel, for this rank's part); to weight, that of its rows, 0 in padded rows.
 
     Raises: TypeError, ValueError, RuntimeError as linear_kl_divergence.
 

@@ -1,5 +1,5 @@
-"""For transformers: a callback that runs the controller of beta and the monitor once per optimizer
-step, a teacher for Trainer, and a model's Head.
+"""For transformers: a callback that runs beta's controller and the monitor once per optimizer step,
+a teacher for Trainer, and a model's Head.
 """
 
 import math
@@ -22,7 +22,7 @@ from fastkl._checks import expect
 
 from ._head import head_of as head_of
 
-# How the figures of the steps between two logs are merged; those of all other names are averaged.
+# How figures are merged over the steps between two logs; all other names are averaged.
 MERGES: dict[str, Callable[[float, float], float]] = {
     "kl/max": max,
     "kl/spike": max,
@@ -41,38 +41,39 @@ class KLCallback(TrainerCallback, ExportableState):
         controller.update(kl[mask].mean(), unit=controller.unit)    # over all processes
         trainer.log(figures)                                        # whenever the trainer logs
 
-    with the mean per sequence for a controller whose unit is "sequence". The KL comes from
+    with the mean per sequence if the controller's unit is "sequence". The KL comes from
 
         callback.record(kl, mask)           # in compute_loss, for each micro-batch
 
-    which the trainers of fastkl.integrations.trl and gkd call themselves. A KLPenalty keeps the
-    mean alone, which is enough for a controller:
+    which the trainers of fastkl.integrations.trl and gkd call themselves. A KLPenalty keeps only
+    the mean, which is enough for a controller:
 
         callback.record(penalty.last["kl"].expand(mask.shape), mask)
 
     Pass the callback to the trainer as `callbacks=[callback]`, or call `callback.attach(trainer)`
-    on a trainer: that puts it before the reporters (report_to="wandb", "tensorboard", …), so that
-    the figures reach those too, not only log_history, the progress bar and JSON.
+    on a trainer. attach puts the callback before the reporters (report_to="wandb", "tensorboard",
+    …), so the figures reach them too, not only log_history, the progress bar and JSON.
 
     Args:
-        controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated
-            with n = 1, so a horizon counts optimizer steps. It gets a mean below 0, which k1 has in
-            many steps, as it is. A step whose KL is not finite leaves it unchanged; the first one
-            warns.
-        monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as
-            fastkl.rl.KLMonitor. Only the first process's runs, on that process's tokens.
+        controller: an object with `beta` and `update(kl, unit=)`, such as those of fastkl.rl. It is
+            updated with n = 1, so a horizon counts optimizer steps. A mean below 0, common with k1,
+            is passed unchanged. A step whose KL is not finite leaves the controller unchanged; the
+            first such step warns.
+        monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, such as
+            fastkl.rl.KLMonitor. It runs only in the first process, on that process's tokens.
 
-    Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes),
-    and with a controller "kl/beta", the weight that the steps had. Between two logs "kl/max" and
-    "kl/spike" are the largest, "kl/beta" and the target are the last, the others are means.
+    Logged: the monitor's figures or, without a monitor, "kl/mean" (nats per token over all
+    processes), and with a controller "kl/beta", the weight used in the steps. Over the steps
+    between two logs "kl/max" and "kl/spike" are maxima, "kl/beta" and the target are the last
+    values, others are means.
 
     Calls under torch.no_grad() are not counted, so evaluation changes nothing. The states of
     controller and monitor are part of the Trainer's checkpoints and are loaded on
-    resume_from_checkpoint. Per optimizer step it waits for the device once, and once more with a
-    monitor.
+    resume_from_checkpoint. It synchronises with the device once per optimizer step, and once more
+    with a monitor.
 
     Raises TypeError or ValueError for wrong arguments; RuntimeError at the end of the first
-    optimizer step if no KL came.
+    optimizer step if no KL was recorded.
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2,
     for a controller in the loop.
     """
@@ -110,11 +111,11 @@ class KLCallback(TrainerCallback, ExportableState):
         *,
         entropy: torch.Tensor | None = None,
     ) -> None:
-        """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the
-        token counts) and the entropy [...], both optional.
+        """Record a micro-batch: KL per token [..., T] in nats and, both optional, a bool mask [...]
+        (True where the token counts) and the entropy [...].
 
-        Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer
-        steps. Raises TypeError or ValueError for others.
+        The tensors are detached and kept, without a copy or synchronisation, until the optimizer
+        steps. Raises TypeError or ValueError for wrong arguments.
         """
         for name, value in (("kl", kl), ("entropy", kl if entropy is None else entropy)):
             _checks.per_row(
@@ -135,8 +136,8 @@ class KLCallback(TrainerCallback, ExportableState):
             )
 
     def attach(self, trainer: Any) -> "KLCallback":
-        """Make this the trainer's first callback, wherever it was, and return it; the trainers of
-        this package must know it when they are made.
+        """Make this the trainer's first callback, wherever it was, and return it; for the trainers
+        of this package, pass it at construction instead.
         """
         expect(
             hasattr(getattr(trainer, "callback_handler", None), "callbacks"),
@@ -160,7 +161,7 @@ class KLCallback(TrainerCallback, ExportableState):
     # ---- the events of Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load the states of a checkpoint."""
+        """Load the states from a checkpoint."""
         expect(
             not args.restore_callback_states_from_checkpoint,
             "restore_callback_states_from_checkpoint",
@@ -244,8 +245,10 @@ class KLCallback(TrainerCallback, ExportableState):
         model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures since the last log to Trainer's new entry and to the later callbacks'."""
-        # The summary at the end is training's, even after an evaluation.
+        """Add the figures since the last log to Trainer's new entry and to the logs of later
+        callbacks.
+        """
+        # The summary at the end belongs to training, even after an evaluation.
         if logs is None or (
             model is not None and not model.training and "train_runtime" not in logs
         ):
@@ -270,9 +273,9 @@ class KLCallback(TrainerCallback, ExportableState):
         }
 
     def _monitored(self, step: int) -> dict[str, float]:
-        """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
+        """Pass the micro-batches to the monitor as one packed batch, and name its figures."""
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
-        # Made on the KL's device: a copy from here would wait for all queued work.
+        # Created on the KL's device: a copy from the CPU would wait for all queued work.
         lengths = torch.cat(
             [torch.full((kl.shape[:-1].numel(),), kl.shape[-1], device=kl.device) for kl in kls]
         )
@@ -295,8 +298,8 @@ class KLCallback(TrainerCallback, ExportableState):
 
 
 class TeacherMixin:
-    """Gives transformers.Trainer, or a subclass that calls its compute_loss, a teacher for a causal
-    language model: the loss is DistillationLoss, normalised as the Trainer's own.
+    """Adds a teacher to transformers.Trainer, or to a subclass that calls its compute_loss, for a
+    causal language model: the loss is DistillationLoss, normalised as the Trainer's own.
 
         class Distiller(TeacherMixin, transformers.Trainer): ...
 
@@ -310,17 +313,17 @@ class TeacherMixin:
             normalizer=num_items_in_batch,
         )
 
-    which alone could not see the teacher's inputs. V is the smaller of both vocabularies, whose
-    first entries have to be the same tokens: the wider one is padded.
+    which by itself does not have the teacher's inputs. V is the smaller of both vocabularies; their
+    first V entries must be the same tokens, as if the wider one were padded.
 
     Args:
-        those of the Trainer, without compute_loss_func.
-        teacher: a model of transformers; it is put into eval mode on the Trainer's device, whole in
+        all of the Trainer's, except compute_loss_func.
+        teacher: a transformers model; it is put into eval mode on the Trainer's device, whole in
             each process, and gets no gradient.
         distillation_loss: its `last` has the terms of the last micro-batch. Default:
             DistillationLoss().
 
-    Raises TypeError for a teacher that is no model, ValueError for a batch without labels.
+    Raises TypeError for a teacher that is not a model, ValueError for a batch without labels.
     Source: as DistillationLoss.
     """
 

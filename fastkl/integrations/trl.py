@@ -1,7 +1,7 @@
 """TRL's trainers with the exact KL from hidden states and lm_head weights: GRPO's penalty, and
 distillation.
 
-Logits of more than 2 GiB never exist at once, and no KL is sampled.
+At most 2 GiB of logits exist at once, and no KL is sampled.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ class ExactGRPOTrainer(GRPOTrainer):
         per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         per_token_loss = per_token_loss + beta * per_token_kl           # reduced by `loss_type`
 
-    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` changes
-    nothing. The remaining noise is that of dropout, by which a policy in training mode differs from
-    its reference: set args.disable_dropout=True for a model that has any.
+    which has no sampling noise and needs no importance ratio: `use_bias_correction_kl` has no
+    effect. The remaining noise is from dropout, by which a policy in training mode differs from its
+    reference: set args.disable_dropout=True for a model with dropout.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
         callback = KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())
@@ -48,31 +48,30 @@ class ExactGRPOTrainer(GRPOTrainer):
     Args:
         all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is
             GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch;
-            the `beta` of its controller replaces args.beta, which then has to be above 0 for a
-            reference to be loaded. Without a KLCallback the trainer makes one, which logs
-            "kl/mean".
-        logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a
-            KL below about 1e-2 nats.
+            the `beta` of its controller replaces args.beta, which must be above 0 so that a
+            reference is loaded. Without a KLCallback the trainer creates one, which logs "kl/mean".
+        logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps the accuracy that 16-bit
+            logits lose for a KL below about 1e-2 nats.
 
     `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None.
-    `trainer.beta` is 0, which turns TRL's own estimate off. The metrics "kl" and "eval_kl" have
-    their names from TRL and are the exact KL. The reference runs in each loss rather than beside
-    the generation, and its hidden states are kept only where num_iterations > 1 uses them again.
-    With PEFT the reference is what TRL takes: the model without its adapter, or the copy "ref" of
-    an adapter that came with the model; here always in eval mode. Where the vocabulary of policy or
-    reference is padded, log-probs, entropies and KL are those of the tokens that both have: the
-    rest is not sampled (suppress_tokens is set), so the policy that acts is the one renormalised
-    without it, where TRL's own log-softmax runs over the padding too. The metric of each
-    micro-batch is a sum over the processes and waits for the device, as those of TRL's own loss do.
+    `trainer.beta` is 0, which turns TRL's own estimate off. TRL's metrics "kl" and "eval_kl" are
+    the exact KL. The reference runs in each loss rather than with the generation, and its hidden
+    states are kept only if num_iterations > 1 reuses them. With PEFT the reference is the same as
+    TRL's: the model without its adapter, or the copy "ref" of an adapter that came with the model;
+    here always in eval mode. If the vocabulary of policy or reference is padded, log-probs,
+    entropies and KL cover only the tokens that both have. Other tokens are not sampled
+    (suppress_tokens is set), so the sampling policy is the one renormalised without them, whereas
+    TRL's own log-softmax includes the padding. The metric of each micro-batch is reduced over the
+    processes and synchronises with the device, as do those of TRL's own loss.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: an option that
-        is not supported (FSDP, DeepSpeed, torch.compile, a router's auxiliary loss, multimodal
-        models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In
-        training: a token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not
-            ask for log-probs as it does in 1.16.
+        ImportError on import: a TRL version other than the tested one. ValueError on construction:
+        an option that is not supported (FSDP, DeepSpeed, torch.compile, a router's auxiliary loss,
+        multimodal models, prompt learning), a controller with args.beta = 0, a model that head_of
+        rejects. In training: a token that the reference lacks, from a prompt or vLLM. RuntimeError:
+        TRL did not ask for log-probs as it does in 1.16.
 
-    Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
+    Source: Shao et al., DeepSeekMath (2024), eq. 3, with the exact KL instead of eq. 4.
     """
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -101,7 +100,7 @@ class ExactGRPOTrainer(GRPOTrainer):
             self.kl_callback = self.kl_callback or KLCallback()
             self.kl_callback.attach(self)
         self._policy_head, self._ref_head = _trl.checked_heads(self, self.ref_model)
-        # The policy's tokens that the reference lacks are not sampled.
+        # Suppress the policy's tokens that the reference lacks.
         policy = _trl.causal_lm(self.accelerator.unwrap_model(self.model))
         shared, own = len(self._policy_head.weight), len(policy.get_output_embeddings().weight)
         self._shared = None if shared == own else shared
@@ -112,7 +111,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @property
     def kl_weight(self) -> float:
-        """Weight of the KL in the next step: the controller's beta, or args.beta."""
+        """The KL's weight in the next step: the controller's beta, or args.beta."""
         controller = None if self.kl_callback is None else self.kl_callback.controller
         return float(self.args.beta if controller is None else controller.beta)
 
@@ -129,10 +128,10 @@ class ExactGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Compute log-probs and entropies of the last tokens; within the loss also self._kl."""
+        """Compute log-probs and entropies of the last tokens and, within the loss, self._kl."""
         original = self.accelerator.unwrap_model(model)
         # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is never
-        # split, so the reference fits it.
+        # split, so it matches the reference's.
         run = (
             self._statistics
             if model is original
@@ -203,7 +202,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
     ) -> Any:
         """Compute the hidden states [B, keep, H] that predict the last `keep` tokens."""
-        # This waits for the device; an embedding that lacks a row would make it unusable.
+        # This check synchronises; an out-of-range embedding row would make the device unusable.
         if self._shared is not None:
             expect(
                 int(input_ids.max()) < self._shared,
@@ -224,7 +223,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         keep: int,
         reference: Any,
     ) -> Any:
-        """Compute TokenStats of the last `keep` tokens, inside the forward of a model's wrapper."""
+        """Compute TokenStats of the last `keep` tokens inside the forward of a model's wrapper."""
         ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
         context = self.accelerator.autocast()
@@ -256,7 +255,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _as_reference(self, model: Any) -> Iterator[Any]:
-        """Give the unwrapped reference in eval mode; with PEFT the policy without its adapter."""
+        """Yield the unwrapped reference in eval mode; with PEFT, the policy without its adapter."""
         own = self.ref_model is None
         reference = self.accelerator.unwrap_model(model if own else self.ref_model)
         training, adapter = reference.training, contextlib.nullcontext()
@@ -270,7 +269,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
 
 class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
-    """trl.DistillationTrainer with fastkl's divergence: exact down to the smallest values, and its
+    """trl.DistillationTrainer with fastkl's divergence: exact down to the smallest values, with
     gradients computed together with the loss.
 
     Equivalent, with both models' logits over the completion tokens that count, to
@@ -284,27 +283,27 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
             values = js_divergence(teacher_logits, student_logits, beta=args.beta, **more)
         loss = values.sum() / tokens    # of all processes and accumulation steps
 
-    in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
-    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the
-    values of each token, in six: reduction "none".
+    with four matrix products for a trainable lm_head, and the memory of one chunk of logits:
+    linear_divergence, reduction "sum". With a KLCallback among the callbacks, which needs per-token
+    values, it takes six: reduction "none".
 
     Args:
         all of DistillationTrainer's.
         logits_dtype: as fastkl.linear_divergence.
 
-    A KLCallback records the divergence that args.beta names.
+    A KLCallback records the divergence selected by args.beta.
 
-    The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for
-    the device in each micro-batch all the same.
+    The metric "entropy" is left out: it would cost another matrix product. TRL's compute_loss still
+    synchronises with the device in each micro-batch.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: args.beta
-        outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no
-        teacher_model, a KLCallback with a controller, a model that head_of refuses.
+        ImportError on import: a TRL version other than the tested one. ValueError on construction:
+        args.beta outside [0, 1], FSDP, DeepSpeed, torch.compile, multimodal models, prompt
+        learning, no teacher_model, a KLCallback with a controller, a model that head_of rejects.
 
     Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2 and eq. 1.
-    That beta = 0 and 1 stand for the KLs is TRL's convention: the generalised Jensen-Shannon
-    divergence goes to 0 at both ends.
+    The KLs at beta = 0 and 1 are TRL's convention: the generalised Jensen-Shannon divergence tends
+    to 0 at both ends.
     """
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -322,7 +321,9 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Call TRL's, which calls _compute_loss inside the forward of the student's wrapper."""
+        """Call TRL's compute_loss, which calls _compute_loss inside the forward of the student's
+        wrapper.
+        """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
         if self.kl_callback is not None:

@@ -1,9 +1,9 @@
-"""Functions for verl's registration points: a policy loss with a KL to the policy that sampled,
-kl_penalty with the right gradient, and the top-k loss of distillation.
+"""Functions for verl's registration points: a policy loss with a KL to the sampling policy,
+kl_penalty with the correct gradient, and the top-k distillation loss.
 
-The first two have log-probabilities alone, so these are estimates, with the gradient of the KL; the
-exact KL needs the logits of both models, which no registration point has. The third has the
-student's logits. Every worker process has to run the registration: put it into a module of yours,
+The first two get only log-probabilities, so they are estimates, with the gradient of the KL; the
+exact KL needs both models' logits, which no registration point has. The third gets the student's
+logits. Every worker process must run the registration: put it into your own module,
 
     # my_losses.py
     from fastkl.integrations import verl
@@ -14,8 +14,8 @@ student's logits. Every worker process has to run the registration: put it into 
 
 start verl with VERL_USE_EXTERNAL_MODULES=my_losses, and set
 actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl for the first, actor.use_kl_loss=True or
-algorithm.use_kl_in_reward=True for the second, for the third what its function says. verl is
-imported at the registration, not before.
+algorithm.use_kl_in_reward=True for the second, and the options named by install_forward_kl_topk for
+the third. verl is imported at the registration, not before.
 """
 
 import importlib
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 TESTED = "0.9"
 CORE, FSDP_LOSSES = "verl.trainer.ppo.core_algos", "verl.trainer.distillation.fsdp.losses"
-# verl's names, those with a "+" too, which ask for the gradient that is always given here.
+# verl's names; a "+" suffix, which requests the gradient that is always returned here, is removed
+# before.
 ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
     "kl": "k1",
     "k1": "k1",
@@ -47,14 +48,14 @@ ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
     "k3": "k3",
 }
 
-# verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this
+# verl's bound on the value of k3. verl also clamps d to ±20 first, beyond which k3 exceeds this
 # anyway.
 LARGEST_K3 = 10.0
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
-    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token with the gradient of
-    that KL for every estimator.
+    """Estimate KL(policy‖reference) per sampled token, in place of verl's kl_penalty, with the
+    gradient of that KL for every estimator.
 
     Equivalent to
 
@@ -66,18 +67,17 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         form = estimate_kl(logprob, ref_logprob, estimator="k2")
         return value.detach() + form - form.detach()
 
-    The values are verl's. Its gradients are these where the name ends in "+"; otherwise k1 has one
-    of 0 on average, k3 that of the other direction, and none for the tokens whose value is clamped.
+    The values are verl's. verl's gradients are the same if the name ends in "+"; otherwise k1's is
+    0 on average, and k3's is that of the other direction, 0 for tokens whose value is clamped.
 
     Args:
-        logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it
-            is now.
+        logprob, ref_logprob: [...], log-probabilities of tokens sampled from the current policy.
         kl_penalty: "kl", "k1", "abs", "mse", "k2", "low_var_kl" or "k3", with or without a "+".
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats.
     Gradient:
-        To logprob, unbiased on-policy. verl passes no log-probabilities of the policy that sampled,
-        so in later mini-batches of a rollout it is off by the ratio, as verl's own is.
+        To logprob, unbiased on-policy. verl passes no log-probabilities of the sampling policy, so
+        in later mini-batches of a rollout the gradient is off by the ratio, as is verl's own.
     Raises:
         TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits:
             fastkl.kl_divergence.
@@ -102,10 +102,10 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
 
 
 def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Callable[..., Any]:
-    """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled:
-    PPO's penalty form, beside its clip.
+    """Return a verl policy loss plus beta times KL(old‖policy), where old is the sampling policy:
+    PPO's penalty form, in addition to its clip.
 
-    Equivalent, in the function that is returned, to
+    The returned function is equivalent to
 
         loss, metrics = verl.trainer.ppo.core_algos.get_policy_loss_fn(base)(...)
         kl = estimate_kl(old_log_prob, log_prob, estimator="k3")
@@ -114,18 +114,18 @@ def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Cal
         total = agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info)
         return loss + beta * total, metrics
 
-    The tokens come from the old policy, which does not move, so value and gradient of the estimate
-    are unbiased in every mini-batch.
+    The tokens come from the old policy, which is fixed, so the estimate's value and gradient are
+    unbiased in every mini-batch.
 
     Args:
         base: the name of a loss registered in verl.
         beta: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
     Returns:
         A function with the arguments and results of verl's policy losses; it adds the metrics
-        "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". As verl's losses for
-        their metrics, it waits for the device in every micro-batch.
+        "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". Like verl's losses,
+        it synchronises with the device in every micro-batch, for the metrics.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative.
+        TypeError, ValueError: beta is not a number or controller, or is negative.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
@@ -150,8 +150,8 @@ def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Cal
             rollout_is_weights=rollout_is_weights,
         )
         mask, weight = response_mask.bool(), _weight_of(beta)
-        # A token that does not count is left out before the estimate: a product with the mask would
-        # keep its NaN.
+        # Zero tokens that do not count before the estimate: a product with the mask would keep a
+        # NaN.
         kl = estimate_kl(
             *(torch.where(mask, value, 0.0) for value in (old_log_prob.detach(), log_prob)),
             estimator="k3",
@@ -177,11 +177,11 @@ def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Cal
 def register(
     name: str = "vanilla_kl", base: str = "vanilla", *, beta: "float | BetaController"
 ) -> Callable[..., Any]:
-    """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and
+    """Register policy_loss(base, beta=beta) in verl under `name`, for policy_loss.loss_mode, and
     return it.
 
     Raises ImportError without verl, or with one whose policy losses take other arguments;
-    ValueError for a base that verl does not have and a name that it has already.
+    ValueError for a base that verl does not have or a name that it already has.
     """
     core, loss = _module(CORE), policy_loss(base, beta=beta)
     _same_arguments(core.get_policy_loss_fn(base), loss)
@@ -196,12 +196,12 @@ def register(
 
 
 def install_kl_penalty() -> None:
-    """Put kl_penalty in the place of verl's in this process, for which verl has no registry: in
-    core_algos and in every module that imported it.
+    """Replace verl's kl_penalty in this process, in core_algos and in every module that imported
+    it; verl has no registry for it.
 
-    That is the penalty in the reward (values, which stay the same), the actor's KL loss
-    (gradients), and with loss_mode "k1", "k2", "k3", … of verl's distillation the loss of a student
-    on tokens that it sampled (gradients, unless use_policy_gradient takes the values alone).
+    This affects the penalty in the reward (values, which stay the same), the actor's KL loss
+    (gradients) and, with loss_mode "k1", "k2", "k3", … of verl's distillation, a student's loss on
+    tokens that it sampled (gradients, unless use_policy_gradient uses only the values).
 
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
@@ -222,8 +222,8 @@ def forward_kl_topk(
     config: Any,
     data_format: str,
 ) -> dict[str, torch.Tensor]:
-    """verl's compute_forward_kl_topk: the forward KL towards a teacher known by its top k, from one
-    read of the student's logits.
+    """Compute the forward KL from a teacher known by its top k, in place of verl's
+    compute_forward_kl_topk, in one read of the student's logits.
 
     Equivalent to
 
@@ -231,9 +231,9 @@ def forward_kl_topk(
         stats = topk_stats(student_logits, logprobs, ids)
         {"distillation_losses": stats.kl, "student_mass": …, "teacher_mass": …}
 
-    The tokens that are not listed are one more token: verl's loss, the listed terms alone, is
-    often negative, and verl then sets it to 0, without gradient. Log-probs have no lower clamp:
-    below verl's log_prob_min_clamp the student gets no gradient.
+    Unlisted tokens count as one more token. verl's own loss, the listed terms alone, is often
+    negative and is then set to 0, without gradient. Log-probs have no lower clamp; below verl's
+    log_prob_min_clamp the student would get no gradient.
 
     Args:
         student_logits: [1, T, V].
@@ -241,11 +241,11 @@ def forward_kl_topk(
         config: verl's DistillationConfig.
         data_format: as in verl; not read.
     Returns:
-        "distillation_losses", "student_mass" and "teacher_mass" [1, T] float32; positions that verl
-        padded are 0. verl's metrics of the overlap, a top-k of the student's own, are left out.
+        "distillation_losses", "student_mass" and "teacher_mass" [1, T] float32; positions padded by
+        verl are 0. verl's overlap metrics, which need the student's own top k, are left out.
     Gradient:
-        To student_logits. With a policy loss beside it (use_task_rewards, use_policy_gradient) they
-        are copied: its backward by flash-attn overwrites them first.
+        To student_logits. With an additional policy loss (use_task_rewards, use_policy_gradient)
+        they are copied: its flash-attn backward overwrites them first.
     Raises:
         ValueError: a log_prob_min_clamp; log-probs as topk_kl_divergence.
     Source: as topk_kl_divergence.
@@ -264,7 +264,7 @@ def forward_kl_topk(
         lists = [ulysses.slice_input_tensor(each, dim=1) for each in lists]
     if loss.use_task_rewards or loss.use_policy_gradient:
         student_logits = student_logits.clone()
-    # Padding is K times log-prob 0; of a distribution one entry at most has it.
+    # Padding is K log-probs of 0; in a distribution at most one entry is 0.
     stats = topk_stats(student_logits, lists[0], lists[1], (lists[0] == 0).sum(-1) < 2)
     return {
         "distillation_losses": stats.kl,
@@ -274,9 +274,10 @@ def forward_kl_topk(
 
 
 def install_forward_kl_topk() -> None:
-    """Put forward_kl_topk in the place of verl's in this process, for which verl has no registry:
-    for distillation.distillation_loss.loss_mode=forward_kl_topk with log_prob_min_clamp=null and
-    the strategies fsdp and veomni (megatron splits the vocabulary and keeps its own).
+    """Replace verl's compute_forward_kl_topk by forward_kl_topk in this process; verl has no
+    registry for it. For distillation.distillation_loss.loss_mode=forward_kl_topk with
+    log_prob_min_clamp=null and the strategies fsdp and veomni (megatron splits the vocabulary and
+    keeps its own function).
 
     Raises ImportError without verl, or with one whose compute_forward_kl_topk takes other
     arguments.
@@ -288,7 +289,7 @@ def install_forward_kl_topk() -> None:
 
 
 def _weight_of(beta: Any) -> float:
-    """Return a number, or a controller's beta as it is now, checked."""
+    """Return a number, or a controller's current beta, checked."""
     return FixedBeta(getattr(beta, "beta", beta)).beta
 
 

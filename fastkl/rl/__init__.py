@@ -1,4 +1,4 @@
-"""Training with a KL penalty: beta controllers, rewards, losses, trust region and monitor, over
+"""Training with a KL penalty: beta controllers, rewards, losses, a trust region and a monitor, on
 per-token KLs and log-probabilities.
 """
 

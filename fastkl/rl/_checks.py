@@ -1,5 +1,5 @@
-"""Argument checks shared by fastkl.rl, in the wording of fastkl._checks: argument, what was
-expected, what came, what to do.
+"""Argument checks shared by fastkl.rl, worded as in fastkl._checks: `argument: expected X, got Y;
+remedy`.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from .._checks import (
     type_name,
 )
 
-# Re-exports, for mypy: modules of fastkl.rl find every check here.
+# Re-exports for mypy: modules of fastkl.rl import every check from here.
 __all__ = [
     "FLOAT_TYPES",
     "INTEGER_TYPES",
@@ -70,7 +70,7 @@ def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) 
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Check for the shape and the device of another tensor, both float64 or neither."""
+    """Check that two tensors have the same shape and device, and both are float64 or neither."""
     expect(
         value.shape == other.shape,
         name,
@@ -112,9 +112,10 @@ def number(
     *,
     tensor: bool = False,
 ) -> float:
-    """Return a number for which `inside` holds as a float.
+    """Return, as a float, a number for which `inside` holds.
 
-    `what` describes it. With `tensor` it may be a tensor of one entry, for which this waits.
+    `what` describes it. With `tensor` it may be a tensor of one entry, which is read and
+    synchronises a GPU.
     """
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
@@ -162,10 +163,10 @@ def whole_number(
 def beta(
     value: float | torch.Tensor | object, other_name: str, other: torch.Tensor
 ) -> float | torch.Tensor:
-    """Return the weight of a KL: a number ≥ 0, a 0-d float tensor without its gradient (its value
-    is not read), or the `beta` of a controller.
+    """Return the weight of a KL: a number ≥ 0, a 0-d float tensor, detached (its value is not
+    read), or the `beta` of a controller.
     """
-    # torch.compile cannot ask a number that changes for attributes.
+    # torch.compile cannot look up attributes of a number that changes.
     if not isinstance(value, (int, float, torch.Tensor)):
         value = getattr(value, "beta", value)
     if not isinstance(value, torch.Tensor):
@@ -211,7 +212,7 @@ def number_pair(
 def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
     """Check the boundaries [S+1] of the sequences packed into a tensor [total].
 
-    Their values are read on the CPU only: elsewhere that would cost a synchronisation.
+    Their values are read on the CPU only: on a GPU a read would synchronise.
     """
     expect(
         isinstance(value, torch.Tensor) and value.dtype in INTEGER_TYPES,
@@ -250,7 +251,7 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
 
 
 def within(low: float, high: float, value: object) -> bool:
-    """Return whether a value is a number from low to high; a bool is none."""
+    """Return whether a value is a number, not a bool, from low to high."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -260,8 +261,8 @@ def state(
     settings: tuple[str, ...],
     possible: Mapping[str, Callable[[Any], bool]],
 ) -> None:
-    """Check that a state has the class, the entries and the settings of `mine`, this object's own,
-    and in other entries values that are possible; a test of these may raise instead.
+    """Check that a state has the class, entries and settings of `mine`, this object's own state,
+    and that its other entries pass their tests in `possible`; a test that raises fails.
     """
     given = state if isinstance(state, dict) else {}
     expect(

@@ -1,6 +1,6 @@
 """Controllers of beta, the weight of the KL penalty: fixed, Ziegler's, PPO's and PID.
 
-All have a state, and those with a target declare its unit and the bounds of beta.
+All have a state; controllers with a target also have its unit and bounds of beta.
 """
 
 import math
@@ -13,14 +13,14 @@ from .controller import BOUNDS, Controller, TargetedController, Unit, positive
 
 
 class FixedBeta(Controller):
-    """A constant beta: `update` checks its arguments and returns it.
+    """A constant beta; `update` checks its arguments and returns beta.
 
-    To change it in a run that is resumed, do not call load_state_dict.
+    To change beta in a resumed run, do not call load_state_dict.
 
     Args:
         beta: a finite number ≥ 0.
 
-    Raises TypeError and ValueError for another.
+    Raises TypeError and ValueError for any other value.
     """
 
     def __init__(self, beta: float) -> None:
@@ -44,23 +44,23 @@ class AdaptiveBeta(TargetedController):
         error = min(max(kl / target - 1, -0.2), 0.2)
         beta = beta * (1 + error * n / horizon)
 
-    within bounds. Over one horizon of samples beta changes by at most 20 % (by a factor of e^0.2 =
-    1.22 where many small updates compound).
+    within bounds. Over one horizon of samples beta changes by at most 20 % (by a factor of
+    e^0.2 = 1.22 if many small updates compound).
 
     Args:
         initial: the first beta.
-        target: the KL to hold, nats per `unit`: trainers commonly hold 6 per sequence, or 0.1 per
-            token.
-        horizon: samples it takes, in the unit of update's n, which is 1 per update by default.
-        unit: "token" or "sequence"; with "sequence" update asks for unit="sequence" beside a
+        target: the KL to hold, nats per `unit`; common targets are 6 per sequence or 0.1 per token.
+        horizon: the number of samples, in the unit of update's n (1 per update by default), over
+            which beta may change by 20 %.
+        unit: "token" or "sequence"; with "sequence", update requires unit="sequence" if kl is a
             number.
         bounds: the lowest and the highest beta.
 
-    Raises TypeError and ValueError for other numbers; update also for n ≥ 5·horizon, where the rule
-    would make beta 0 or negative.
+    Raises TypeError and ValueError for invalid numbers; update also for n ≥ 5·horizon, where the
+    rule could make beta 0 or negative.
 
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2,
-    which has a constant gain of 0.1 in place of n / horizon. The gain n / horizon, with the batch's
+    with a constant gain of 0.1 in place of n / horizon. The gain n / horizon, with the batch's
     samples as n, is that of their released code: openai/lm-human-preferences, AdaptiveKLController.
     """
 
@@ -91,7 +91,7 @@ class AdaptiveBeta(TargetedController):
 
 
 class PPOAdaptiveBeta(TargetedController):
-    """The rule of the PPO paper: beta moves by a factor while the KL is outside a band around the
+    """The PPO paper's rule: beta changes by a factor while the KL is outside a band around the
     target.
 
     Equivalent to
@@ -99,15 +99,15 @@ class PPOAdaptiveBeta(TargetedController):
         if kl > tolerance * target: beta = beta * factor
         if kl < target / tolerance: beta = beta / factor
 
-    within bounds. It holds the KL somewhere in the band, not at the target; with a factor above
-    tolerance² it may jump over the band forever.
+    within bounds. It keeps the KL inside the band, not at the target; with a factor above
+    tolerance² beta may oscillate across the band forever.
 
     Args:
         initial, target, unit, bounds: as AdaptiveBeta.
         tolerance: above 1 (or 1: no band).
         factor: above 1.
 
-    Raises TypeError and ValueError for other numbers.
+    Raises TypeError and ValueError for invalid numbers.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), section 4.
     """
 
@@ -145,8 +145,8 @@ class PPOAdaptiveBeta(TargetedController):
 
 
 class PIDBeta(TargetedController):
-    """A PID controller of log(beta), on the error log(kl / target): equal factors of KL count the
-    same on both sides of the target.
+    """A PID controller of log(beta) on the error log(kl / target), so equal factors of the KL count
+    the same on both sides of the target.
 
     Equivalent to
 
@@ -154,18 +154,18 @@ class PIDBeta(TargetedController):
         settled = settled * math.exp(ki * error)        # the integral part, `initial` at first
         beta = settled * math.exp(kp * error + kd * (error - previous_error))
 
-    with `settled` and beta within bounds, and no difference at the first update. The bounds of
-    `settled` prevent windup: however long beta was at a bound, it leaves it with the first error of
-    the other sign.
+    with `settled` and beta within bounds, and no difference term at the first update. The bounds of
+    `settled` prevent windup: however long beta was at a bound, it leaves the bound at the first
+    error of the opposite sign.
 
     Args:
         initial, target, unit, bounds: as AdaptiveBeta.
-        kp, ki, kd: gains from 0 to 100, ki above 0 (without it the target is not reached). The
-            defaults suit a KL that follows beta within about 10 updates, and settle from 1 to 100.
-            A KL in proportion to 1/beta that follows at once oscillates forever unless kp + ki/2 +
-            2·kd < 1. kd amplifies the noise of the KL.
+        kp, ki, kd: gains from 0 to 100; ki must be above 0, otherwise the target is not reached.
+            The defaults suit a KL that follows beta within about 10 updates, and settle from 1 to
+            100. A KL proportional to 1/beta without delay oscillates forever unless
+            kp + ki/2 + 2·kd < 1. kd amplifies the noise of the KL.
 
-    Raises TypeError and ValueError for other numbers.
+    Raises TypeError and ValueError for invalid numbers.
     Source: Åström and Murray, Feedback Systems, first edition (2008), chapter 10, for the
     controller and its windup.
     """

@@ -1,4 +1,4 @@
-"""Base classes of the controllers of beta: the checks of an update, its mean over processes, state.
+"""Base classes of the controllers of beta: checks of an update, its mean over processes, state.
 
 The rules themselves are in beta.py.
 """
@@ -15,12 +15,12 @@ from . import _checks
 
 Unit = Literal["token", "sequence"]
 BOUNDS = (1e-6, 1e3)
-# Of a penalty's `last`: the mean KL per unit, and how many units it is the mean of.
+# Keys of a penalty's `last`: the mean KL per unit, and the number of units.
 KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
 
 
 class Penalty(Protocol):
-    """A module that keeps the statistics of its last call, as KLPenalty and LinearKLPenalty: a
+    """A module that keeps the statistics of its last call, such as KLPenalty or LinearKLPenalty: a
     mapping with "kl", "kl_per_sequence", "tokens" and "sequences".
     """
 
@@ -30,7 +30,7 @@ class Penalty(Protocol):
 class Controller:
     """Base of all controllers: beta, the checks of an update, and the state.
 
-    `unit` is that which the target is a mean over, None without a target.
+    `unit` is the unit of the target's mean, None without a target.
     """
 
     def __init__(self, beta: float, unit: Unit | None) -> None:
@@ -52,25 +52,26 @@ class Controller:
         """Take a measured KL and return the new beta.
 
         Args:
-            kl: the mean KL in nats, per token or per sequence as the controller's target: a finite
-                number, or a tensor of one entry, for which this waits for the device. A mean of k1
-                may be negative and counts as far below the target. A KLPenalty or LinearKLPenalty
-                may be passed itself after its call: then kl is "kl" or "kl_per_sequence" of its
-                `last`, by the controller's unit; a call that counted no token leaves beta alone.
-            n: number of samples that the KL is the mean of, in the unit of `horizon`. AdaptiveBeta
-                uses it; the others check it.
-            unit: "token" or "sequence", the unit that kl is a mean over. Required for a number
-                where the target is per sequence: a KL per token would move beta the wrong way.
-            process_group: of torch.distributed, such as torch.distributed.group.WORLD. kl and n are
-                this process's, and all processes update with Σ kl·n / Σ n and Σ n, so that their
-                betas stay equal. The kl of a penalty is weighted by the tokens or sequences that it
-                counted instead of n. A process without a sample passes n=0 and any kl.
+            kl: the mean KL in nats, per token or per sequence like the controller's target: a
+                finite number, or a tensor of one entry, which is read and synchronises a GPU. A
+                mean of k1 may be negative and counts as far below the target. A KLPenalty or
+                LinearKLPenalty may be passed after its call: kl is then "kl" or "kl_per_sequence"
+                of its `last`, by the controller's unit; a call that counted no token leaves beta
+                unchanged.
+            n: the number of samples averaged in kl, in the unit of `horizon`. AdaptiveBeta uses it;
+                the others check it.
+            unit: "token" or "sequence", the unit of kl's mean. Required for a number if the target
+                is per sequence: a KL per token would move beta the wrong way.
+            process_group: a group of torch.distributed, such as torch.distributed.group.WORLD. kl
+                and n are this process's; all processes update with Σ kl·n / Σ n and Σ n, so their
+                betas stay equal. A penalty's kl is weighted by the tokens or sequences that it
+                counted, not by n. A process without samples passes n=0 and any kl.
 
         Raises:
             TypeError: kl or n is not a number.
-            ValueError: a KL that is not finite (with a process group on every process), n ≤ 0 (with
-                a process group a sum of 0), a unit that is missing or not the controller's, a
-                penalty that was not called. beta and the state then stay as they were.
+            ValueError: a KL that is not finite (with a process group, on every process), n ≤ 0
+                (with a process group, a sum of 0), a unit that is missing or not the controller's,
+                a penalty that was not called. beta and the state are then unchanged.
         """
         if unit is not None:
             _checks.choice("unit", unit, get_args(Unit))
@@ -116,9 +117,10 @@ class Controller:
         return self._beta
 
     def state_dict(self) -> dict[str, object]:
-        """Return what changes in training, as numbers and strings that JSON keeps exactly.
+        """Return the values that change in training, as numbers and strings that JSON keeps
+        exactly.
 
-        The settings are the constructor's.
+        The settings are not included; they come from the constructor.
         """
         return {
             "class": type(self).__name__,
@@ -129,16 +131,16 @@ class Controller:
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from a state_dict of the same class and unit.
 
-        beta is part of the state and replaces the constructor's, also that of FixedBeta. Any other
-        state raises ValueError or TypeError and changes nothing.
+        beta is part of the state and replaces the constructor's, for FixedBeta too. Any other state
+        raises ValueError or TypeError and leaves the controller unchanged.
         """
         _checks.state(state, self.state_dict(), ("unit",), self._possible())
         for name in self._possible():
             setattr(self, f"_{name}", state[name])
 
     def _possible(self) -> dict[str, Callable[[Any], bool]]:
-        """Return tests of the state's entries beside class and unit, which are attributes with an
-        underscore before the name.
+        """Return tests of the state's entries other than class and unit; each entry is an attribute
+        with an underscore before the name.
         """
         bounds = getattr(self, "bounds", (0.0, sys.float_info.max))
         return {"beta": partial(_checks.within, *bounds)}
@@ -152,7 +154,7 @@ class Controller:
         return f"{type(self).__name__}(beta={self._beta!r}, {settings})"
 
     def _advance(self, kl: float, n: float) -> None:
-        """Set _beta from a checked KL; a fixed one stays."""
+        """Set _beta from a checked KL; a fixed beta stays."""
 
 
 class TargetedController(Controller):
@@ -191,7 +193,7 @@ class TargetedController(Controller):
 
 
 def _of_penalty(penalty: Any, unit: Unit) -> tuple[Any, Any]:
-    """Take the mean KL per unit, and how many it is the mean of, from a penalty's last call."""
+    """Return the mean KL per unit, and the number of units, of a penalty's last call."""
     mean, count = KEPT[unit]
     last = penalty.last
     kept = isinstance(last, Mapping)
@@ -208,9 +210,9 @@ def _of_penalty(penalty: Any, unit: Unit) -> tuple[Any, Any]:
 def _over_processes(
     kl: Any, n: Any, weight: Any, group: torch.distributed.ProcessGroup
 ) -> tuple[float, float, float]:
-    """Average kl by its weights, and add up n and the weights, over the processes of a group.
+    """Average kl by its weights, and sum n and the weights, over the processes of a group.
 
-    Their values are checked afterwards: a process that raised alone would leave the others waiting.
+    The values are checked afterwards: if only one process raised, the others would wait.
     """
     _checks.expect(
         torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup),

@@ -41,7 +41,8 @@ def dpo_loss(  # noqa: PLR0913
     reduction: DPOReduction = "mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> DPOLoss:
-    """Direct preference optimisation over the log-probabilities of whole responses, or IPO.
+    """Compute the loss of direct preference optimisation (DPO), or IPO, from the log-probabilities
+    of whole responses.
 
     Equivalent to
 
@@ -55,42 +56,42 @@ def dpo_loss(  # noqa: PLR0913
     The policy that maximises reward - beta·KL(policy‖reference) is ∝ reference·exp(reward / beta),
     so beta·(log π - log π_ref) is the reward whose optimum is π, up to a constant per prompt: no
     reward model is needed, and the KL penalty is part of the loss. IPO pulls the margin to 1/2
-    instead of pushing it without end, so that pairs that are always ranked alike do not take the
+    instead of increasing it without bound, so pairs always ranked the same way do not move the
     policy ever further from the reference.
 
     Args:
-        chosen, rejected: log π of each response in nats, the sum over its tokens (per-token ones
-            are refused), [B], with gradient. With "ipo" the sum is the paper's form; TRL 1.16
-            takes each response's mean per token instead: divide all four by the number of tokens.
+        chosen, rejected: log π of each response in nats, summed over its tokens (per-token tensors
+            raise an error), [B], with gradient. With "ipo" the sum is the paper's form; TRL 1.16
+            uses each response's mean per token instead: for that, divide all four by the number of
+            tokens.
         ref_chosen, ref_rejected: the same under the reference, [B]; no gradient.
-        beta: the weight of the KL penalty whose optimum is sought, above 0; the paper's tau of IPO.
+        beta: the weight of the KL penalty, above 0; tau in the IPO paper.
         loss: "sigmoid", DPO's, or "ipo".
-        label_smoothing: the probability that a preference is labelled the wrong way round, 0 … 0.5
-            (0.5 left out); with "sigmoid" alone.
+        label_smoothing: the probability that a preference label is swapped, from 0 to less than
+            0.5; only with "sigmoid".
         reduction: "mean", "sum", or "none", one loss per pair.
-        normalizer: as ppo_loss, in place of the number of pairs B.
+        normalizer: as in ppo_loss, in place of the number of pairs B.
 
     Returns:
-        DPOLoss, float32 (float64 for a float64 chosen): loss, a scalar, 0 without a pair ([B] with
-        reduction "none");
-        chosen_reward, rejected_reward and margin, [B]. The share of pairs ranked right is (margin >
-        0).float().mean().
+        DPOLoss, float32 (float64 for a float64 chosen): loss, a scalar, 0 for B = 0 ([B] with
+        reduction "none"); chosen_reward, rejected_reward and margin, [B]. The share of correctly
+        ranked pairs is (margin > 0).float().mean().
 
     Gradient:
         Of loss to chosen: -beta·(sigmoid(-margin) - label_smoothing) / B, with "ipo"
-        (2·margin - 1) / (beta·B), and the opposite to rejected. The other fields are detached.
+        (2·margin - 1) / (beta·B); to rejected, the negative of that. The other fields are detached.
 
     Special values:
         A log-probability below -1e8, -inf included, counts as -1e8 and has no gradient: the sum
-        over a long response may be far below the -1e4 that estimate_kl gives a token. So -inf under
-        policy and reference is a reward of 0.
+        over a long response may be far below estimate_kl's floor of -1e4 per token. -inf under both
+        policy and reference therefore gives a reward of 0.
 
     Raises:
-        TypeError: a tensor not of a float type, float64 beside another type, a setting that is no
-            number.
+        TypeError: a tensor not of a float type, float64 mixed with another type, a setting that is
+            not a number.
         ValueError: shapes that are not [B] or differ, devices that differ, beta or label_smoothing
-            out of range, label_smoothing with "ipo", another loss or reduction, a normalizer as in
-            ppo_loss.
+            out of range, label_smoothing with "ipo", an unknown loss or reduction, a normalizer as
+            in ppo_loss.
 
     Source: Rafailov et al., Direct Preference Optimization (2023), eqs. 4 to 7; Mitchell, A note on
     DPO with noisy preferences (2023), for label_smoothing; Azar et al., A General Theoretical

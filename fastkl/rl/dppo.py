@@ -1,4 +1,4 @@
-"""The trust region of DPPO: a mask by the divergence of "this token or another"."""
+"""DPPO's trust region: a mask from the divergence of "this token or another"."""
 
 import torch
 
@@ -17,7 +17,7 @@ def divergence_mask(
     limit: float | tuple[float, float] = 0.15,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tell which tokens DPPO's trust region keeps: False where the update would lead further out.
+    """Return which tokens DPPO's trust region keeps: False where the update would lead further out.
 
     Equivalent to
 
@@ -26,45 +26,44 @@ def divergence_mask(
         falling = (advantages <= 0) & (logprob < old_logprob) & (divergence > low)
         keep = ~(rising | falling)
 
-    PPO bounds the ratio of probabilities, which an improbable token leaves at once and a probable
-    one hardly ever; this bounds how far the distribution moved. A token beyond the limit still
-    counts if its update leads back. Use it on the advantages, so that a dropped token keeps its
-    place in the mean and its KL penalty, beside a ratio without a clip:
+    PPO bounds the ratio of probabilities, which improbable tokens exceed at once and probable ones
+    hardly ever; this mask bounds how far the distribution moved. A token beyond the limit still
+    counts if its update leads back. Multiply the advantages by the mask, so that a dropped token
+    still counts in the mean and keeps its KL penalty, and leave the ratio unclipped:
 
         keep = divergence_mask(logprob, old_logprob, advantages)
         loss = ppo_loss(logprob, old_logprob, advantages * keep, mask, clip=(1, math.inf))
 
-    (advantages[:, None] * keep for one per sequence); `mask & keep` as the mask takes it out of the
-    mean as well. verl's dppo_tv and dppo_kl have in place of PPO's ratio a truncated one without
-    gradient: grpo_loss(…, surrogate="cispo", clip=(1, 19), reduction="bnpo") for its
+    (advantages[:, None] * keep for one per sequence); `mask & keep` as the mask removes the token
+    from the mean as well. verl's dppo_tv and dppo_kl use a truncated ratio without gradient in
+    place of PPO's: grpo_loss(…, surrogate="cispo", clip=(1, 19), reduction="bnpo") for its
     clip_ratio_c = 20.
 
     Args:
-        logprob: log π(token) in nats, [B, T] (any leading shape), or [total], sequences packed one
-            behind the other.
+        logprob: log π(token) in nats, [B, T] (any leading shape), or [total], concatenated packed
+            sequences.
         old_logprob: the same under the policy that sampled the tokens, without gradient; None: the
-            policy as it is now, which keeps every token.
+            current policy, which keeps every token.
         advantages: as in ppo_loss: one per token, shaped as logprob, or per sequence, [B], with
             cu_seqlens [S].
         kind: "tv", the difference of the token's probabilities, or "kl", in nats.
-        limit: the divergence beyond which no update leads further away: one number ≥ 0, or (low,
-            high) for tokens that are to fall (advantage ≤ 0) and to rise, verl's clip_ratio_low
-            and clip_ratio_high. verl's example takes 0.15 for "tv" and 0.05 for "kl".
+        limit: the divergence beyond which no update may lead further away: one number ≥ 0, or (low,
+            high) for tokens whose probability is to fall (advantage ≤ 0) and to rise, verl's
+            clip_ratio_low and clip_ratio_high. verl's example uses 0.15 for "tv" and 0.05 for "kl".
         cu_seqlens: as in ppo_loss.
 
     Returns:
-        bool, shaped as logprob. A token with a NaN is kept: the loss shows it.
+        bool, shaped as logprob. A token with a NaN is kept, so that the NaN reaches the loss.
 
     Gradient:
         None.
 
     Special values:
-        As ppo_loss and binary_divergence. verl adds 1e-8 to 1 - p and 1 - q of "kl", which is
-        infinite here where a logprob is rounded to 0; such a token has no gradient in its logits
-        anyway.
+        As ppo_loss and binary_divergence. verl's "kl" adds 1e-8 to 1 - p and 1 - q; here it is
+        infinite where a logprob is rounded to 0. Such a token has no gradient to its logits anyway.
 
     Raises:
-        As ppo_loss; ValueError for another kind and a limit that is negative or NaN.
+        As ppo_loss; ValueError for an unknown kind or a limit that is negative or NaN.
 
     Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026); verl
     0.10.0.dev, compute_policy_loss_dppo_tv and compute_policy_loss_dppo_kl of

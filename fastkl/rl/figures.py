@@ -1,4 +1,4 @@
-"""Figures of the KL in one step, computed on the device and copied to the CPU at once."""
+"""Figures of the KL in one step, computed on the device and copied to the CPU in one transfer."""
 
 import math
 
@@ -10,11 +10,11 @@ from .sequences import Sequences
 
 POSITION = "kl/position_"
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
-# The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
-# GROWTH·x, so its centre is right to 1 %.
+# The run's quantiles come from a histogram of the logarithm (DDSketch): each bin spans x to
+# GROWTH·x, so its centre is accurate to 1 %.
 GROWTH = (1 + 0.01) / (1 - 0.01)
 LOWEST, HIGHEST = 1e-8, 1e3
-# Bin 0 holds what is below LOWEST, the last one what is above HIGHEST.
+# Bin 0 counts values below LOWEST, the last bin values above HIGHEST.
 BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
 
 
@@ -27,11 +27,11 @@ def measure(
     threshold: float | None,
     positions: int = 0,
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], torch.Tensor]:
-    """Compute all figures of a step in one float64 tensor on the device, and copy that once.
+    """Compute all figures of a step in one float64 tensor on the device, and copy it once.
 
-    Returns the monitor's own figures; averages of further tensors; the step's part of the run's
-    ("finite" and "sum" of the tokens whose KL is finite, "max" the largest of these); and the
-    tokens per bin of the histogram.
+    Returns the monitor's own figures; averages of further tensors; the step's contribution to the
+    run's figures ("finite" and "sum" of the tokens whose KL is finite, "max" the largest of these);
+    and the tokens per bin of the histogram.
     """
     nonempty = (sequences.sums(counts.long()) > 0).sum()
     tokens = counts.sum(dtype=torch.float64)
@@ -42,7 +42,7 @@ def measure(
         for name, value in tensors.items()
     }
     part = sequences.parts(counts, positions).reshape(-1) if positions else None
-    # One more token, which does not count: maximum and gather need one at least.
+    # Append a token that does not count: maximum and gather need at least one.
     kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
     counts = torch.cat([counts.reshape(-1), counts.new_zeros(1)])
     total = kl.masked_fill(~counts, 0).sum(dtype=torch.float64)
@@ -97,7 +97,7 @@ def measure(
 def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.Tensor:
     """Compute torch.quantile of the first `count` ordered values, [] float64.
 
-    Between a number and +inf it is +inf.
+    A quantile between a number and +inf is +inf.
     """
     rank = q * (count - 1).clamp(min=0).double()
     low, high = (
@@ -109,7 +109,7 @@ def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.
 
 # ---- further figures
 
-# Names that a further figure may not have.
+# Names reserved for the monitor's own figures.
 _OWN = (
     *("step", "kl/mean", "kl/per_sequence", "kl/max", "kl/tokens", "kl/not_finite"),
     *("kl/above_threshold", "kl/spike", *QUANTILES),
@@ -121,7 +121,7 @@ def sorted_figures(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Sort further figures into numbers known on the CPU and tensors to average on kl's device.
 
-    Those that are None are left out.
+    Figures that are None are left out.
     """
     known, tensors = {}, {}
     for name, value in named.items():
@@ -149,7 +149,7 @@ def sorted_figures(
                 value.device,
                 "move it with .to()",
             )
-            # Without a wait: the copy of the figures comes after it.
+            # No wait is needed: the copy of the figures is queued after this one.
             tensors[name] = value.detach().to(kl.device, non_blocking=True)
         elif value is not None:
             known[name] = _checks.number(

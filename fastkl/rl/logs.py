@@ -1,4 +1,4 @@
-"""File of a monitor's figures: a line of JSON per step."""
+"""The file of a monitor's figures: one line of JSON per step."""
 
 import json
 import math
@@ -8,16 +8,15 @@ from . import _checks
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the steps that KLMonitor(jsonl=path) wrote, each as update returned it.
+    """Read the steps written by KLMonitor(jsonl=path), each as update returned it.
 
-    A figure that was not finite reads as NaN.
-    A line that begins as an object and is none, cut off in writing as the last one of a killed run,
-    is left out, and so are the NUL bytes that a loss of power leaves.
+    A figure that was not finite reads as NaN. A truncated line that begins as an object, such as
+    the last line of a killed run, is skipped, as are the NUL bytes left by a power loss.
 
-    Raises OSError for a file that cannot be read, TypeError for anything but a path, ValueError for
-    any other line that is not a JSON object.
+    Raises OSError for a file that cannot be read, TypeError for anything except a path, ValueError
+    for any other line that is not a JSON object.
     """
-    # open() would take the number of a file descriptor, and close it.
+    # open() would accept a file descriptor's number, and close it.
     _checks.expect(
         isinstance(path, (str, os.PathLike)),
         "path",
@@ -54,8 +53,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def append_line(path: str, metrics: dict[str, float]) -> None:
-    """Append a whole line in one write; after half a line of a killed process, on a new line."""
-    # JSON has no NaN: null, which every reader takes.
+    """Append a whole line in one write, after a newline if a killed process left a partial line."""
+    # JSON has no NaN; every reader accepts null.
     plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
@@ -69,7 +68,7 @@ def append_line(path: str, metrics: dict[str, float]) -> None:
 
 def appendable(path: str | os.PathLike[str]) -> str:
     """Create a file, or check that it can be appended to, and return its absolute path."""
-    # open() would take the number of a file descriptor, and close it.
+    # open() would accept a file descriptor's number, and close it.
     _checks.expect(
         isinstance(path, (str, os.PathLike)),
         "jsonl",
@@ -78,7 +77,7 @@ def appendable(path: str | os.PathLike[str]) -> str:
         "pass 'run.jsonl', for instance",
         TypeError,
     )
-    # Absolute: a later change of folder must not split the file.
+    # Absolute: a later change of directory must not split the file.
     path = os.path.abspath(os.fspath(path))
     try:
         open(path, "ab+", buffering=0).close()

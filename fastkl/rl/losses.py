@@ -1,4 +1,4 @@
-"""Policy-gradient losses over log-probabilities: PPO; GRPO, GSPO, CISPO and SAPO with a KL."""
+"""Policy-gradient losses from log-probabilities: PPO; GRPO, GSPO, CISPO and SAPO with a KL."""
 
 from typing import Literal, get_args
 
@@ -27,7 +27,7 @@ def ppo_loss(  # noqa: PLR0913
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PPO's clipped surrogate objective as a loss to minimise.
+    """Compute PPO's clipped surrogate objective as a loss to minimise.
 
     Equivalent to
 
@@ -40,50 +40,49 @@ def ppo_loss(  # noqa: PLR0913
 
     with value and gradient finite for every ratio. A ratio above e^20 = 4.9e8 counts as e^20 and
     has no gradient, like a clipped one; a log-probability below -1e4, -inf included, counts as -1e4
-    and has no gradient, so that -inf in both is a ratio of 1.
+    and has no gradient, so -inf in both gives a ratio of 1.
 
     Args:
         logprob: log π(token) in nats, [B, T] (any leading shape), with gradient; or [total],
-            sequences packed one behind the other.
+            concatenated packed sequences.
         old_logprob: the same under the policy that sampled the tokens, without gradient; None: the
-            policy as it is now, ratio 1.
-        advantages: one per token, shaped as logprob, or per sequence, [B], with cu_seqlens [S];
-            where S = total they count as one per sequence.
+            current policy, ratio 1.
+        advantages: one per token, shaped as logprob, or per sequence, [B], with cu_seqlens [S]; if
+            S = total they count as one per sequence.
         mask: bool, shaped as logprob, True where the token counts.
         clip: how far the ratio may move from 1 before its gradient stops: one number, or (low,
             high) for 1 - low and 1 + high.
-        dual_clip: for a negative advantage, the ratio above which its gradient stops, larger than
+        dual_clip: for a negative advantage, the ratio above which the gradient stops, larger than
             1; None: no such bound.
         reduction: "token_mean", also spelt "mean": mean over the tokens that count;
-            "sequence_mean": mean over sequences of the sum over each one's tokens, sequences
-            without a token that counts left out; "sum"; "none": one loss per token.
+            "sequence_mean": mean, over sequences with a token that counts, of the sum over each
+            one's tokens; "sum"; "none": one loss per token.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is logprob[cu_seqlens[s] :
             cu_seqlens[s + 1]]; empty ones are allowed. "token_mean" and "sum" with advantages per
             token take a logprob [total] without it.
         normalizer: for a mean, the divisor in place of this call's own count, so that each token
             (sequence) has the same weight in micro-batches and processes of different lengths: the
-            count over all micro-batches of a step; under DDP and FSDP, which average gradients,
-            the count over all processes / world_size. A number above 0, or a tensor of one, where
-            0 gives 0.
+            count over all micro-batches of a step; under DDP and FSDP, which average gradients, the
+            count over all processes / world_size. A number above 0, or a tensor with one number; a
+            tensor 0 gives 0.
 
     Returns:
-        The loss, a float32 scalar (float64 for a float64 logprob). 0 where no token counts. With
-        "none" shaped as logprob, exactly 0 for tokens that do not count.
-        Boundaries that do not run from 0 to total are an error on the CPU; on a GPU, where looking
-        would cost a synchronisation, and under torch.compile, the loss is NaN ("none": of every
-        token that counts).
+        The loss, a float32 scalar (float64 for a float64 logprob). 0 if no token counts. With
+        "none" shaped as logprob, exactly 0 for tokens that do not count. Boundaries that do not run
+        from 0 to total are an error on the CPU; on a GPU, where a check would synchronise, and
+        under torch.compile, the loss is NaN (with "none", for every token that counts).
 
     Gradient:
         To logprob: -ratio·A times the reduction's weight, 0 where clipped. None to old_logprob and
-        advantages. Tokens that do not count have no part in value or gradient, whatever they hold,
+        advantages. Tokens that do not count affect neither value nor gradient, whatever they hold,
         NaN included; a NaN in one that counts makes the loss NaN.
 
     Raises:
-        TypeError: a tensor not of a float type, log-probabilities of float64 beside another type,
+        TypeError: a tensor not of a float type, float64 log-probabilities mixed with another type,
             mask not bool, a setting that is not a number.
-        ValueError: shapes or devices that do not fit, old_logprob with gradient, clip or dual_clip
-            out of range, another reduction, cu_seqlens missing or wrong, a normalizer that is not
-            above 0 or beside "sum" and "none".
+        ValueError: mismatched shapes or devices, old_logprob with gradient, clip or dual_clip out
+            of range, an unknown reduction, cu_seqlens missing or wrong, a normalizer that is not
+            above 0 or is given with "sum" or "none".
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7; Ye et al.,
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning (2020), for the dual
@@ -125,8 +124,8 @@ def grpo_loss(  # noqa: PLR0913
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GRPO's loss, and CISPO's and SAPO's: a surrogate of the policy gradient plus beta times a KL
-    to the reference, token by token.
+    """Compute the loss of GRPO, GSPO, CISPO or SAPO: a surrogate of the policy gradient plus beta
+    times a KL to the reference, per token.
 
     Equivalent to
 
@@ -145,47 +144,46 @@ def grpo_loss(  # noqa: PLR0913
     estimate_kl and sampled_kl_loss, which compute the estimate.
 
     Which KL: pass `kl`. Its gradient is that of KL(policy‖reference) of each token given its
-    prefix, over the whole vocabulary, without noise, on- and off-policy. ref_logprob is the
-    published form, an estimate from the sampled tokens: on-policy alone it is an unbiased estimate
-    of KL(policy‖reference), and even there its gradient is that of the other direction,
+    prefix, over the whole vocabulary, without noise, on- and off-policy. ref_logprob gives the
+    published form, an estimate from the sampled tokens: it is an unbiased estimate of
+    KL(policy‖reference) only on-policy, and even there its gradient is that of the other direction,
     KL(reference‖policy). correct_kl at level "token" corrects both, on- and off-policy; the noise
     stays.
 
     Args:
         logprob, old_logprob, advantages, mask: as in ppo_loss. The advantages of a group are its
-            rewards less their mean, over their standard deviation in the published form.
+            rewards minus their mean, in the published form divided by their standard deviation.
         ref_logprob: log π_ref(token), shaped as logprob, no gradient.
         kl: exact KL(policy‖reference) of each token in nats, shaped as logprob, with gradient:
             kl_divergence(policy_logits, ref_logits).
         beta: the KL's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`.
-            A number 0 leaves the KL out. A tensor is not looked at: a negative one is no error, and
-            0 times an infinite `kl` is NaN.
+            A number 0 leaves the KL out. A tensor's value is not read: a negative one is not an
+            error, and 0 times an infinite `kl` is NaN.
         surrogate: "clip", PPO's; "cispo": every token keeps its gradient, weighted by the clipped
             ratio; "sapo": the gradient fades as the ratio leaves 1. "cispo" is published with
             reduction "bnpo", "sapo" with "grpo".
         clip: as in ppo_loss, for "clip" and "cispo". CISPO is commonly used without a lower bound:
-            clip=(1, 4), TRL's epsilon_high=5, which is the bound itself there; verl's
+            clip=(1, 4), which is TRL's epsilon_high=5 (there the bound itself); verl's
             clip_ratio_low and clip_ratio_high are low and high.
-        dual_clip: as in ppo_loss, for "clip" alone; TRL's delta, if that is at least 1 + high.
-        tau: SAPO's temperatures, (for advantages > 0, for the others) or one for both; None: (1,
-            1.05), as published.
+        dual_clip: as in ppo_loss, only for "clip"; TRL's delta, if that is at least 1 + high.
+        tau: SAPO's temperatures, (for advantages > 0, for others) or one for both; None: (1, 1.05),
+            as published.
         level: "token": a ratio per token; "sequence": the geometric mean of a sequence's ratios for
-            all its tokens (GSPO). Its gradient takes each token with its own advantage (GSPO-token;
-            for one advantage per sequence the same). The KL stays per token.
-        reduction: "grpo": mean over the B sequences of the mean over each one's tokens, a sequence
-            without a token that counts as 0; "bnpo": mean over the batch's tokens that count, also
-            that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length); "sum"; "none": one
-            loss per token, KL included.
+            all its tokens (GSPO). Each token's gradient uses its own advantage (GSPO-token; the
+            same for one advantage per sequence). The KL stays per token.
+        reduction: "grpo": mean over the B sequences of the mean over each one's tokens, where a
+            sequence with no token that counts adds 0; "bnpo": mean over the batch's tokens that
+            count, which is DAPO's if the batch is whole; "dr_grpo": sum / (B·max_length); "sum";
+            "none": one loss per token, KL included.
         max_length: with "dr_grpo", the largest number of tokens that a completion may have, the
-            same in every step. That none has more is checked on the CPU only, outside
-            torch.compile: elsewhere looking would cost a synchronisation.
+            same in every step. Longer sequences are detected on the CPU only, outside
+            torch.compile: on a GPU a check would synchronise.
         correct_kl: multiply the estimate from ref_logprob by the ratio of `level`, with gradient
-            and not clipped. The token's is an importance weight. The sequence's geometric mean,
-            which TRL and Liger multiply by, is none: with more than one token value and gradient
-            are biased.
+            and unclipped. The token's ratio is an importance weight. The sequence's geometric mean,
+            used by TRL and Liger, is not: with more than one token, value and gradient are biased.
         kl_clamp: the clamp of estimate_kl and sampled_kl_loss for the estimate from ref_logprob:
-            without it a token with d = -20 has a gradient of size e^20, with kl_clamp=5 of e^5.
-        cu_seqlens: as in ppo_loss; level "token" with "bnpo", "sum" and "none" takes a logprob
+            without it a token with d = -20 has a gradient of size e^20; with kl_clamp=5, e^5.
+        cu_seqlens: as in ppo_loss; level "token" with "bnpo", "sum" or "none" takes a logprob
             [total] without it.
         normalizer: as in ppo_loss: with "bnpo" in place of the number of tokens that count, with
             "grpo" and "dr_grpo" in place of B, the number of sequences.
@@ -194,15 +192,15 @@ def grpo_loss(  # noqa: PLR0913
         As ppo_loss.
 
     Gradient:
-        To logprob and to kl. Of "clip" as in ppo_loss; of "cispo" -clipped·A; of "sapo"
-        -4·s·(1 - s)·ratio·A with s = sigmoid(tau·(ratio - 1)), each times the reduction's weight.
+        To logprob and to kl. "clip": as in ppo_loss; "cispo": -clipped·A; "sapo":
+        -4·s·(1 - s)·ratio·A with s = sigmoid(tau·(ratio - 1)); each times the reduction's weight.
 
     Raises:
-        As ppo_loss. ValueError also: another surrogate, a setting that belongs to another one, a
+        As ppo_loss. ValueError also: an unknown surrogate, a setting of a different surrogate, a
         number beta that is negative or not finite, one above 0 without ref_logprob or kl, both of
-        them, a kl without gradient beside a logprob with one, correct_kl or kl_clamp with kl, a
-        kl_clamp outside (0, 50], max_length missing, without its reduction, or less than a
-        sequence's tokens on the CPU.
+        them, a kl without gradient if logprob has one, correct_kl or kl_clamp with kl, a kl_clamp
+        outside (0, 50], max_length missing, without its reduction, or less than a sequence's tokens
+        on the CPU.
 
     Source: Shao et al., DeepSeekMath (2024), eqs. 3 and 4; Zheng et al., Group Sequence Policy
     Optimization (2025), for level "sequence"; MiniMax, MiniMax-M1 (2025), for "cispo"; Gao et al.,
@@ -248,7 +246,7 @@ def grpo_loss(  # noqa: PLR0913
     _check_kl(logprob, ref_logprob, kl, beta, correct_kl, kl_clamp)
     log_ratio = now - old
     if level == "sequence":
-        # The difference is 0, and gives each token the gradient of its own logprob.
+        # The difference is 0 but gives each token the gradient of its own logprob.
         log_ratio = mean_log_ratio(now.detach(), old, mask, sequences) + (now - now.detach())
     loss = policy.losses(log_ratio, now, advantages)
     if isinstance(beta, torch.Tensor) or beta > 0:
@@ -276,7 +274,7 @@ def _check_kl(
     correct_kl: bool,
     kl_clamp: float | None,
 ) -> None:
-    """Check for exactly one source of the KL, where beta asks for one."""
+    """Check for exactly one source of the KL, if beta requires one."""
     _checks.expect(
         isinstance(correct_kl, bool),
         "correct_kl",

@@ -1,4 +1,4 @@
-"""Monitor of the KL in a run: figures of every step and of the run, an alarm, a file of them."""
+"""Monitors the KL of a run: figures per step and for the run, an alarm, and a log file."""
 
 import math
 import os
@@ -35,25 +35,25 @@ class KLMonitor:
             "kl/spike": detector.update(x.mean()),
         }
 
-    as Python floats, with exactly one copy from the device, which is the only wait for it. `part`
-    is N · i // L for the i-th (from 0) of the L counted tokens of a sequence.
+    as Python floats, with exactly one copy from the device, the only synchronisation. `part` is
+    N · i // L for the i-th (from 0) of the L counted tokens of a sequence.
 
     Args:
-        threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
-        spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 where it rings, else
-            0.0; a SpikeDetector of your own does the same; False: no alarm.
+        threshold: KL of a token, nats; if given, "kl/above_threshold" is the share of tokens above
+            it.
+        spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 if it rings,
+            otherwise 0.0; pass your own SpikeDetector for other settings; False: no alarm.
         positions: number N of equal parts of each sequence's counted tokens; each part's mean KL is
             "kl/position_1" … "kl/position_N", NaN for an empty part. 0: none.
-        jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
-            is never shortened: a resumed run goes on in it.
+        jsonl: a file for one line of JSON per update, in an existing directory; created
+            immediately. It is never truncated: a resumed run appends to it.
 
-    For a logger pass the figures on: wandb.log(monitor.update(kl, mask)).
+    For a logger: wandb.log(monitor.update(kl, mask)).
 
-    The state of the run is on the CPU: state_dict() costs no copy. A file that can no longer be
-    written (OSError) does not end the run: the first time, a RuntimeWarning says what failed and at
-    which step. Steps may be missing there from then on; the figures are returned all the same. In
-    distributed training each process sees its own tokens:
-    gather them, or monitor one process.
+    The state of the run is on the CPU: state_dict() costs no copy. If the file can no longer be
+    written (OSError), the run continues: the first time, a RuntimeWarning names the failure and the
+    step. From then on steps may be missing in the file; the figures are still returned. In
+    distributed training each process sees its own tokens: gather them, or monitor one process.
 
     Raises ValueError or TypeError for wrong arguments, ValueError for a jsonl that cannot be
     appended to.
@@ -120,40 +120,39 @@ class KLMonitor:
         step: int | None = None,
         **more: float | torch.Tensor,
     ) -> dict[str, float]:
-        """Take a step and return its figures.
+        """Record a step and return its figures.
 
         Args:
             kl: KL of each token, nats, [..., T] of any float type, T the position in the sequence;
-                or [total], sequences packed one behind the other, with cu_seqlens; [T] alone is one
+                or [total], concatenated packed sequences, with cu_seqlens; [T] alone is one
                 sequence. No gradient is kept.
-            mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN
-                included, changes no figure.
+            mask: bool, shaped as kl, True where the token counts. Other tokens affect no figure,
+                whatever they hold, NaN included.
             cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end;
                 "kl/per_sequence" needs them.
-            entropy, reward, beta, more: further figures to report, None for none. A tensor
-                shaped as kl is averaged over the tokens that count, any other tensor over all its
-                entries; a number, or the `beta` of a controller, is taken as it is. A controller's
-                `target` is reported too: "kl/target", or "kl/target_per_sequence" where its unit is
+            entropy, reward, beta, more: further figures to report, or None. A tensor shaped as kl
+                is averaged over the tokens that count, any other tensor over all its entries; a
+                number, or the `beta` of a controller, is reported unchanged. A controller's
+                `target` is reported too: "kl/target", or "kl/target_per_sequence" if its unit is
                 "sequence". With as many packed sequences as tokens a reward [S] counts as one per
-                sequence, as in shape_rewards, any other [S] as per token. Tensors on kl's device go
-                through the same copy, those shaped as kl are moved there from the CPU; other ones
-                on the CPU need none.
-            step: number of the step, from 0 to 2^53; default one more than the last, from 0.
+                sequence, as in shape_rewards, any other [S] as per token. Tensors on kl's device
+                share the same copy; CPU tensors are moved to kl's device first.
+            step: the step's number, from 0 to 2^53. Default: one more than the last, from 0.
 
         Returns:
             {"step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99",
             "kl/tokens", "kl/not_finite", with a threshold "kl/above_threshold", with positions
-            "kl/position_1" and so on, with a detector "kl/spike", and what was passed}, Python
+            "kl/position_1" and so on, with a detector "kl/spike", and the further figures}, Python
             floats. "kl/per_sequence" is the mean, over the sequences with a token that counts, of
-            the sum over each one's tokens. A KL of +inf or NaN makes it, "kl/mean", "kl/max" and
-            the mean of its position so and rings the alarm; the quantiles leave out NaN, the
-            figures of the run both, so that one bad token does not spoil them. With no token that
-            counts they are NaN, and no alarm rings.
+            the sum over each one's tokens. A KL of +inf or NaN propagates to "kl/mean",
+            "kl/per_sequence", "kl/max" and the mean of its position, and rings the alarm; the
+            quantiles leave out NaN and the figures of the run both, so that one bad token does not
+            spoil them. With no token that counts the KL figures are NaN, and no alarm rings.
 
         Raises:
             TypeError or ValueError for a kl that is not [..., T] of a float type, a mask or
-            cu_seqlens that does not fit, a figure that is not a number or tensor, or is on another
-            device, or has the name of one of the above.
+            cu_seqlens that does not fit, or a figure that is not a number or tensor, is on another
+            device or has a name listed above.
         """
         _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]", 1)
         _checks.mask(mask, kl.shape, kl.device)
@@ -163,7 +162,7 @@ class KLMonitor:
             and isinstance(reward, torch.Tensor)
             and reward.shape == kl.shape == (sequences.number,)
         ):
-            reward = reward[None]  # one per sequence, not per token
+            reward = reward[None]  # per sequence, not per token
         per = "_per_sequence" if getattr(beta, "unit", None) == "sequence" else ""
         given = {
             "entropy": entropy,
@@ -208,22 +207,22 @@ class KLMonitor:
         return metrics
 
     def _remember(self, step: dict[str, float], histogram: torch.Tensor) -> None:
-        """Add a step to the run."""
+        """Add a step to the run's totals."""
         run, largest = self._run, step.pop("max")
         if step["finite"]:
             run["max"] = max(run["max"], largest) if run["finite"] else largest
         for name, value in step.items():
             run[name] += value
-        # Not in place: that fails outside inference mode for a tensor made inside it.
+        # Not in place, which fails outside inference mode for a tensor created inside it.
         self._histogram = self._histogram + histogram
 
     def summary(self) -> dict[str, float]:
         """Return figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean",
-        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
-        between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
-        "kl/above_threshold" and "kl/spikes" (how many steps rang). Tokens whose KL is not finite
-        are counted, +inf as above the threshold too, and otherwise left out. NaN where there is
-        nothing to take a figure of.
+        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50", "kl/p95", "kl/p99" (accurate to
+        1 % between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
+        "kl/above_threshold" and "kl/spikes" (the number of steps that rang). Tokens whose KL is not
+        finite are counted, +inf also as above the threshold, and otherwise left out. A figure
+        without data is NaN.
         """
         run, some = self._run, bool(self._run["finite"])
         figures = {
@@ -244,7 +243,7 @@ class KLMonitor:
         return figures
 
     def _quantile(self, q: float) -> float:
-        """Return the centre of the bin that holds the token of that rank, at most the maximum."""
+        """Return the centre of the bin with the token of that rank, at most the maximum."""
         if not self._run["finite"]:
             return math.nan
         entry = int((self._histogram.cumsum(0) <= q * (self._run["finite"] - 1)).sum())
@@ -265,9 +264,8 @@ class KLMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
 
-        One of another class, an incomplete or damaged one, and one of a monitor with another
-        threshold, or that differs in having a detector, raises ValueError and
-        changes nothing.
+        A state of another class, incomplete or damaged, or from a monitor with another threshold or
+        differing in having a detector, raises ValueError and leaves this one unchanged.
         """
         mine = self.state_dict()
         _checks.state(
@@ -286,7 +284,9 @@ class KLMonitor:
 
 
 def _fits(own: Any, value: Any) -> bool:
-    """Tell whether a part of a state has the structure of one's own, and finite numbers."""
+    """Return whether a part of a state has the same structure as this object's own, and finite
+    numbers.
+    """
     if isinstance(own, dict):
         return own.keys() == value.keys() and all(_fits(own[name], value[name]) for name in own)
     if isinstance(own, list):

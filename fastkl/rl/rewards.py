@@ -1,4 +1,4 @@
-"""Rewards of a policy-gradient step: a sequence's score and its tokens' KL penalties."""
+"""Rewards for a policy-gradient step: a sequence's score and its tokens' KL penalties."""
 
 import math
 
@@ -30,44 +30,44 @@ def shape_rewards(
 
     without waiting for the device.
 
-    Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. Then the policy gradient on
-    these rewards is the gradient of E[score] - beta·KL(policy‖reference) of whole sequences. The
-    exact KL of a token has the same expectation without the noise, but does not depend on the token
-    that was chosen: as a reward it teaches which tokens lead to later KLs, and nothing about the
-    token itself. With the same beta·KL in the loss as well, with gradient and reduced as the
-    policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again. Policy gradients on
-    k2, k3 and abs are not that of a KL.
+    Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. The policy gradient on these
+    rewards is then the gradient of E[score] - beta·KL(policy‖reference) of whole sequences. The
+    exact KL of a token has the same expectation without the noise, but does not depend on the
+    chosen token: as a reward it only accounts for the later KLs that a token leads to, not for the
+    token's own. With the same beta·KL in the loss as well, with gradient and reduced like the
+    policy's loss (KLPenalty, or kl of grpo_loss), the gradient is correct again. Policy gradients
+    on k2, k3 and abs are not the gradient of a KL.
 
     Args:
-        scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last
-            token that counts. Or per token, shaped as kl. With as many packed sequences as tokens
+        scores: one per sequence, [B] for kl [B, T] or [S] for a packed kl, added on the last token
+            that counts; or one per token, shaped as kl. With as many packed sequences as tokens
             they count as one per sequence.
         kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total],
-            sequences packed one behind the other; which, see above.
+            concatenated packed sequences. See above for which KL.
         beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute
-            `beta`. A number 0 leaves the KL out, also an infinite one. A tensor is not looked at: a
-            negative one is no error, and 0 times an infinite KL is NaN.
-        mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be
-            on either side, tool outputs may leave holes.
+            `beta`. A number 0 leaves the KL out, even an infinite one. A tensor's value is not
+            read: a negative one is not an error, and 0 times an infinite KL is NaN.
+        mask: bool, shaped as kl, True where the token counts, i.e. the policy chose it. Padding may
+            be on either side, and tool outputs may leave gaps.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s +
             1]]; empty ones are allowed.
 
     Returns:
         rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not
-        count gets exactly 0, whatever kl and scores hold there, NaN included; a sequence without a
-        token that counts gets nothing. Boundaries that do not run from 0 to total are an error on
-        the CPU; on a GPU, where looking would cost a synchronisation, and under torch.compile,
-        every token that counts gets NaN.
+        count gets exactly 0, whatever kl and scores hold there, NaN included; the score of a
+        sequence without such a token is dropped. Boundaries that do not run from 0 to total are an
+        error on the CPU; on a GPU, where a check would synchronise, and under torch.compile, every
+        token that counts gets NaN.
 
     Gradient:
-        None: rewards are data. For a KL that the policy is to be differentiated through see
-        KLPenalty and sampled_kl_loss.
+        None: rewards are data. For a KL with gradient to the policy see KLPenalty and
+        sampled_kl_loss.
 
     Raises:
         TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta
-            none of the three.
-        ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is
-            negative or not finite.
+            none of the three kinds.
+        ValueError: mismatched shapes or devices; wrong boundaries; a number beta that is negative
+            or not finite.
 
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang
     et al., Training language models to follow instructions with human feedback (2022), eq. 2.

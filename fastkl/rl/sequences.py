@@ -1,5 +1,5 @@
-"""Sequences of a batch, a row each or packed one behind the other: the tensors of a loss over them,
-and the means.
+"""Sequences of a batch, one per row or concatenated (packed): the tensors of a loss over them, and
+the means.
 """
 
 import math
@@ -13,10 +13,11 @@ from . import _checks
 
 
 class Sequences(NamedTuple):
-    """Assignment of tokens to sequences: a row each, or in a packed batch all of one owner.
+    """Assignment of tokens to sequences: one row each, or by owner in a packed batch.
 
-    number: how many sequences. owner: [total], the sequence of each packed token, `number` for a
-    token behind them all. right: whether the boundaries of a packed batch were right, a 0-d bool.
+    number: the number of sequences. owner: [total], the sequence of each packed token, `number` for
+    a token after the last sequence. right: whether the boundaries of a packed batch are valid, a
+    0-d bool.
     """
 
     number: int
@@ -24,7 +25,7 @@ class Sequences(NamedTuple):
     right: torch.Tensor | None = None
 
     def takes(self, value: torch.Tensor, per_token: torch.Tensor) -> bool:
-        """Tell whether a checked value is one per sequence rather than per token."""
+        """Return whether a checked value has one entry per sequence rather than per token."""
         packed = self.owner is not None and len(value) == self.number
         return packed or value.shape != per_token.shape
 
@@ -41,7 +42,7 @@ class Sequences(NamedTuple):
         return torch.nn.functional.pad(per_sequence, (0, 1))[self.owner]
 
     def last(self, mask: torch.Tensor) -> torch.Tensor:
-        """Mask the last token that counts of each sequence."""
+        """Return a mask of each sequence's last token that counts."""
         counted = self.sums(mask.long())
         upto = counted if self.owner is None else counted.cumsum(0)
         return mask & (mask.cumsum(-1) == self.spread(upto))
@@ -59,7 +60,7 @@ class Sequences(NamedTuple):
 
 def sequences_of(name: str, per_token: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Sequences:
     """Return the sequences of a checked tensor, from its shape or from the boundaries, which are
-    checked.
+    checked here.
     """
     if cu_seqlens is None:
         return Sequences(per_token.shape[:-1].numel())
@@ -80,7 +81,7 @@ def loss_tensors(
     boundaries_needed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
     """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask,
-    sequences), in the type to compute in, and 0 where the token does not count.
+    sequences), in the type to compute in, with 0 where the token does not count.
 
     boundaries_needed: whether the loss must know which sequence a token is in.
     """
@@ -115,7 +116,7 @@ def loss_tensors(
     mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
     now = finite(logprob)
     old = now.detach() if old_logprob is None else finite(old_logprob)
-    # A product with the mask would keep a NaN, in the value or in the gradient.
+    # A product with the mask would keep a NaN, in the value or the gradient.
     now, old, advantages = (
         torch.where(mask, each, 0.0) for each in (now, old, advantages.to(now.dtype))
     )

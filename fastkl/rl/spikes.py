@@ -1,4 +1,4 @@
-"""An alarm for jumps of the KL: a sequential test of its logarithm against its own recent past."""
+"""An alarm for jumps of the KL: a sequential test of its logarithm against the recent past."""
 
 import math
 import statistics
@@ -9,19 +9,18 @@ from typing import Any
 
 from . import _checks
 
-# A median absolute deviation of fewer residuals is too often far too small.
+# With fewer residuals the median absolute deviation is too often far too small.
 WARM_UP = 16
-# Until then it is mixed with a deviation of 1 in the logarithm, which weighs as much as so many
-# residuals.
+# Until then it is mixed with a deviation of 1 in the logarithm, weighted as this many residuals.
 ASSUMED = 0.25
-# MAD of normal noise times this is its standard deviation.
+# Ratio of the standard deviation of normal noise to its MAD.
 MAD_TO_DEVIATION = 1.4826
-# In the logarithm: runs without noise are judged as if the KL varied by 5 %.
+# In the logarithm: noise-free runs are treated as if the KL varied by 5 %.
 LEAST_DEVIATION = 0.05
 
 
 class SpikeDetector:
-    """Rings when the mean KL of a step jumps above what its recent past makes likely.
+    """An alarm that rings if the mean KL of a step jumps above the range likely from recent steps.
 
     Equivalent to, for one step,
 
@@ -38,11 +37,11 @@ class SpikeDetector:
         evidence = max(0, evidence + jump · (rise - jump / 2) / deviation²)
         ring = evidence ≥ limit                                         # then evidence = 0
 
-    where log(2 · floor) is the level of a KL of `floor`, and evidence the log-likelihood ratio
-    (nats) of "the KL is at least `ratio` times what it was" against "it is as it was", for normal
-    noise. A strong step rings at once, weaker ones add up. There are two medians because the centre
-    of the residuals removes a steady growth, and because both ignore outliers. Below the floor x
-    hardly moves, which says little about the noise above it: there the noise counts as unknown.
+    where log(2 · floor) is the level of a KL of `floor`, and evidence is the log-likelihood ratio
+    (nats) of "the KL is at least `ratio` times its previous value" against "it is unchanged", for
+    normal noise. A strong step rings at once; weaker ones add up. The centre of the residuals
+    removes steady growth, and both medians ignore outliers. Below the floor x hardly moves, which
+    says little about the noise above it, so there the noise counts as unknown.
 
     Measured by tests/rl/test_spikes.py with the default settings, for noise of log KL with a
     standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
@@ -55,23 +54,23 @@ class SpikeDetector:
             normal noise                                                100 | 100 | 90 | 55 %
 
     A KL that grows as in training, with the step, its square or its fourth power, or exponentially,
-    twice in 10 steps or slower, hardly rings, also where it begins far below the floor: less than
-    once per 1000 steps in noise of up to 0.4. Nor does one that is flat below the floor and then
-    grows by up to half of it per step; one that sets off by a whole floor per step is a jump and
-    rings once.
+    twice in 10 steps or slower, hardly rings, even if it begins far below the floor: less than once
+    per 1000 steps in noise of up to 0.4. Nor does a KL that is flat below the floor and then grows
+    by up to half the floor per step; growth by a whole floor per step is a jump and rings once.
 
-    After a lasting jump it rings for at most `recent` // 2 + 1 steps: then that is the new level.
-    The first `recent` + 16 steps are silent. After steps that were all far below the floor only a
-    jump to 10 times the floor or more rings within 5 steps, until 16 above it have shown the noise.
+    After a lasting jump it rings for at most `recent` // 2 + 1 steps: by then that is the new
+    level. The first `recent` + 16 steps are silent. After steps all far below the floor, only a
+    jump to 10 times the floor or more rings within 5 steps, until 16 steps above the floor have
+    shown the noise.
 
     Args:
-        ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they
-            last or stand out of the noise.
+        ratio: the jump to look for, above 1. Smaller jumps ring too, from about √ratio on, if they
+            last or stand out from the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
-        recent: steps whose median is the present level.
-        window: steps whose residuals are the noise.
-        floor: negligible KL, in the unit of kl: ratios count, and noise is learnt, from about there
-            on. The default is for nats per token.
+        recent: steps whose median is the current level.
+        window: steps whose residuals give the noise.
+        floor: negligible KL, in the unit of kl: ratios count, and noise is learnt, from about this
+            KL on. The default is for nats per token.
 
     Raises ValueError or TypeError for wrong arguments.
 
@@ -122,7 +121,7 @@ class SpikeDetector:
         )
 
     def update(self, kl: float) -> bool:
-        """Take the mean KL of one step and return True if it rings.
+        """Add the mean KL of one step and return True if it rings.
 
         A KL that is not finite always rings and is not remembered.
         """
@@ -140,7 +139,7 @@ class SpikeDetector:
         return ring
 
     def _judge(self, residual: float) -> bool:
-        """Add to the evidence, and return True and drop it if it reaches the limit."""
+        """Add to the evidence; if it reaches the limit, reset it and return True."""
         known = [value for value in self._residuals if value is not None]
         centre = statistics.median(known or [0.0])
         deviation = MAD_TO_DEVIATION * statistics.median(
@@ -156,7 +155,7 @@ class SpikeDetector:
         return evidence >= self.limit
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a plain dict for JSON or torch.save, with the settings that it depends on: recent,
+        """Return a plain dict for JSON or torch.save, with the settings it depends on: recent,
         window and floor.
         """
         return {
@@ -172,8 +171,8 @@ class SpikeDetector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict().
 
-        One of another class, an incomplete or damaged one, and one of a detector with another
-        recent, window or floor, raises ValueError and changes nothing.
+        A state of another class, incomplete or damaged, or from a detector with another recent,
+        window or floor, raises ValueError and leaves this one unchanged.
         """
         mine = self.state_dict()
         logarithm = partial(_checks.within, -2e3, 2e3)

@@ -1,5 +1,5 @@
-"""Surrogate objectives of the policy gradient, token by token: PPO's clip, CISPO and SAPO; and the
-mean log-ratio of a sequence.
+"""Surrogate objectives of the policy gradient, per token: PPO's clip, CISPO and SAPO; and the mean
+log-ratio of a sequence.
 """
 
 import math
@@ -13,15 +13,15 @@ from .sequences import Sequences
 
 SurrogateName = Literal["clip", "cispo", "sapo"]
 CLIP = 0.2
-# SAPO's temperatures for A > 0 and A ≤ 0, as published and as TRL and verl have them.
+# SAPO's temperatures for A > 0 and A ≤ 0, as published and as in TRL and verl.
 TAU = (1.0, 1.05)
 
 
 class Surrogate(NamedTuple):
     """A surrogate and its checked settings.
 
-    bounds: how far the ratio may fall below 1, how far it may rise above 1. tau: for A > 0 and for
-    A ≤ 0.
+    bounds: how far the ratio may fall below 1, and how far it may rise above 1. tau: for A > 0 and
+    for A ≤ 0.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Surrogate(NamedTuple):
     ) -> torch.Tensor:
         """Compute the loss of each token.
 
-        The clip is min(ratio·A, clip(ratio)·A): bounded above for A ≥ 0, and below (with a dual
-        clip above too) for A < 0. The bound comes before the product: a minimum of products has the
-        gradient 0·inf = NaN in the branch not taken.
+        The clip is min(ratio·A, clip(ratio)·A): the ratio is bounded above for A ≥ 0, and below
+        (with a dual clip also above) for A < 0. The bound is applied before the product: a minimum
+        of products has the gradient 0·inf = NaN in the branch not taken.
         """
         ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-        # Numbers as tensors: torch.compile compiles a graph for each number that clamp gets.
+        # Numbers as tensors: torch.compile compiles a graph for each number passed to clamp.
         one = ratio.new_ones(())
         low, high = one - self.bounds[0], one + self.bounds[1]
         if self.name == "cispo":
@@ -53,7 +53,7 @@ class Surrogate(NamedTuple):
                 torch.where(advantages >= 0, rising, falling)
                 for rising, falling in ((-one, low), (high, highest))
             )
-            # Not clamp, whose gradient at a bound is 1, 1/2 or 0, as torch's release has it.
+            # Not clamp, whose gradient at a bound is 1, 1/2 or 0, depending on torch's release.
             gain = torch.where(ratio < least, least, torch.where(ratio > most, most, ratio))
         return -advantages * gain
 
@@ -64,7 +64,7 @@ def checked_surrogate(
     dual_clip: float | None,
     tau: float | tuple[float, float] | None = None,
 ) -> Surrogate:
-    """Check a surrogate and the settings that it takes."""
+    """Check a surrogate and its settings."""
     _checks.choice("surrogate", name, get_args(SurrogateName))
     bounds = _checks.number_pair(
         "clip",

@@ -1,4 +1,4 @@
-"""Steps that keep the policy near where it was: a KL line search around any optimizer."""
+"""A trust region around any optimizer: a line search on the KL of each step."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ class StepResult(NamedTuple):
     """Result of a step.
 
     accepted: "full", the optimizer's own step; "shrunk", a part of it; "undone", none of it.
-    fraction: the part taken: 1.0, between, or 0.0. kl: the last measured value, nats: with the
-    final parameters, or, when undone, with the shortest step that was refused.
+    fraction: the part taken: 1.0, between, or 0.0. kl: the last measured value, nats: at the final
+    parameters, or, if undone, at the shortest rejected step.
     """
 
     accepted: Literal["full", "shrunk", "undone"]
@@ -25,7 +25,7 @@ class StepResult(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class TrustRegion:
-    """Takes an optimizer's step only as far as the mean KL from the old policy allows.
+    """Shortens an optimizer's step until the mean KL from the old policy is within a bound.
 
     `step` is equivalent to
 
@@ -49,42 +49,42 @@ class TrustRegion:
         )
 
     Args:
-        max_kl: the largest mean KL that a step may make, nats; positive.
-        shrink: factor by which a step that is too long is shortened at each try; between 0 and 1.
+        max_kl: the largest mean KL of a step, nats; positive.
+        shrink: factor that shortens a step at each further try; between 0 and 1.
         tries: how many shortened steps are measured before the step is undone; at least 0.
 
     step(optimizer, mean_kl, closure=None):
-        optimizer: any torch optimizer: all its parameter groups, a parameter that is listed twice
-            or shares its memory moved once.
-        mean_kl: called without gradient 1 to 1 + tries times; returns KL(old‖new), the mean over
-            the batch, as a number or one-element tensor, with the parameters as they are at the
-            call. Let it be the exact KL: a sampled estimate accepts and refuses by its noise.
-            Switch dropout off in it. With several processes average over them, so that all decide
-            alike. To refuse a step for another reason, as TRPO does where the objective has not
-            improved, return infinity. It must allow the parameters before the step: where it
-            measures from an older policy and that is max_kl away already, every step is undone.
-        closure: handed on to the optimizer.
+        optimizer: any torch optimizer, with all its parameter groups; a parameter listed twice, or
+            sharing its memory, is moved once.
+        mean_kl: called without gradient 1 to 1 + tries times; returns KL(old‖new) at the current
+            parameters, the mean over the batch, as a number or one-element tensor. Return the exact
+            KL: with a sampled estimate, noise decides which steps are accepted. Switch dropout off
+            in it. With several processes average over them, so that all take the same decision. To
+            reject a step for another reason, as TRPO does if the objective has not improved, return
+            infinity. The parameters before the step must be within max_kl: if the KL is measured
+            from an older policy that is already max_kl away, every step is undone.
+        closure: passed to the optimizer.
 
-    It waits for the device once per call of mean_kl, to compare its value, and nowhere else. It
-    holds a copy of the parameters that can change (those that require grad), and a second one once
-    a step was too long.
+    A step synchronises once per call of mean_kl, to read its value, and nowhere else. It holds a
+    copy of the parameters that can change (those that require grad), and a second copy once a step
+    was too long.
 
-    The optimizer's state is kept even when the step is undone: momenta and second moments are
-    statistics of the gradients, which hold whether the step is taken or not, and restoring them
-    would take another one or two copies of the parameters. So a gradient that is not finite stays
-    in them, as without a trust region; refuse it before:
-    torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True). An optimizer that keeps another
-    copy of the parameters (float32 masters, averages) writes that one at its next step: the undo
-    does not reach it.
+    The optimizer's state is kept even if the step is undone: momenta and second moments are
+    statistics of the gradients, valid whether or not the step is taken, and restoring them would
+    take another one or two copies of the parameters. A gradient that is not finite therefore stays
+    in them, as without a trust region; reject it beforehand: torch.nn.utils.clip_grad_norm_(...,
+    error_if_nonfinite=True). An optimizer with its own copy of the parameters (float32 masters,
+    averages) writes that copy at its next step: the undo does not restore it.
 
     Under FSDP2 each process moves its own shards. Its root module keeps the gathered parameters
-    after a forward without a backward, and would measure, and train, those of an earlier try: build
-    it with fully_shard(model, reshard_after_forward=True), or end mean_kl by model.reshard().
+    after a forward without a backward, and would measure, and train, the parameters of an earlier
+    try: build it with fully_shard(model, reshard_after_forward=True), or end mean_kl with
+    model.reshard().
 
     If the optimizer, mean_kl or closure raises, the parameters are restored before the exception
     propagates.
 
-    Raises TypeError or ValueError for wrong arguments, and from `step` where mean_kl returns no
+    Raises TypeError or ValueError for wrong arguments, and from `step` if mean_kl does not return a
     number.
 
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C: the backtracking
@@ -150,15 +150,15 @@ class TrustRegion:
             "pass what evaluates the loss again",
             TypeError,
         )
-        # Each once; no optimizer moves frozen ones.
+        # Each parameter once; no optimizer moves frozen ones.
         every = {id(each): each for group in optimizer.param_groups for each in group["params"]}
         parameters = [one for one in every.values() if one.requires_grad or one.grad is not None]
         old = _copies(parameters)
         try:
             optimizer.step(*(() if closure is None else (closure,)))
             for attempt in range(self.tries + 1):
-                # Every fraction is taken from both ends: halving in place would get stuck in a
-                # 16-bit type, where half of the last bit rounds up again.
+                # Interpolate every fraction between both ends: halving in place would get stuck in
+                # a 16-bit type, where half of the last bit rounds up again.
                 if attempt == 1:
                     new = _copies(parameters)
                 if attempt > 0:
