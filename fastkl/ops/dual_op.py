@@ -44,8 +44,9 @@ class Rules(NamedTuple):
     setup_context(ctx, groups, outputs): likewise. `ctx.eager` exists in eager mode, where only the
     caller and autograd hold the outputs.
     rowwise: whether all tensors share their leading dimensions, so that a vmap is one call with an
-    extra dimension; otherwise one call per sample. flops(*groups with shapes in place of tensors):
-    floating-point operations of the GEMMs, for torch.utils.flop_counter; None for none.
+    extra dimension; otherwise one call per sample.
+    flops(*groups with shapes in place of tensors): floating-point operations of the GEMMs, for
+    torch.utils.flop_counter; None for none.
     """
 
     backward: Callable[..., Any]

@@ -58,8 +58,7 @@ def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> Non
 def write_whole(
     path: Path, content: bytes | Iterable[bytes | str] | Callable[[str], object]
 ) -> None:
-    """Write a file atomically, text in UTF-8: write a temporary file in its folder, then rename
-    it.
+    """Write a file atomically, text in UTF-8: write a temporary file in its folder, then rename it.
 
     content: bytes, an iterable of pieces, or a function that writes to a file name.
 

@@ -26,8 +26,7 @@ BIGRAM_SMOOTHING = 5.0
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer with GPT-J's architecture and names, so transformers can load
-    it.
+    """A decoder-only transformer with GPT-J's architecture and names, so transformers can load it.
 
     Most parameters are in the embedding and the lm_head.
     """
