@@ -30,7 +30,7 @@ DEVICE = "cuda"
 SECONDS = 1740.0  # for the whole run
 PROVIDER_SECONDS = 120.0  # for a provider in a section; an H200 takes 5 to 60
 LEAST_SECONDS = 15.0  # less is not worth starting a process
-CRASHES = 2  # a provider gets no more processes in a section after this many
+CRASHES = 2  # crashes after which a provider is skipped in the section
 NO_TIME = "no time left in this run"
 BROKE = "left out after it had broken the CUDA context in this section"
 

@@ -11,13 +11,13 @@ import re
 from benchmarks import cases, linear_cases, record
 
 OURS, PLAIN = "fastkl", "torch"
-# Variants of this package: with memory for all logits, and on GPUs where one launch is enabled.
+# Variants of this package: all logits in memory; value and gradient in one launch.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
 MAIN, LINEAR_MAIN = cases.Workload().as_dict(), linear_cases.LinearWorkload().as_dict()
 TIMED = ("main", "peers", "divergences", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: omitted from their labels.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
-NOISE = 0.01  # relative difference between two equal measurements
+NOISE = 0.01  # relative difference expected between two measurements of one case
 RED, NONE = "🔴", "–"
 
 
