@@ -1,14 +1,14 @@
-"""Measure the digits of a KL and of its gradient: every provider against float64.
+"""Measure the accuracy of a KL and of its gradient: every provider against float64.
 
     python -m benchmarks.accuracy [--json FILE] [--plot FILE.png] [--rows N] [--vocabulary V]
 
 All providers get the same logits, float32 and bfloat16, of four kinds. The second tensor is the
-first plus noise, of the size that gives the KL in question. The error of a row is relative: that of
-its KL, and that of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient
-alone rounds by up to 2^-9). The other divergences get the float32 pairs of some sizes, and have
-their gradient to the second tensor. Providers whose kernels need a GPU run in Triton's interpreter
-on a CPU, ours on fewer rows (processes.py). Exit code 0: no divergence of fastkl is negative or
-worse than plain torch's; 1: one is; 2: wrong use.
+first plus noise, scaled to give the target KL. Errors of a row are relative: that of its KL, and
+the L2 error of its gradient to one tensor of logits (rounding a gradient to bfloat16 alone costs up
+to 2^-9). The other divergences get the float32 pairs of some sizes, with the gradient to the second
+tensor. Without a GPU, Triton kernels run in the interpreter, ours on fewer rows (processes.py).
+Exit code 0: no divergence of fastkl is negative or worse than plain torch's; 1: one is; 2: wrong
+use.
 """
 
 import io
@@ -30,9 +30,9 @@ from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
-# Providers whose Triton kernels run in the interpreter: their names elsewhere, and of how many rows
-# of a pair, if not all: at V = 128256 a row of ours takes three seconds, one of theirs a tenth. The
-# other divergences take longer, and get one row of ours.
+# Providers whose Triton kernels run in the interpreter: name of the provider, and number of rows of
+# a pair (None: all). At V = 128256 a row of ours takes three seconds, one of theirs a tenth. The
+# other divergences take longer, so ours gets one row.
 INTERPRETED = {
     "fastkl (Triton, interpreted)": ("fastkl", 2),
     "Liger KLDIVLoss (interpreted)": ("Liger KLDIVLoss", None),
@@ -47,11 +47,11 @@ FAMILY_TARGETS, COMPILED = TARGETS[::2], "torch.compile"
 
 
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
-    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
+    """Make (p, q, truth): q is p plus noise, the median KL is near `target`."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
     if distribution == "peaked":
-        # As most tokens of a trained model: one entry holds nearly all of the probability.
+        # Like most tokens of a trained model: one entry has nearly all the probability.
         peaks = torch.randint(vocabulary, (rows, 1), **random)
         p.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
     p = p.to(cases.DTYPES[dtype])
@@ -71,8 +71,9 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
 
 
 class Problem(NamedTuple):
-    """Hold the inputs of an operation, its values and gradients in float64, and to which tensor a
-    provider is asked for the gradient."""
+    """The inputs of an operation, its values and gradients in float64, and the tensor of the
+    requested gradient.
+    """
 
     operation: str
     p: torch.Tensor
@@ -84,7 +85,7 @@ class Problem(NamedTuple):
 
 
 def problem(operation, p, q, exact, wrt):
-    """Make a Problem of two logits tensors and the truth of their KL."""
+    """Make a Problem from two logits tensors and the truth of their KL."""
     if operation == KL:
         true = testing.kl_gradients(exact, torch.ones_like(exact.kl))
         return Problem(KL, p, q, None, exact.kl, true, wrt)
@@ -97,9 +98,10 @@ def problem(operation, p, q, exact, wrt):
 
 
 def error_of(provider, asked, rows=None):
-    """Return the errors of one provider at one Problem, of its values and of its gradient, or
-    reasons; {} if it does not offer the operation. rows: of the pair, if not all. A provider
-    without a gradient to asked.wrt is asked for the other."""
+    """Return one provider's errors of values and gradient on a Problem, or reasons for missing
+    ones; {} if it does not offer the operation. rows: of the pair, None for all. A provider without
+    a gradient to asked.wrt computes the other.
+    """
     if provider.why_not(asked.operation):
         return {"reason": provider.missing} if provider.missing else {}
     found, key = {}, "reason"
@@ -112,7 +114,7 @@ def error_of(provider, asked, rows=None):
         true = getattr(asked.gradients, wrt)
         ends = _relative(gradient, true, rows, "gradient_worst", "gradient_median")
         return {**found, "wrt": wrt, **ends}
-    except Exception as error:  # one provider's failure must not lose the others' figures
+    except Exception as error:  # keep the other providers' figures
         return {**found, key: _reason(error)}
 
 
@@ -130,8 +132,9 @@ def _run(provider, asked, rows):
 
 
 def _relative(result, true, rows, worst, median):
-    """Return the worst and the median error of a result, which has so many rows of the truth. A row
-    far smaller than the others (its KL may even be 0) belongs to another record."""
+    """Return the worst and the median error of a result against the first `rows` rows of the truth.
+    A row far smaller than the others (its KL may even be 0) belongs to another record.
+    """
     size = cases.sizes(true)
     off = cases.sizes(result.double() - true[:rows]) / size.clamp_min(size.median() / 10)[:rows]
     return {worst: off.max().item(), median: off.median().item()}
@@ -149,7 +152,7 @@ def interpreted_error(name, pickled):
 
 
 def errors_of(names, providers, asked):
-    """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
+    """Return {name: error_of} for the providers and, concurrently in the child, for INTERPRETED."""
     pickled = pickle.dumps(asked)
     some = [name for name in INTERPRETED if name in names]
     apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in some}
@@ -161,15 +164,16 @@ def errors_of(names, providers, asked):
 
 
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
-    """Yield a record per element type, kind of row, size of the KL and operation; sizes: rows,
-    vocabulary. Compiling the family would take longer than all the rest."""
+    """Yield a record per dtype, kind of row, size of the KL and operation; sizes: rows, vocabulary.
+    torch.compile skips the family: compiling it would take longer than everything else.
+    """
     loaded = providers.load_providers(device, names)
     eager = [provider for provider in loaded if provider.name != COMPILED]
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
         kl = exact.kl.median().item()
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
-        # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
+        # Rounding logits to bf16 gives a KL of its own: smaller targets are out of reach.
         if not target / 3 <= kl <= target * 3:
             skipped = f"rounding to {dtype} gives a KL of {kl:.1e}"
             yield {**found, "operation": KL, "errors": {}, "skipped": skipped}
@@ -182,14 +186,15 @@ def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
 
 
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
-    """List the records in which our error exceeds the other's by more than `slack`, is not a
-    number, or a KL came out negative."""
+    """List the records where our error exceeds the other's by more than `slack` or is NaN, or a KL
+    is negative.
+    """
 
     def error(errors, name):
         return float(errors.get(name, {}).get("worst_relative", math.nan))
 
     found = [found["errors"] for found in records if not found["skipped"]]
-    # max keeps the first where the second is not a number.
+    # max keeps the first argument if the second is NaN.
     return [
         errors
         for errors in found
@@ -211,10 +216,10 @@ def names_of(data):
 
 
 def figures(data, dtype, measure, operation=KL):
-    """Return "worst", "negative" and "rows" by size of the KL and provider, of one element type.
+    """Return "worst", "negative" and "rows" by size of the KL and provider, for one dtype.
 
-    They are over the kinds of rows of one size. An error that is not a number counts as infinite;
-    worst is NaN where a provider failed in one of the kinds: the others alone would flatter it.
+    Figures are over all kinds of rows of one size. A NaN error counts as infinite; worst is NaN if
+    a provider failed on one of the kinds, because the other kinds alone would flatter it.
     """
     key = MEASURES[measure]
     lines = [
@@ -236,9 +241,10 @@ def figures(data, dtype, measure, operation=KL):
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
-    """Write a table of the worst relative error by size of the KL and provider. providers,
-    targets: which columns and rows (default: all with a figure). A provider without a figure
-    gets a dash; one that took fewer rows of each pair than the others says how many."""
+    """Write a table of the worst relative error by size of the KL and provider. providers, targets:
+    the columns and rows (default: all with a figure). A provider without a figure gets a dash; one
+    with fewer rows of each pair than the others shows their number.
+    """
     texts = texts_of(data, dtype, measure).unstack()
     names = [name for name in names_of(data) if name in texts.dropna(axis=1, how="all")]
     texts = texts.reindex(columns=names if providers is None else providers).fillna("–")
@@ -252,8 +258,9 @@ def texts_of(*which):
 
 
 def family_markdown(data, measure):
-    """Write a table of the other divergences, float32 logits: a line for each and each provider
-    with a figure, a column for each size of the KL."""
+    """Write a table of the other divergences for float32 logits: one line per divergence and
+    provider with a figure, one column per size of the KL.
+    """
     texts = {name: texts_of(data, "fp32", measure, name).unstack(0) for name in operations_of(data)}
     lines = [
         [f"`{operation}`", column_title(data, name, operation), *cells]
@@ -300,9 +307,10 @@ def tables(data):
 
 
 def draw(data, path):
-    """Write a PNG 1600 pixels wide: errors of the KL on the left, of its gradient on the right, the
-    element types one above the other, and below them errors of the other divergences. Hollow: some
-    value came out negative; at the top: infinite or not a number."""
+    """Write a PNG 1600 pixels wide: errors of the KL on the left, of its gradient on the right, one
+    row per dtype, and below them errors of the other divergences. Hollow markers: some value is
+    negative; markers at the top: infinite or NaN.
+    """
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 11), dpi=200, layout="constrained"), io.BytesIO()
     upper, lower = figure.subfigures(2, 1, height_ratios=(len(dtypes), 2))

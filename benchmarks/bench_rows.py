@@ -1,4 +1,4 @@
-"""Time kl_divergence and token_stats beside plain torch on this machine, with pytest-benchmark.
+"""Time kl_divergence and token_stats against plain torch on this machine, with pytest-benchmark.
 
 python -m pytest benchmarks/bench_rows.py
 """

@@ -1,7 +1,7 @@
-"""Define the cases on logits: shapes, random data, bytes that have to move, answers in float64.
+"""Define the cases on logits: shapes, random data, minimum bytes moved, float64 truth.
 
-A case is an operation on `rows` tokens; suites.py lists those that are measured. Cases from hidden
-states are in linear_cases.py.
+A case is an operation on `rows` tokens; suites.py lists the measured ones. Cases from hidden states
+are in linear_cases.py.
 """
 
 import math
@@ -20,10 +20,10 @@ DTYPES = {
     "fp32": torch.float32,
 }
 PHASES = ("forward", "backward", "both")
-# The statistics of a policy-gradient step; its log-sum-exps are left out.
+# The statistics of a policy-gradient step, without log-sum-exps.
 FIELDS = testing.FIELDS[:5]
-# Outputs of an operation, as fastkl.testing names them, or a divergence of FAMILY; "mean_kl" and
-# "mean_js" are losses over all tokens.
+# Outputs of an operation, by their names in fastkl.testing, or a divergence of FAMILY; "mean_kl"
+# and "mean_js" are losses over all tokens.
 OUTPUTS = {
     "kl_divergence": ("kl",),
     "mean_kl": ("kl",),
@@ -36,11 +36,11 @@ OUTPUTS = {
 }
 MEANS = ("mean_kl", "mean_js")
 DIFFERENTIATED = ("logprob", "entropy", "kl", *FAMILY)  # outputs that get an upstream gradient
-CHECKED_ROWS = 256  # compared with float64, which is slower than any provider
-# Relative errors of a row. The gradient's element type alone rounds by 2^-9 (bf16), 2^-12 (fp16).
+CHECKED_ROWS = 256  # compared with float64, slower than any provider
+# Relative errors of a row. Rounding the gradient alone costs 2^-9 (bf16), 2^-12 (fp16).
 VALUE_LIMIT = 1e-3
 GRADIENT_LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3}
-# Errors of a result: in the L2 norm over all rows, of nine of ten rows, of the worst row.
+# Errors of a result: L2 norm over all rows, 90th percentile of rows, worst row.
 ERRORS = ("", ", nine of ten rows", ", worst row")
 
 
@@ -51,12 +51,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload(Case):
-    """Define an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
+    """An operation on two logits tensors, or on `p` alone, and its gradient to one of them.
 
     operation: a key of OUTPUTS; MEANS are means over the tokens, losses with an upstream gradient
-    of 1. wrt: the tensor of the gradient, "p" or "q"; of the top-k KL, "q". layout: "rows" is a
+    of 1. wrt: the tensor of the gradient, "p" or "q"; "q" for the top-k KL. layout: "rows" is a
     contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as
-    trainers shift by one token.
+    in trainers that shift by one token.
     """
 
     operation: str = "kl_divergence"
@@ -73,8 +73,9 @@ class Workload(Case):
         return f"{self.operation}-{shape}".removesuffix("-rows")
 
     def moved_bytes(self, phase):
-        """Count the least that has to move. Forward reads the logits, backward reads them
-        again and writes one gradient; a list of the top k is too short to count."""
+        """Count the minimum bytes moved. Forward reads the logits, backward reads them again and
+        writes one gradient; a top-k list is negligible.
+        """
         read = 1 if self.operation in (*ONE_TENSOR, TOPK) else 2
         tensors = {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase]
         return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
@@ -86,8 +87,9 @@ class Workload(Case):
 
 
 def inputs_of(p, q, wrt, **others):
-    """Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient)
-    and others."""
+    """Return the tensors of a workload: p, q, wrt, leaves (the tensor with a gradient) and
+    others.
+    """
     leaf = (p if wrt == "p" else q).requires_grad_()
     return SimpleNamespace(p=p, q=q, wrt=wrt, leaves=(leaf,), **others)
 
@@ -95,8 +97,8 @@ def inputs_of(p, q, wrt, **others):
 def make_inputs(workload, device, seed=0):
     """Make logits p, N(0, 3²), and q = p + N(0, 1): a KL of a few tenths of a nat.
 
-    Beside them tokens, and upstream: of each output, None for one without. Where the operation
-    reads one logits tensor, q is empty. Of the top-k KL p and tokens are the teacher's list.
+    Also tokens, and upstream for each output, None for an output without one. If the operation
+    reads one logits tensor, q is empty. For the top-k KL p and tokens are the teacher's list.
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     sliced = workload.layout == "sliced"
@@ -126,10 +128,10 @@ def top_k(logits):
 
 
 class Known(NamedTuple):
-    """Hold the float64 truth of a result: a number, or rows of numbers or of vectors.
+    """The float64 truth of a result: a number, or rows of numbers or of vectors.
 
-    scale: what the error of each row is relative to. limits: of each of ERRORS. shape: of the whole
-    result. at: the rows of it that are compared, by default all.
+    scale: the denominator of each row's error. limits: one for each of ERRORS. shape: of the whole
+    result. at: the rows compared, by default all.
     """
 
     true: torch.Tensor
@@ -139,8 +141,9 @@ class Known(NamedTuple):
     at: object = ...
 
     def errors(self, result):
-        """Return the errors of a result, one for each of ERRORS. A NaN stays NaN, which no limit
-        admits."""
+        """Return the errors of a result, one for each of ERRORS. A NaN stays NaN and fails every
+        limit.
+        """
         off = sizes(result.detach()[self.at].double() - self.true)
         relative = (off / self.scale).flatten()
         found = off.norm() / self.scale.norm(), relative.quantile(0.9), relative.max()
@@ -148,7 +151,7 @@ class Known(NamedTuple):
 
 
 def evenly(count, total):
-    """Choose so many indices of `total`: the first, the last and some evenly between."""
+    """Choose `count` indices below `total`: the first, the last and evenly spaced ones between."""
     return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
 
 
@@ -157,7 +160,7 @@ def sizes(rows):
 
 
 def exact(operation, p, q, tokens):
-    """Compute the outputs of an operation in float64, by formulas that keep their digits near 0."""
+    """Compute the outputs of an operation in float64, by formulas accurate near 0."""
     names = OUTPUTS[operation]
     if (name := names[0]) in FAMILY:
         pair = log_probs(name, p.double(), q.double(), tokens)
@@ -169,8 +172,8 @@ def exact(operation, p, q, tokens):
 def truth(workload, inputs):
     """Compute {output or "gradient": Known}.
 
-    The rows that are compared are the first, the last and some evenly between; a mean is one
-    number, over ALL tokens. Values are relative to themselves or to 1e-3 nats.
+    The rows compared are the first, the last and evenly spaced ones between; a mean is one number,
+    over ALL tokens. Errors of values are relative to the value, or to 1e-3 nats if that is more.
     """
     operation, leading = workload.operation, inputs.p.shape[:-1]
     mean, count = operation in MEANS, leading.numel()
@@ -198,10 +201,10 @@ def truth(workload, inputs):
 
 
 def fault(known, results):
-    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
+    """Return (errors, description of the fault or None): the gate before a provider is timed.
 
-    results: all outputs, then all gradients, each compared with what is `known` of it. Rows that
-    are not compared have to be finite.
+    results: all outputs, then all gradients, each compared with its `known` truth. Rows that are
+    not compared must be finite.
     """
     shapes, right = ([tuple(x.shape) for x in some] for some in (results, known.values()))
     if shapes != right:
@@ -212,7 +215,7 @@ def fault(known, results):
             errors[name + kind] = error
             if not error <= limit:
                 wrong.append(f"{name}{kind} off by {error:.1e}, limit {limit:.1e}")
-        # The largest magnitude takes one read and no copy; a NaN is the largest of all.
+        # The infinity norm takes one read and no copy, and propagates NaN.
         if not torch.linalg.vector_norm(result.detach(), math.inf).isfinite():
             wrong.append(f"{name} not finite everywhere")
     return errors, "; ".join(wrong) or None

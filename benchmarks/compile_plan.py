@@ -1,5 +1,5 @@
-"""Every kernel as it is launched, described for a compiler without a GPU; used by
-benchmarks.static_costs and the compile tests.
+"""Describe every kernel launch for compilation without a GPU, for benchmarks.static_costs and the
+compile tests.
 """
 
 import inspect
@@ -12,11 +12,11 @@ from fastkl.kernels.layout import layout
 from fastkl.kernels.series import KINDS, KL
 from fastkl.kernels.variant import FALLBACK_BLOCK, FALLBACK_THREADS
 
-# A vocabulary of today's models: the plan describes the launches for it.
+# The plan's vocabulary, as in current models.
 VOCABULARY = 128256
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Soft caps and whether there is a ratio of temperatures. Other scalings than the plain one are
-# described for aligned 16-bit logits alone: what they add does not depend on the type.
+# Soft caps, and whether there is a ratio of temperatures. Scalings other than the plain one are
+# only for aligned 16-bit logits: their extra cost does not depend on the dtype.
 SCALINGS = {"": (0.0, 0.0, False), "_ratio": (0.0, 0.0, True), "_softcap": (30.0, 30.0, False)}
 POLICY_ONLY = "token_stats_policy_only"
 FIELDS = {
@@ -24,8 +24,8 @@ FIELDS = {
     "token_stats": launch.FIELDS,
     POLICY_ONLY: ("logprob", "entropy", "lse"),
 }
-# Gradients to P and to Q; True: also with each scaling, and to 16 bits from float32 logits that are
-# sums of 16-bit products.
+# Gradients to P and to Q; True: also with each scaling, and 16-bit gradients of float32 logits from
+# 16-bit GEMMs.
 BACKWARDS = {
     "kl_divergence": {"_p": (True, False, True), "_q": (False, True, False), "_both": (True,) * 3},
     "token_stats": {"_p": (True, False, False), "_both": (True,) * 3},
@@ -34,8 +34,8 @@ BACKWARDS = {
 
 
 class Specialization(NamedTuple):
-    """One compilation: `kernel` with `signature`, `constexprs` and `attrs`, as triton.compile's
-    ASTSource takes them.
+    """One compilation: `kernel` with `signature`, `constexprs` and `attrs`, as for triton.compile's
+    ASTSource.
 
     pairs_per_thread: vocabulary entries of each logits tensor that one thread handles in one
     iteration of the hot loop. segment: entries that one program of forward sums up; 0 for other
@@ -67,7 +67,7 @@ def _type_of(parameter, dtype, grad_dtype):
 
 
 def _fused(where, suffix, dtype):
-    """Yield (name, Variant, entries of a program, type of the gradient) of row_fused."""
+    """Yield (name, Variant, entries per program, dtype of the gradient) of row_fused."""
     chosen = launch_fused.fused_plan(where, TYPES[dtype], ())
     yield f"kl_divergence.fused{suffix}", *chosen.phases, 0, dtype
     if dtype == "fp32":
@@ -78,7 +78,7 @@ def _fused(where, suffix, dtype):
 
 
 def _shards(name, where, asked):
-    """Yield (name, Variant) of a vocabulary in four shards, beside what forward starts."""
+    """Yield (name, Variant) of the additional launches for a vocabulary in four shards."""
     for stage, merges in (("part", False), ("merge", True)):
         shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
         split = launch.forward_plan(where, *asked, shard)
@@ -87,7 +87,8 @@ def _shards(name, where, asked):
 
 
 def _divergences(where, stride, gradient):
-    """Yield (name, Variant, entries of a program) of the divergences beside the KL, for two rows.
+    """Yield (name, Variant, entries per program) of the divergences other than the KL, for two
+    rows.
 
     stride, gradient: rows and (type, address) of gradients to P and Q.
     """
@@ -110,9 +111,9 @@ def plan(dtype, aligned, arch):
     """Return the launches of kl_divergence and token_stats for "bf16", "fp16" or "fp32" logits on
     "sm_90", "gfx942", …
 
-    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start equally
-    far from one, as in contiguous tensors, but for `forward_q_elsewhere`, where they do not and Q
-    is read element by element.
+    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start at the
+    same distance from one, as in contiguous tensors, except for `forward_q_elsewhere`, where Q is
+    read element by element.
     """
     logits = TYPES[dtype]
     start = int(not aligned)
@@ -121,7 +122,7 @@ def plan(dtype, aligned, arch):
     specializations = []
 
     def place(name, scaling=SCALINGS[""], q_start=start):
-        """The layout of two rows."""
+        """Return the layout of two rows."""
         q_type = None if name == POLICY_ONLY else logits
         types = (logits, q_type, None if name == "kl_divergence" else torch.int64, None)
         addresses = (start * logits.itemsize, q_start * logits.itemsize)
@@ -141,7 +142,7 @@ def plan(dtype, aligned, arch):
             for each, parameter in parameters.items()
         }
         # No signature promises alignment: logits may be views, gradients may overwrite them, and a
-        # row's saved values begin anywhere.
+        # row's saved values are unaligned.
         warps = options.pop("num_warps")
         specializations.append(
             Specialization(
@@ -184,7 +185,7 @@ def plan(dtype, aligned, arch):
     gradient = logits, start * logits.itemsize
     for each in _divergences(place("kl_divergence"), stride, gradient):
         add(*each)
-    if warp == 32:  # on gfx942 the loop's loads cannot be told from those of the ids
+    if warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
         *_, outside = launch_outside.outside_plan(place(POLICY_ONLY), 64, ())
         add("topk.outside", outside)
     return specializations

@@ -1,12 +1,12 @@
-"""The sum of KL over the tokens and its gradient on a CPU, in one thread, beside plain torch.
+"""Measure the KL summed over tokens and its gradient on a CPU, in one thread, against plain torch.
 
     python -m benchmarks.cpu [--json FILE]
 
-Time, also torch.compile's, and peak memory. The page of results shows
-benchmarks/results/cpu/times.json. Every provider runs in this process, in turns; a ratio is the
+Measures time, also of torch.compile, and peak memory. The page of results shows
+benchmarks/results/cpu/times.json. All providers run in this process, in turns; a ratio is the
 median over rounds of a provider's thread CPU time over plain torch's in the same round, so that
-other programs count little. Memory is the most that torch allocates at once beside the inputs, the
-gradient among it.
+other programs have little effect. Memory is torch's peak allocation in addition to the inputs,
+including the gradient.
 """
 
 import itertools
@@ -57,7 +57,9 @@ def peak_bytes(function, p, q):
 
 
 def error(function, p, q):
-    """Return the worst relative error of the KL against float64, of the first rows, each alone."""
+    """Return the worst relative error of the KL against float64 over the first rows, each computed
+    alone.
+    """
     rows = list(zip(p.detach()[:8].split(1), q[:8].split(1), strict=True))
     exact = torch.cat([testing.truth(*row).kl for row in rows])
     off = torch.stack([function(*row).double() for row in rows]) - exact
@@ -71,7 +73,7 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
         p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=cases.DTYPES[dtype])
         p.requires_grad_()
         times = {name: [] for name in named}
-        for number in range(rounds + 1):  # the first, which compiles, does not count
+        for number in range(rounds + 1):  # the first round compiles and does not count
             for name in list(named)[:: 1 if number % 2 else -1]:
                 times[name].append(seconds(named[name], p, q))
         for name, function in named.items():

@@ -1,19 +1,19 @@
-"""Read compiled kernels: the hot loop's instructions and loads, the paths through it, registers.
+"""Analyse compiled kernels: the hot loop's instructions, loads and paths; registers.
 
-NVIDIA's SASS (`nvdisasm -c`) and AMD's amdgcn assembly both become a `Program`, a control-flow
-graph of instructions. Loops and counts are computed from it alike.
+NVIDIA's SASS (`nvdisasm -c`) and AMD's amdgcn assembly are both parsed into a `Program`, a
+control-flow graph of instructions; loops and counts are computed from it.
 
-A kernel holds several loops: the one over the vocabulary, loops over edge tiles, a slow fallback,
-the padding behind the last instruction. The hot loop is, of all natural loops of the control-flow
+A kernel has several loops: the loop over the vocabulary, loops over edge tiles, a slow fallback,
+the padding after the last instruction. The hot loop is, among all natural loops of the control-flow
 graph that load from global memory,
   1. one of those with the widest load (edge tiles and fallbacks load single elements),
-  2. of these one with a base-2 exponential, if any has one,
-  3. of these an innermost one (a loop over rows holds the loop over the vocabulary),
-  4. of these the one that loads most, then the longest.
-Natural loops instead of "from the branch back to its target": code that is placed behind the
-kernel and jumps back into a loop, as compilers do with rare branches, is a part of that loop.
-Every instruction of a loop counts once, also one in a branch that few iterations take.
-`segment_costs` counts the paths through the loop one by one, and the code around it.
+  2. among these one with a base-2 exponential, if any,
+  3. among these an innermost one (a loop over rows contains the loop over the vocabulary),
+  4. among these the one that loads most, then the longest.
+Natural loops, not "from the back edge to its target": code placed after the kernel that jumps back
+into a loop, as compilers do with rare branches, is part of that loop. Each instruction of a loop
+counts once, even in a rarely taken branch. `segment_costs` counts each path through the loop, and
+the code around it.
 """
 
 import re
@@ -27,8 +27,8 @@ import networkx as nx
 class Program(NamedTuple):
     """The instructions of a kernel.
 
-    graph: an edge from each reachable instruction to those that may follow. calls: {instruction:
-    the subroutine's first one}. registers: those that each SASS instruction names.
+    graph: an edge from each reachable instruction to its possible successors. calls: {instruction:
+    the subroutine's first one}. registers: named by each SASS instruction.
     """
 
     opcodes: list[str]
@@ -40,7 +40,8 @@ class Program(NamedTuple):
 
 class LoopCosts(NamedTuple):
     """The contents of an iteration. loads: {bytes: count} of global loads; fp32: results of float32
-    additions and multiplications (a fused one is one, a packed instruction has two)."""
+    additions and multiplications (one per fused, two per packed instruction).
+    """
 
     instructions: int
     ex2: int
@@ -57,9 +58,10 @@ class LoopCosts(NamedTuple):
 
 
 def _program(text, label, instruction, read, entry=None):
-    """Link the instructions of a text; label, instruction: what such lines match; read: of the
-    second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
-    subroutine that it calls, registers)."""
+    """Link the instructions of a text; label, instruction: patterns of such lines; read: maps the
+    instruction's groups to (opcode, jump target label, whether the next may follow, label of the
+    called subroutine, registers).
+    """
     found, labels = [], {}
     for line in text.splitlines():
         if match := label.match(line):
@@ -90,10 +92,10 @@ def parse_sass(text, kernel):
 def _sass_instruction(guard, opcode, operands):
     name, found = opcode.split(".")[0], SASS_TARGET.search(operands)
     target = found[1] if found else ""
-    # ptxas writes some jumps out of a loop as a call to a place inside the kernel, which never
-    # returns. Subroutines have names of their own.
+    # ptxas writes some jumps out of a loop as a call to a label inside the kernel, which never
+    # returns. Subroutines have their own names.
     jumps = name == "BRA" or (name == "CALL" and target.startswith(".L"))
-    # A condition stands before the instruction (@P0), before the target (BRA !P5, `(.L)), or in a
+    # A condition is before the instruction (@P0), before the target (BRA !P5, `(.L)), or in a
     # uniform register (BRA.U UP0, `(.L)).
     conditional = guard or (name == "BRA" and operands.split("`")[0].strip())
     continues = not (jumps or name in ("EXIT", "RET", "BRX", "JMP", "JMX")) or bool(conditional)
@@ -103,8 +105,9 @@ def _sass_instruction(guard, opcode, operands):
 
 
 def parse_resources(text):
-    """Return (registers, spill bytes) from `cuobjdump -res-usage`. Triton's kernels have no
-    arrays, so all of their stack and local memory is spills."""
+    """Return (registers, spill bytes) from `cuobjdump -res-usage`. Triton's kernels have no arrays,
+    so all stack and local memory is spills.
+    """
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
     return int(found[1]), int(found[2]) + int(found[3])
 
@@ -147,7 +150,7 @@ FP32 = re.compile(
     r"^F(?:ADD|MUL|FMA)(2?)(?:\.|$)"
     r"|^v_(pk_)?(?:add|sub|subrev|mul|fma|fmac|fmaak|fmamk|mac|madak|madmk)_f32"
 )
-# Padding and waits: NVIDIA encodes waiting inside its instructions, AMD has instructions for it.
+# Padding and waits: NVIDIA encodes waits in its instructions, AMD has separate instructions.
 NOT_COUNTED = ("NOP", "s_nop", "s_waitcnt", "s_delay_alu")
 
 
@@ -177,11 +180,13 @@ def _count(program, indices):
 
 
 def natural_loops(program):
-    """Return the natural loops, {header: instructions}; all edges back to a header make one."""
+    """Return the natural loops, {header: instructions}; all back edges to a header form one
+    loop.
+    """
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached), {}
     tree = nx.DiGraph(nx.immediate_dominators(graph, program.entry).items())
-    # An edge comes back to a header, and one from before unless the program begins there.
+    # A header has a back edge, and an edge from before unless the program begins there.
     for header in [i for i in tree if graph.in_degree(i) > (i != program.entry)]:
         dominated = graph.subgraph({header} | nx.ancestors(tree, header))
         if dominated.in_degree(header):
@@ -190,8 +195,7 @@ def natural_loops(program):
 
 
 def hot_loop(program):
-    """Return (natural loops, header of the hot one, its costs), the latter two None without
-    one."""
+    """Return (natural loops, header of the hot one, its costs), the last two None without one."""
     loops = natural_loops(program)
     found = {header: loop_costs(program, body) for header, body in loops.items()}
     widest = max((costs.widest_load for costs in found.values() if costs.loads), default=0)
@@ -208,9 +212,9 @@ def hot_loop(program):
 class SegmentCosts(NamedTuple):
     """The costs of a segment of a row.
 
-    near, general: an iteration of the hot loop by its cheapest and its dearest path without
-    re-anchoring. outside: instructions of a thread outside these paths. in_flight: bytes that it
-    asks for before it waits, at most, on the near path.
+    near, general: an iteration of the hot loop on its cheapest and costliest path without
+    re-anchoring. outside: instructions of a thread outside these paths. in_flight: largest number
+    of bytes requested before a wait, on the near path.
     """
 
     near: LoopCosts
@@ -224,17 +228,17 @@ MANY = 10_000  # more instructions than a path has
 
 def segment_costs(program, anchors, edges, segments):
     """Return the SegmentCosts of a program whose rows are cut into `segments`, each with `edges`
-    passes of the loop over what is less than a tile.
+    passes of the loop over partial tiles.
 
-    A thread executes and `outside` adds up, beside the near and the general path:
-        once: everything that lies in no loop, along the longest path;
+    In addition to the near and the general path, `outside` adds up:
+        once: everything outside loops, along the longest path;
         of the hot loop: the path with most shuffles, which reads a tile twice, `anchors` times;
-        of the loop over the edge: the dearest path without re-anchoring, `edges` times;
-        one time in `segments`: everything behind the atomic operation, since only the last
+        of the loop over the edge: the costliest path without re-anchoring, `edges` times;
+        one time in `segments`: everything after the atomic operation, since only the last
         program of a row merges.
     A tile that re-anchors sums over all threads of the warp, so its path has more shuffles. An
-    instruction with a false predicate counts, a subroutine does not: it is the rare case of a
-    division. Raises ValueError where the program does not read so.
+    instruction with a false predicate counts; a subroutine, the rare case of a division, does not.
+    Raises ValueError if the program does not have this structure.
     """
 
     loops, hot, costs = hot_loop(program)
@@ -270,7 +274,7 @@ def segment_costs(program, anchors, edges, segments):
 
 
 def loop_paths(program):
-    """Return the LoopCosts of an iteration of the hot loop by its cheapest and its dearest path."""
+    """Return the LoopCosts of an iteration of the hot loop on its cheapest and costliest path."""
     loops, hot, _ = hot_loop(program)
     ways = (_through(program, hot, loops[hot], sign, 0) for sign in (-1, 1))
     return [loop_costs(program, way) for way in ways]
@@ -281,8 +285,9 @@ def _shuffles(program, indices):
 
 
 def _through(program, header, body, sign, shuffle):
-    """Return the path through a loop with the largest sum of `sign` for each instruction and
-    `shuffle` for each shuffle."""
+    """Return the path through a loop with the largest sum of `sign` per instruction and `shuffle`
+    per shuffle.
+    """
     graph = program.graph.subgraph(body).copy()
     tails = list(graph.predecessors(header))
     graph.remove_edges_from([(tail, header) for tail in tails])
@@ -291,8 +296,9 @@ def _through(program, header, body, sign, shuffle):
 
 
 def _bytes_in_flight(program, path):
-    """Return the most bytes that are loaded and whose registers nothing has named yet, on a
-    path that is taken again and again."""
+    """Return the largest number of bytes loaded into registers not yet read, on a path taken
+    repeatedly.
+    """
     flying, most = [], 0
     for i in (*path, *path):
         named, width = program.registers[i], load_width(program.opcodes[i])
@@ -305,8 +311,9 @@ def _bytes_in_flight(program, path):
 
 def _heaviest(program, graph, start, ends, weight):
     """Return the path from `start` to one of `ends` with the largest sum of weights, () for
-    none. Paths through a call are left out. Raises ValueError (CycleError) where the graph has
-    a cycle."""
+    none. Paths through a call are left out. Raises ValueError (CycleError) if the graph has a
+    cycle.
+    """
     best = {}
     for i in TopologicalSorter(graph.adj).static_order():
         ways = [best[j] for j in graph[i] if j in best] + [(0, ())] * (i in ends)

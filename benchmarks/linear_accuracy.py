@@ -1,11 +1,11 @@
-"""Measure the digits of a KL from hidden states and of its gradients.
+"""Measure the accuracy of a KL from hidden states and of its gradients.
 
     python -m benchmarks.linear_accuracy [--json FILE] [--device cuda]
 
-The logits of a chunk in 16 bits, in float32, and plain torch. Errors are relative, in L2 norm over
-all tokens, against float64 of the very same 16-bit inputs. A 16-bit logit is rounded by up to 2^-9
-(bfloat16) or 2^-12 (float16) of itself, in policy and reference independently: noise whose own KL
-hides a smaller one.
+Compares chunks of 16-bit logits, of float32 logits, and plain torch. Errors are relative, in L2
+norm over all tokens, against float64 on the same 16-bit inputs. A 16-bit logit is rounded by up to
+2^-9 (bfloat16) or 2^-12 (float16) relative, independently in policy and reference: this noise has a
+KL that hides a smaller one.
 """
 
 import itertools
@@ -32,13 +32,14 @@ WAYS = {
 
 
 def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES):
-    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative
-    errors, and the mean error in nats."""
+    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors,
+    and the mean error in nats.
+    """
     tokens, hidden, vocabulary = shape.values()
     for dtype, size in itertools.product(dtypes, noises):
         random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         states, noise = (torch.randn(tokens, hidden, **random) for _ in range(2))
-        # Logits of N(0, 3²), as in the other figures.
+        # Logits are N(0, 3²), as in the other figures.
         weight = 3 / hidden**0.5 * torch.randn(vocabulary, hidden, **random)
         inputs = [x.to(cases.DTYPES[dtype]) for x in (states, weight, states + size * noise)]
         exact = _outcome(

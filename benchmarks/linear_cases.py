@@ -24,26 +24,26 @@ OUTPUTS = {
     "js": ("loss",),
     "logprob": ("logprob",),
 }
-# Log-ratios of the GRPO step, in the clip and beyond it. None is near log(0.8) or log(1.2), where
-# the gradient jumps: the rounding of a 16-bit logit, up to 0.03, would decide on which side a token
-# falls.
+# Log-ratios of the GRPO step, inside and outside the clip. None is near log(0.8) or log(1.2), where
+# the gradient jumps: a 16-bit logit's rounding, up to 0.03, could move a token across.
 LOG_RATIOS = (-0.4, -0.1, 0.1, 0.4)
 BLOCK = 256  # tokens whose logits are in float64 at once
 
-CHECKED_WEIGHT_ROWS = 64  # rows of the weight's gradient that are compared, evenly spread
-# A provider's errors (cases.ERRORS) may be so many times those of plain torch in the same type on
-# the same inputs, but no row's more than WORST. Over all and in nine of ten rows that compares
-# digits; nine of ten, since the sum over all hides a part that only small rows have. The limit of
-# the worst row finds one that is wrong: a missing row is off by 1, one half too large by 0.5 (among
-# 64 rows, roundings as good as torch's but independent of them were up to 3.2 times as far off).
+CHECKED_WEIGHT_ROWS = 64  # rows of the weight's gradient compared, evenly spaced
+# A provider's errors (cases.ERRORS) may be these multiples of plain torch's in the same dtype on
+# the same inputs, and no row's error more than WORST. The error over all rows and that of nine of
+# ten rows compare accuracy; nine of ten, because the sum over all hides errors in small rows. The
+# limit on the worst row detects a wrong row: a missing row is off by 1, a row too large by half is
+# off by 0.5 (among 64 rows, roundings as good as torch's but independent of them were off by up to
+# 3.2 times as much).
 TOLERANCE, TOLERANCES, WORST = 1.5, (1.5, 1.5, 5), 0.4
-# A row's error is relative to its own norm, or to this part of the root mean square norm of all
-# rows if that is more: where one token has all the probability the gradient is nearly 0, and its
-# rounding is as large. Nor does a row count in which plain torch is as far off: where two tokens
-# share a row's probability, the rounding of their 16-bit logits may be two thirds of its gradient,
-# for everybody; that is one row in some thousands.
+# A row's error is relative to its norm, or to this part of the root mean square norm of all rows if
+# that is more: if one token has all the probability the gradient is nearly 0, and its rounding is
+# as large. A row where plain torch is equally far off does not count either: if two tokens share a
+# row's probability, the rounding of their 16-bit logits may be two thirds of its gradient for every
+# provider, in one row of some thousands.
 SMALL_ROW = 0.1
-# Added for float32, where the order of a sum alone can double an error of 1e-6.
+# Added for float32: the order of a sum alone can double an error of 1e-6.
 LEAST = 1e-5
 
 FLOOR = "cuBLAS products"
@@ -51,15 +51,15 @@ FLOOR = "cuBLAS products"
 
 @dataclass(frozen=True)
 class LinearWorkload(Case):
-    """Define KL(policy‖reference) of `rows` tokens from hidden states and two weights.
+    """KL(policy‖reference) of `rows` tokens from hidden states and two weights.
 
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden
     and weight; "frozen" the same with the gradient to hidden only; "stats" all fields of
     token_stats, an upstream gradient on each, and the gradient to hidden and weight. Three whole
     losses, with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens
-    plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student), where the
-    reference is the teacher, "js" that of their Jensen-Shannon divergence. "logprob" is the
-    log-probability of the tokens alone, without a reference: what fused cross-entropies compute.
+    plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student) with the reference
+    as teacher, "js" the mean of their Jensen-Shannon divergence. "logprob" is only the
+    log-probability of the tokens, without a reference, as in fused cross-entropies.
     """
 
     mode: str = "loss"
@@ -89,12 +89,12 @@ class LinearWorkload(Case):
 
 
 def make_linear_inputs(workload, device, seed=0):
-    """Make hidden and weight with logits near N(0, 3²), and ref_hidden, ref_weight at a KL of some
+    """Make hidden and weight with logits near N(0, 3²), and ref_hidden, ref_weight at a KL of a few
     tenths of a nat.
 
-    Beside them tokens; upstream, of each output; for the GRPO step old_logprob, of a policy near
-    this one, and advantages, [rows] float32; leaves, the tensors of the gradient: hidden, or hidden
-    and weight, or none.
+    Also tokens; upstream for each output; for the GRPO step old_logprob, from a policy near this
+    one, and advantages, [rows] float32; leaves, the tensors with a gradient: hidden, or hidden and
+    weight, or none.
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
@@ -122,12 +122,12 @@ def make_linear_inputs(workload, device, seed=0):
 
 
 def answer(workload, inputs, dtype):
-    """Compute {name: tensor} by plain torch in one type, for all that the gate compares; in
+    """Compute {name: tensor} by plain torch in one dtype, for everything that the gate compares; in
     float64 it is the truth.
 
-    Every output [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H]. A
+    Every output [N] and, if the mode has them, dhidden [N, H] and dweight [checked rows, H]. Runs a
     block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
-    product over all tokens.
+    GEMM over all tokens.
     """
     models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
     hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
@@ -161,8 +161,9 @@ def answer(workload, inputs, dtype):
 
 
 def linear_truth(workload, inputs):
-    """Compute {output, "dhidden" or "dweight": Known}. A mean is held to the limit of its tokens:
-    plain torch's own mean may be right by luck, and in it either sign cancels."""
+    """Compute {output, "dhidden" or "dweight": Known}. A mean gets the limit of its tokens: plain
+    torch's mean may be accurate by chance, because errors of both signs cancel in it.
+    """
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     shapes = dict(zip(("dhidden", "dweight"), (x.shape for x in inputs.leaves), strict=False))
@@ -170,7 +171,7 @@ def linear_truth(workload, inputs):
     for name, true in exact.items():
         size, off = sizes(true), sizes(plain[name].double() - true)
         least = SMALL_ROW * size.square().mean().sqrt()
-        # A row in which plain torch is off by more than WORST may be off by TOLERANCE times that.
+        # If plain torch is off by more than WORST in a row, the limit is TOLERANCE times that.
         scale = size.clamp_min(least).maximum(TOLERANCE / WORST * off)
         errors = Known(true, scale).errors(plain[name])
         pairs = zip(TOLERANCES, errors, strict=True)
@@ -188,12 +189,11 @@ def linear_truth(workload, inputs):
 
 
 def bare_products(workload, inputs, chunk):
-    """Make a function that does the workload's products with cuBLAS, and nothing else.
+    """Make a function that runs only the workload's GEMMs, with cuBLAS.
 
-    `chunk` tokens at a time, into buffers allocated here. Every doubt goes to the floor: the
-    products of the gradients take the policy's logits for their operand, so nothing else is read or
-    written; the gradient of the weight is overwritten by each chunk instead of added to, in the
-    16-bit type.
+    It takes `chunk` tokens at a time, into buffers allocated here. Choices favour the floor: the
+    gradient GEMMs use the policy's logits as operand, so nothing else is read or written; each
+    chunk overwrites the weight's gradient instead of adding to it, in the 16-bit dtype.
     """
     with_reference = workload.mode != "logprob"
     count = PRODUCTS[workload.mode] - 1 - with_reference

@@ -1,11 +1,12 @@
-"""The Python of one call with few rows, launches left out.
+"""Measure the Python overhead of one call with few rows, without launches.
 
     python -m benchmarks.overhead [--against PATH] [--json FILE]
 
-With few rows this is the whole time of a call. Each function is called on plain tensors, and by way
-of its custom op, which torch.compile, dispatch modes and tensor subclasses take. No GPU is needed:
-tensors are on the CPU, kernels are not run. --against compares plain tensors with another checkout
-of the repository: processes of the two take turns, so that other work of the machine meets both.
+With few rows this is the whole time of a call. Each function is called on plain tensors, and
+through its custom op, as under torch.compile, dispatch modes and tensor subclasses. No GPU is
+needed: tensors are on the CPU, kernels are not run. --against compares calls on plain tensors with
+another checkout of the repository: processes of the two alternate, so that other load on the
+machine affects both.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from unittest import mock
 
 import torch
 
-import fastkl  # of either checkout, which may be older: the rest is imported where it is used
+import fastkl  # either checkout, which may be older: other imports are local
 
 ROWS, VOCABULARY = 8, 128
 CALLS, REPEATS, TURNS = 300, 7, 5
@@ -36,8 +37,9 @@ FUNCTIONS = {
 
 
 def costs(name, calls, repeats):
-    """Return {step: microseconds} and "calls": functions of fastkl that the last step enters; None
-    where this fastkl does not know an argument."""
+    """Return {step: microseconds} and "calls", the number of fastkl functions that the last step
+    enters; None if this fastkl does not know an argument.
+    """
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
@@ -55,15 +57,16 @@ def costs(name, calls, repeats):
         contextlib.suppress(TypeError),
     ):
         for step, call in zip(STEPS, (torch.no_grad()(forward), forward, whole), strict=True):
-            # The shortest of several: other work of the machine only adds to it.
+            # The minimum of several: other load on the machine only adds time.
             shortest = min(timeit.repeat(call, number=calls, repeat=repeats))
             found[step] = round(shortest / calls * 1e6, 1)
         return {**found, "calls": python_calls(whole)}
 
 
 def python_calls(call):
-    """Count the functions of fastkl and of its kernels that a call enters, comprehensions and
-    generators included."""
+    """Count the functions of fastkl and of its kernels that a call enters, including comprehensions
+    and generators.
+    """
     root = Path(fastkl.__file__).resolve().parents[1]
     with cProfile.Profile(builtins=False) as profile:
         call()
@@ -83,12 +86,13 @@ def measure(calls=CALLS, repeats=REPEATS):
 
 
 def compare(path, calls=CALLS, repeats=REPEATS, turns=TURNS):
-    """Yield {"function", "ratio": {step: here over there}, "calls": [here, there]}: medians of
-    turns; of the functions that both have."""
+    """Yield {"function", "ratio": {step: here over there}, "calls": [here, there]}, medians over
+    turns, for the functions that both have.
+    """
     file = Path(__file__).resolve()
     code = "import json, runpy, sys; costs = runpy.run_path(sys.argv[1])['costs']; "
     code += "print(json.dumps([costs(n, *map(int, sys.argv[2:4])) for n in sys.argv[4:]]))"
-    # By -c, since a script would put its own folder on the path in place of the checkout.
+    # Use -c: a script would put its own folder on the path instead of the checkout.
     command = [sys.executable, "-c", code, *map(str, (file, calls, repeats)), *FUNCTIONS]
 
     def turn(checkout):

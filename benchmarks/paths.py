@@ -1,12 +1,12 @@
-"""Count the tiles of logits on each path of the KL forward's loop: near, general, read twice.
+"""Count the tiles on each path of the KL forward's loop: near, general, read twice.
 
     python -m benchmarks.paths [--steps 2 8 24]
     python -m benchmarks.paths --file FILE.pt
 
-The first trains the demo's small reference, fine-tunes policies for these numbers of steps without
-a penalty and samples from each on held-out prompts; it needs the packages of the demo. FILE.pt:
-(policy, reference) logits [N, V] of a model of your own, by torch.save. The kernel itself takes the
-paths, in Triton's interpreter with the configuration for sm_90, for ROWS rows spread evenly.
+The first form trains the demo's small reference, fine-tunes policies for these numbers of steps
+without a penalty and samples from each on held-out prompts; it needs the packages of the demo.
+FILE.pt: (policy, reference) logits [N, V] of your own model, from torch.save. The kernel runs in
+Triton's interpreter with the configuration for sm_90, on ROWS evenly spaced rows.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import fastkl
 from benchmarks.processes import INTERPRETER
 
 ARCH = "sm_90"
-ROWS = 256  # at most: of a vocabulary of 128256 the interpreter takes two seconds for each
+ROWS = 256  # at most: the interpreter takes two seconds per row at a vocabulary of 128256
 
 
 def count_paths(pickled):
-    """Count (whole tiles, those on the general path, those read twice) and compute the mean KL;
-    the edges of segments are not among the tiles."""
+    """Count (whole tiles, tiles on the general path, tiles read twice), without the edges of
+    segments, and compute the mean KL.
+    """
     from fastkl.kernels import config, row_segment
 
     p, q, temperature = pickle.loads(pickled)
@@ -35,7 +36,7 @@ def count_paths(pickled):
 
     def counted(sums, weights, groups, want):
         path = path_of(sums, weights, groups, want)
-        paths[path.handle.data.item()] += groups == chosen.groups  # an edge is read in groups of 1
+        paths[path.handle.data.item()] += groups == chosen.groups  # an edge has groups of 1
         return path
 
     with (
@@ -48,8 +49,9 @@ def count_paths(pickled):
 
 
 def held_out_logits(steps):
-    """Yield (steps, policy's and reference's logits [N, V], temperature) of the demo without a
-    penalty, of the policy's samples on held-out prompts."""
+    """Yield (steps, policy's and reference's logits [N, V], temperature) on samples for held-out
+    prompts, from the demo's policy without a penalty.
+    """
     from fastkl.rl import FixedBeta
     from fastkl.tools.demo import Settings, choose_settings
     from fastkl.tools.demo.corpus import build_corpus, windows

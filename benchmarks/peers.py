@@ -1,8 +1,8 @@
-"""Load other packages as providers (providers.py); each loader says which work it does.
+"""Load other packages as providers (providers.py); each loader describes its work.
 
-Every peer gets the same tensors as the others, used the way its documentation shows and with
-float32 softmaxes wherever the caller decides. A peer is imported when its loader is called; one
-that is not installed or cannot run here raises, and the reason becomes a row of the results.
+All peers get the same tensors, and are used as documented, with float32 softmaxes if the caller
+decides. A peer is imported when its loader is called; one that is not installed or cannot run here
+raises, and the reason becomes a row of the results.
 """
 
 import inspect
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from benchmarks.work import JS_BETA, TOPK, NotOfferedError, Work, linear_works, log_softmax
 
 ASKS = "its backward asks the GPU whether the upstream gradient is 1"
-ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
+ROWS_BY_CALLS = 64  # up to here a scalar loss is called per row, to see its error
 
 
 def _needs_gpu(device):
-    """Raise for Triton kernels without a GPU, unless processes.py has started the process."""
+    """Raise for Triton kernels without a GPU, unless the process is one of processes.py."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
@@ -28,14 +28,14 @@ def _needs_gpu(device):
 def load_trl(device):
     """Load TRL: GKDTrainer.generalized_jsd_loss, and its log-prob and entropy functions.
 
-    The KL is the mode that a trainer would take: beta = 1 with the first argument as student,
-    beta = 0 with the second. The loss softmaxes in the type of the logits, so they are cast to
-    float32 here, as they come out of TRL's mixed precision. Its kernel for log-prob and entropy
-    (GPU only) reads 16-bit logits; on a CPU they are cast as well. It has no token_stats. The
-    top-k KL is made of the parts of SDPOTrainer's loss.
+    The KL is the mode that a trainer would use: beta = 1 with the first argument as student,
+    beta = 0 with the second. The loss computes softmaxes in the logits' dtype, so they are cast to
+    float32 here, as TRL's mixed precision returns them. Its kernel for log-prob and entropy (GPU
+    only) reads 16-bit logits; on a CPU they are cast as well. There is no token_stats. The top-k KL
+    is built from parts of SDPOTrainer's loss.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that trl.experimental may change
+        warnings.simplefilter("ignore")  # about trl.experimental
         from trl.experimental.gkd import GKDTrainer
         from trl.experimental.sdpo import loss_utils
     from trl.trainer import utils
@@ -43,7 +43,7 @@ def load_trl(device):
     def loss(i, reduction, beta=0):
         # beta: the share of P, or of the teacher.
         student, teacher, beta = (i.q, i.p, beta) if i.wrt == "q" else (i.p, i.q, 1 - beta)
-        # [N, V]: it divides by the first dimension.
+        # [N, V]: the loss divides by the first dimension.
         pair = (x.float().flatten(0, -2) for x in (student, teacher))
         return GKDTrainer.generalized_jsd_loss(*pair, beta=beta, reduction=reduction)
 
@@ -80,7 +80,8 @@ def load_trl(device):
 
 def load_liger_kldiv(device):
     """Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by
-    torch. It has no gradient to its target: KL(P‖Q) to Q only."""
+    torch. There is no gradient to the target: KL(P‖Q) to Q only.
+    """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -104,9 +105,9 @@ def load_liger_kldiv(device):
 def load_liger_jsd(device):
     """Load Liger-Kernel's LigerJSD after two log_softmax by torch.
 
-    beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q. It gives
-    one scalar, the mean over all tokens. A value per token therefore takes a call per row: done for
-    few rows, to see the error; refused for many, where the time would be that of the calls.
+    beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q. The result
+    is one scalar, the mean over all tokens, so a value per token takes a call per row: done for few
+    rows, to see the error; refused for many, where the calls would dominate the time.
     """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerJSD
@@ -144,8 +145,9 @@ def load_liger_jsd(device):
 
 
 def load_liger_tvd(device):
-    """Load Liger-Kernel's LigerTVDLoss on float32 softmaxes by torch. Its gradient is to its first
-    argument only."""
+    """Load Liger-Kernel's LigerTVDLoss on float32 softmaxes by torch. The gradient is to the first
+    argument only.
+    """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerTVDLoss
 
@@ -161,7 +163,7 @@ def load_liger_tvd(device):
 
 
 def load_speculators(device):
-    """Load speculators' fused losses, which have a gradient to the draft's logits only."""
+    """Load speculators' fused losses, with a gradient to the draft's logits only."""
     _needs_gpu(device)
     from speculators.losses import fused
 
@@ -190,8 +192,9 @@ def load_speculators(device):
 def load_trl_fused(device):
     """Load TRL's ChunkedDivergenceFunction, as its trainer calls it, and ChunkedLogProbFunction.
 
-    beta 1: KL(student‖teacher), 0: KL(teacher‖student), each beside the student's entropy, which
-    cannot be left out. Logits in tiles, again in backward; gradients summed in float32.
+    beta 1: KL(student‖teacher), 0: KL(teacher‖student), each with the student's entropy, which
+    cannot be left out. Logits are computed in tiles, and recomputed in backward; gradients are
+    summed in float32.
     """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -218,10 +221,11 @@ def load_trl_fused(device):
 
 
 def load_liger(device):
-    """Load Liger-Kernel's LigerFusedLinearJSD: losses only, no divergence per token.
+    """Load Liger-Kernel's LigerFusedLinearJSD: only losses, no divergence per token.
 
-    Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode
-    grpo. The weight's gradient is summed in float32, as ours, where the release can (accum_dtype).
+    The fused GRPO loss uses k3 of the sampled tokens, not the exact KL, so mode grpo is not
+    offered. The weight's gradient is summed in float32, as ours, if the release supports it
+    (accum_dtype).
     """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerFusedLinearJSD
@@ -243,8 +247,8 @@ def load_liger(device):
 def load_liger_chunked(device):
     """Load Liger-Kernel's LigerFusedLinearJSDLoss, set as in TRL's trainers.
 
-    It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its
-    error is shown and no time. The gradient of the weight is computed even if it is frozen.
+    Softmaxes are computed in the logits' dtype, so bf16 may fail the gate; then the error is shown
+    and no time. The gradient of the weight is computed even if the weight is frozen.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -267,7 +271,7 @@ def load_cut_cross_entropy(device, work="less work: small gradients are left out
 
 
 def _cross_entropy(function, note, **options):
-    """Make mode logprob of a linear cross-entropy that computes the logits again in backward."""
+    """Make mode logprob from a linear cross-entropy that recomputes the logits in backward."""
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         return (-function(hidden, weight, tokens, reduction="none", **options),)

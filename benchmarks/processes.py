@@ -1,8 +1,8 @@
-"""Child processes, for work that may crash or hang, and for Triton's interpreter.
+"""Child processes for work that may crash or hang, and for Triton's interpreter.
 
-The interpreter executes a kernel's operations with numpy, float32 as float32: its errors are those
-of the formulas and of the order of the sums, not of a GPU's faster exp and fused multiply-adds.
-Triton decides at import, so the kernels live in a process that has TRITON_INTERPRET=1.
+The interpreter executes a kernel's operations with numpy, float32 as float32: errors come from the
+formulas and the order of the sums, not from a GPU's faster exp and fused multiply-adds. Triton
+decides at import, so the kernels run in a process with TRITON_INTERPRET=1.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ import torch
 
 
 def _begin(first):
-    os.setsid()  # so that all that it starts can be ended with it
-    # The child ends where its parent ends, killed or not.
+    os.setsid()  # so that its own children can be killed with it
+    # Exit when the parent ends, even if it is killed.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     first()
 
 
 class Child(contextlib.AbstractContextManager):
-    """Run functions one after the other in a process, started when needed, ended with the block.
+    """Run functions sequentially in a process, started when needed, ended with the block.
 
-    first: called in each new process, by default nothing of consequence. Tensors go to it as bytes
-    of pickle, since torch would pass them in shared memory, of which a container may have little.
+    first: called in each new process, by default a no-op. Tensors are sent as pickled bytes: torch
+    would use shared memory, and containers may have little.
     """
 
     def __init__(self, first=os.getpid, **environment):
@@ -37,14 +37,15 @@ class Child(contextlib.AbstractContextManager):
     def submit(self, function, *arguments):
         if self.executor is None:
             self.executor = ProcessPoolExecutor(1, get_context("spawn"), _begin, (self.first,))
-            # A spawned process starts with the environment of this moment.
+            # A spawned process inherits the current environment.
             with mock.patch.dict(os.environ, self.environment):
                 self.process = self.executor.submit(os.getpid).result()
         return self.executor.submit(function, *arguments)
 
     def attempt(self, seconds, function, *arguments):
-        """Return (result, None), or (None, why there is none), and then the process is at its end:
-        of an exception, a crash, or no answer within the limit."""
+        """Return (result, None), or (None, reason) after an exception, a crash or a timeout; the
+        process has then ended.
+        """
         try:
             return self.submit(function, *arguments).result(seconds), None
         except (Exception, SystemExit) as error:
@@ -65,7 +66,7 @@ class Child(contextlib.AbstractContextManager):
 
 def _quiet():
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of the interpreter, about infinities
+    warnings.simplefilter("ignore")  # the interpreter warns about infinities
 
 
 INTERPRETER = Child(_quiet, TRITON_INTERPRET="1")

@@ -1,11 +1,11 @@
-"""List who computes: every provider offers operations on the same tensors, or says why not.
+"""List the providers: each offers operations on the same tensors, or a reason why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
 (cases.make_inputs): the keys of cases.OUTPUTS. From hidden states
 (linear_cases.make_linear_inputs): "linear_" and a mode of work.PRODUCTS. A provider is a loader, a
-function of the device that returns {operation: Work} and raises what it likes where it cannot be
-used; the reason becomes a row of the results. Other packages are in peers.py. A user's own loader
-is named on the command line: --provider package.module:function.
+function of the device that returns {operation: Work} and raises any exception if it cannot be used;
+the reason becomes a row of the results. Other packages are in peers.py. Name your own loader on the
+command line: --provider package.module:function.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from benchmarks.work import (
 
 LOSSES = ("forward", "loss", "frozen", "distillation", "js")
 READ_TWICE = ("js_divergence", "skew_kl_divergence", "total_variation", "mean_js")
-CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
+CHUNK = 2048  # tokens: each chunk adds to the whole weight gradient, so larger is faster
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Hold an implementation under its name; missing: why it offers nothing here."""
+    """A named implementation; missing: the reason if it offers nothing here."""
 
     name: str
     operations: dict[str, Callable] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def load_torch_compile(device):
         return {name: torch.compile(function, **options) for name, function in functions.items()}
 
     works = logits_works(compiled(PLAIN), "the same work: plain torch, compiled for this shape")
-    if device.type == "cuda":  # compiling for a CPU takes long, and its speed says nothing here
+    if device.type == "cuda":  # CPU compilation is slow and its speed irrelevant here
         works |= linear_works(
             compiled(on_hidden(PLAIN)),
             PRODUCTS,
@@ -91,9 +91,9 @@ def load_torch_compile(device):
 def load_fastkl(device):
     """Load this package.
 
-    The entropy comes with a log-probability of each row, which costs one element. From hidden
-    states the logits of all models are kept where they take 2 GiB at the most; else "stats", "grpo"
-    and "logprob" compute them again in backward.
+    The entropy is computed with a log-probability per row, which costs one element. From hidden
+    states the logits of all models are kept if they take at most 2 GiB; otherwise "stats", "grpo"
+    and "logprob" recompute them in backward.
     """
     functions = {
         "kl_divergence": lambda p, q, tokens: (fastkl.kl_divergence(p, q),),
@@ -152,8 +152,9 @@ def _from_stats(note, **options):
 
 def load_one_launch(device):
     """Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
-    Its backward alone is a scaling at the first call and computes the gradient at later ones,
-    so only forward and both are comparable."""
+    Backward alone only scales at the first call and computes the gradient at later calls, so only
+    forward and both are comparable.
+    """
     if device.type != "cuda":
         raise RuntimeError("row_fused is for a GPU")
     from fastkl.kernels import config
@@ -167,8 +168,9 @@ def load_one_launch(device):
 
 def load_torch_chunked(device):
     """Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do. The
-    logits are computed again in backward, and the gradient of the weight is summed over the
-    chunks in the weight's own type."""
+    logits are recomputed in backward, and the gradient of the weight is summed over the chunks in
+    the weight's dtype.
+    """
 
     def chunked(function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
@@ -220,7 +222,7 @@ def load_categorical(device):
     return logits_works(functions, f"more work: {note}")
 
 
-# The providers that have a KL from logits, in the order in which they are measured.
+# Providers of a KL from logits, in the order of measurement.
 LOADERS = {
     "fastkl": load_fastkl,
     "torch": load_torch,
@@ -257,5 +259,5 @@ def load_providers(device, names=None, loaders=LOADERS):
 def load(name, loader, device):
     try:
         return Provider(name, loader(device))
-    except Exception as error:  # a peer may fail in any way when imported: that is a row
+    except Exception as error:  # a peer may fail in any way at import: that is a row
         return Provider(name, missing=f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Share command lines, files of figures, their origin and tables among the commands here."""
+"""Helpers shared by the commands: command lines, result files, their origin, tables."""
 
 import argparse
 import json
@@ -32,13 +32,13 @@ def command_line(module, description, json_help="write the records to FILE"):
 
 
 def write_json(path, data):
-    """Write JSON whole or not at all, if there is a path, and makes its folder."""
+    """Write JSON atomically, if there is a path, and make its folder."""
     if path:
         write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
 
 def gather(path, data, records, said=json.dumps):
-    """Print records as they come, then write them with `data`, in which they are afterwards."""
+    """Print records as they come, add them to `data`, and write it."""
     data["records"] = []
     for found in records:
         data["records"].append(found)
@@ -52,7 +52,7 @@ def write_bytes(path, content):
 
 
 def finite(data):
-    """Replace NaN and the infinities, which JSON lacks, by strings that float() reads."""
+    """Replace NaN and infinities, which JSON lacks, by strings that float() parses."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -61,7 +61,7 @@ def finite(data):
 
 
 def output_file(text):
-    """Check a path for argparse before minutes of measuring: a file there can be written."""
+    """Check for argparse, before minutes of measuring, that a file can be written."""
     try:
         Path(text).parent.mkdir(parents=True, exist_ok=True)
         check_writable(Path(text))
@@ -91,8 +91,9 @@ def has_gpu(tool):
 
 
 def commit():
-    """Name the commit of the working tree, with "+changes" where it differs, or "unknown". The
-    variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere."""
+    """Return the commit of the working tree, with "+changes" if it differs, or "unknown". Set
+    FASTKL_COMMIT for a copy of the tree without git.
+    """
     command = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
     status, found = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} {command}")
     return os.environ.get("FASTKL_COMMIT", "unknown" if status else found)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.report
 
-reads the newest results that are committed, rewrites the page, and in README.md and docs/*.md what
-stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS. Exit code 0: done; 1: a
-file is not as it should be, and nothing was written; 2: wrong use.
+reads the newest committed results, rewrites the page, and in README.md and docs/*.md the text
+between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS. Exit code 0: done; 1: a
+malformed file, and nothing was written; 2: wrong use.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ACCURACY_COLUMNS = [
     "TRL",
     "Liger JSD (interpreted)",
 ]
-# The kernels of the table of static costs, by their names in the compile plan; its figures.
+# Kernels and figures in the table of static costs, by their names in the compile plan.
 KERNELS = (
     *(f"kl_divergence.{step}" for step in ("forward", "backward_p", "backward_q", "backward_both")),
     *(f"token_stats.{step}" for step in ("forward", "backward_p", "backward_both")),
@@ -52,7 +52,7 @@ NO_RESULTS = (
 def accuracy_section():
     options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.TARGETS[::2]}
     table = accuracy.markdown(read(RESULTS / "cpu/accuracy.json"), **options)
-    # On a CPU our name alone stands for the reference; the kernels have the column beside it.
+    # On a CPU our plain name means the reference; the kernels have the next column.
     return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
 
 
@@ -91,7 +91,7 @@ def static_section():
     return f"{table}\n\n{origin(baseline)}"
 
 
-# The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
+# The README's rows of speed: the most common workloads, and one where fastkl is slower.
 SPEED = ("kl_divergence dp", "token_stats", "linear loss", "linear logprob")
 RATIOS = "the factor after another's time is that time over fastkl's: above 1, fastkl is faster"
 
@@ -141,7 +141,7 @@ SECTIONS = {
 
 
 def render(name, words):
-    """Make the sections of a file anew; raises ValueError for a mark without its other half."""
+    """Regenerate the sections of a file; raises ValueError for an unmatched mark."""
     for section, make in SECTIONS.items():
         start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
         before, opened, rest = words.partition(start)

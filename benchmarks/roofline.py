@@ -1,25 +1,24 @@
-"""The share of a GPU's peak bandwidth that a hot loop can reach: a model, not a measurement.
+"""Bound the share of peak bandwidth that a hot loop can reach: a model, not a measurement.
 
-Each resource alone gives a floor for the clocks of a pair of logits on one multiprocessor, and the
-bound is that of bandwidth over the largest. Latency, barriers, occupancy and cache misses only cost
-more: 100 % says that issue, float32 and exponentials do not stand in the way, less that only fewer
-instructions can help. Where the costs tell paths apart it is that of the near path, with the
-instructions around the loop.
+Each resource gives a lower bound on the clocks per pair of logits on one multiprocessor; the result
+is bandwidth's bound over the largest. Latency, barriers, occupancy and cache misses only cost more:
+at 100 % issue, float32 and exponentials are not the limit; below, only fewer instructions help. If
+the costs distinguish paths, the bound is for the near path, with the instructions around the loop.
 """
 
 MODEL = (
     "upper bound, % of peak bandwidth: a model of issue, fp32 and ex2 throughput at boost clock "
     "(benchmarks/roofline.py), not a measurement"
 )
-# Bandwidth in bytes per second, clock (boost) in Hz; issue, fp32 and ex2 are results of a thread
-# per clock and multiprocessor. NVIDIA's issue: four schedulers of 32 lanes; fp32 and ex2: CUDA C++
+# Bandwidth in bytes per second, clock (boost) in Hz; issue, fp32 and ex2 in results of a thread per
+# clock and multiprocessor. NVIDIA's issue: four schedulers of 32 lanes; fp32 and ex2: CUDA C++
 # Programming Guide, "Throughput of Native Arithmetic Instructions".
 GPUS = {
     # NVIDIA A100 data sheet (80GB SXM); A100 Tensor Core GPU Architecture whitepaper, table 4.
     "sm_80": dict(bandwidth=2.039e12, processors=108, clock=1.41e9, issue=128, fp32=64, ex2=16),
-    # NVIDIA H200 data sheet (SXM); the clock follows: 67 TFLOP/s = 132 × 128 × 2 × 1.98 GHz.
+    # NVIDIA H200 data sheet (SXM); clock derived: 67 TFLOP/s = 132 × 128 × 2 × 1.98 GHz.
     "sm_90": dict(bandwidth=4.8e12, processors=132, clock=1.98e9, issue=128, fp32=128, ex2=16),
-    # NVIDIA DGX and HGX B200 data sheets; 148 SMs as the driver reports, the clock follows.
+    # NVIDIA DGX and HGX B200 data sheets; 148 SMs as reported by the driver, clock derived.
     "sm_100": dict(bandwidth=8.0e12, processors=148, clock=1.98e9, issue=128, fp32=128, ex2=16),
     # AMD Instinct MI300X data sheet. Issue: five wavefront instructions per clock and CU (ROCm
     # Compute Profiler, "Pipeline descriptions"). ex2: quarter rate (LLVM, SISchedule.td).
@@ -29,8 +28,8 @@ GPUS = {
 
 def bytes_per_pair(kernel, dtype):
     """Return the bytes that a kernel moves per pair, or per logit of one tensor.
-    kernel: its name in the compile plan. None for a kernel that does not go over the
-    vocabulary."""
+    kernel: its name in the compile plan. None for a kernel without a loop over the vocabulary.
+    """
     case, _, step = kernel.partition(".")
     item = 4 if dtype == "fp32" else 2
     read = item if case.endswith("policy_only") else 2 * item
@@ -41,7 +40,7 @@ def bytes_per_pair(kernel, dtype):
 
 
 def upper_bound(record):
-    """Return {"percent" of peak bandwidth, "limited_by"}, None where a loop was not counted."""
+    """Return {"percent" of peak bandwidth, "limited_by"}; both None if no loop was counted."""
     moved = bytes_per_pair(record["kernel"], record["dtype"])
     if not moved or record["instructions_per_pair"] is None:
         return {"percent": None, "limited_by": None}

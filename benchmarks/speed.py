@@ -1,14 +1,14 @@
-"""Time the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
+"""Time the operations of this package, plain torch, torch.compile and every peer, on a GPU.
 
     python -m benchmarks.speed --out DIR [--suite NAME ...] [--provider package.module:function]
 
-measures the sections of suites.py in their order. Each provider of a section has a process with a
-time-out: a crash or a broken CUDA context costs one row, a hang the rest of its provider's. Rows
-are added to DIR/<date>.json as they come; it is rewritten whole, with GPU, versions, commit and
-command. A provider of your own is a function of the device that returns {operation: function of the
-inputs} (providers.py). --check measures no time: it compares every provider with float64, on a CPU
-too. Exit code 0: all is measured, right and as fast as --at-least; 1: it is not; 2: no CUDA GPU
-here, or wrong use.
+measures the sections of suites.py in order. Each provider of a section has a process with a
+timeout: a crash or a broken CUDA context costs one row, a hang the provider's remaining rows. Rows
+are added to DIR/<date>.json as they come; the file is rewritten each time, with GPU, versions,
+commit and command. Your own provider is a function of the device that returns {operation: function
+of the inputs} (providers.py). --check measures no time: it compares every provider with float64,
+also on a CPU. Exit code 0: everything is measured, correct and as fast as --at-least; 1: not so; 2:
+no CUDA GPU here, or wrong use.
 """
 
 import argparse
@@ -29,8 +29,8 @@ CHILD = processes.Child
 DEVICE = "cuda"
 SECONDS = 1740.0  # for the whole run
 PROVIDER_SECONDS = 120.0  # for a provider in a section; an H200 takes 5 to 60
-LEAST_SECONDS = 15.0  # less is not worth the start of a process
-CRASHES = 2  # after so many of its processes a provider has no more in the section
+LEAST_SECONDS = 15.0  # less is not worth starting a process
+CRASHES = 2  # crashes after which a provider is skipped in the section
 NO_TIME = "no time left in this run"
 BROKE = "left out after it had broken the CUDA context in this section"
 
@@ -89,7 +89,7 @@ def said(row):
 
 
 def run_provider(run, name, provider):
-    """Measure a provider of a section, in as many processes one after the other as it takes."""
+    """Measure a provider of a section, in as many successive processes as needed."""
     crashes, missing = 0, None
     until = min(time.monotonic() + PROVIDER_SECONDS, run.deadline)
     with CHILD() as child:
@@ -208,7 +208,7 @@ def main(argv=None):
     ]
     states = (f"{name}: {section['status']}" for name, section in sections.items())
     print("", *states, *map(said, bad), sep="\n")
-    # A peer that is wrong has no time, and is no fault of this package.
+    # A wrong peer has no time, and is not this package's fault.
     ours = [row for row in bad if row["provider"] not in {**PEERS, **LINEAR_PEERS}]
     return 1 if ours or any(section["status"] != "ok" for section in sections.values()) else 0
 

@@ -3,35 +3,36 @@
     python -m benchmarks.static_costs --json FILE   every kernel of benchmarks.compile_plan
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json
     python -m benchmarks.static_costs --hash        digests: equal where two checkouts compile alike
-    ... --kernel NAME --arch sm_90 --dtype bf16     only a part of the plan
+    ... --kernel NAME --arch sm_90 --dtype bf16     only part of the plan
 
-compiles for each architecture, element type and alignment, and reads the machine code back
+compiles for each architecture, dtype and alignment, and analyses the machine code
 (benchmarks/disassembly.py). It needs Triton and no GPU. "pair" is one vocabulary entry of both
-logits tensors; a figure that the tools of an architecture do not tell is null.
+logits tensors; a figure not available for an architecture is null.
 
-A program of forward sums a segment of a row, and each tile takes one of three paths, by its values:
-    instructions_per_pair          the near path once through the hot loop: all |d| < 1; of a kernel
-                                   with one path, that one
+A program of forward sums a segment of a row; a tile's values select one of three paths:
+    instructions_per_pair          one iteration of the hot loop on the near path: all |d| < 1; the
+                                   only path of a kernel with one
     instructions_per_pair_general  the general path: some |d| is larger
-    overhead_per_pair              everything else that a thread executes for a segment at V =
-                                   128256, over the pairs that it has in one: prologue, tiles read
-                                   again to re-anchor, edge tiles, a row's share of the merge (the
-                                   rule: disassembly.segment_costs). Of equal tiles the first, the
+    overhead_per_pair              everything else that a thread executes per segment at V =
+                                   128256, over its pairs in the segment: prologue, tiles reread to
+                                   re-anchor, edge tiles, a row's share of the merge (rule:
+                                   disassembly.segment_costs). Of equal tiles the first, the
                                    ninth, … anchor, since the weight about a centre grows eightfold
-    loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads
-                                   of an SM at this many registers; of misaligned rows every block
-                                   is asked for twice, and counts twice
-and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. The
-backward of the f-divergences has the first two: its cheapest and its dearest path. On other
-kernels, and on AMD, whose paths are not read, every instruction of the loop counts, also one in a
-branch, and the others are null.
+    loads_in_flight_kb_per_sm      bytes that a thread requests before it waits, times the threads
+                                   of an SM at this many registers; for misaligned rows every block
+                                   is requested twice, and counts twice
+and ex2 for the first two. A GPU issues the first or the second figure plus the third. The backward
+of the f-divergences has the first two: its cheapest and its costliest path. On other kernels, and
+on AMD, whose paths are not analysed, every instruction of the loop counts, also in a branch, and
+the other figures are null.
 
-The bound is the model of benchmarks/roofline.py: % of the peak bandwidth of a GPU of that
-architecture, not a measurement.
+The bound is a model (benchmarks/roofline.py), not a measurement: % of the peak bandwidth of a GPU
+of that architecture.
 
-The baseline gates: 5 % more instructions or exponentials per pair, more spills, more or only narrow
-loads, or a kernel that it lacks end with exit code 1. It holds for the Triton that wrote it.
---write-baseline renews it. Exits with 1 too, naming the kernel, where one does not compile.
+The baseline is a gate: 5 % more instructions or exponentials per pair, more spills, more or only
+narrow loads, or a kernel missing from the baseline give exit code 1. It is valid for the Triton
+version that wrote it; --write-baseline renews it. A kernel that does not compile is named and gives
+exit code 1 too.
 """
 
 import argparse
@@ -57,8 +58,8 @@ from benchmarks.record import command_line, output_file, provenance, write_json
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# The figures of a record; narrow loads are those of the hot loop that are narrower than its widest,
-# unrolled says how many iterations of the source's loop are in one of the compiled loop's.
+# The figures of a record; narrow loads are loads in the hot loop narrower than its widest;
+# unrolled: iterations of the source loop per iteration of the compiled loop.
 FIGURES = (
     *("instructions_per_pair", "instructions_per_pair_general", "overhead_per_pair"),
     *("fp32_per_pair", "ex2_per_pair", "ex2_per_pair_general", "registers", "spill_bytes"),
@@ -69,7 +70,7 @@ FIGURES = (
 BASELINE = Path(__file__).with_name("static_baseline.json")
 SLACK = 0.05  # compilers differ by 3 % from one version to the next
 CASE = ("kernel", "arch", "dtype", "aligned")
-# The figures compared: from which share of the baseline's on, or whether at all, more is worse.
+# The figures compared: relative increase over the baseline from which more is worse, inf: never.
 SLACKS = {
     **dict.fromkeys(("instructions_per_pair", "instructions_per_pair_general"), SLACK),
     **dict.fromkeys(("overhead_per_pair", "ex2_per_pair"), SLACK),
@@ -84,8 +85,8 @@ SLACKS = {
 def measure(specialization, arch, dtype, aligned):
     """Return the record of one `Specialization` of the compile plan: its case and its FIGURES.
 
-    Raises an error of any type where it does not compile, and ValueError where its machine code
-    does not read as expected.
+    Raises an error of any type if it does not compile, and ValueError if its machine code does not
+    have the expected structure.
     """
     compiled = compile_kernel(specialization, arch)
     name, text, segment, paths = compiled.metadata.name, machine_code(compiled), None, None
@@ -129,8 +130,9 @@ def measure(specialization, arch, dtype, aligned):
 
 
 def cut(specialization):
-    """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of
-    a row) of a kernel of forward."""
+    """Return (re-anchored tiles per segment, passes of the loop over its edge, segments per row) of
+    a kernel of forward.
+    """
     from benchmarks.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import REANCHOR_GROWTH
 
@@ -144,9 +146,9 @@ def cut(specialization):
 
 
 def resident_threads(registers, warps):
-    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0. Each of its four
-    quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64 warps and 32
-    programs."""
+    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0. Each of its four quarters
+    has 16384 registers, allocated to a warp 256 at a time; an SM holds 64 warps and 32 programs.
+    """
     resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
     return 32 * warps * min(min(resident, 64) // warps, 32)
 
@@ -158,11 +160,11 @@ IR_LOAD = re.compile(
 
 
 def source_loop_bytes(ttgir, threads):
-    """Return the bytes that a thread loads in an iteration of the loop over the vocabulary as
-    written, from Triton's own representation; None where no loop loads. Of several loops it is
-    the one that loads most outside the loops inside it. A load that a loop repeats counts once,
-    as it lies in registers."""
-    # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
+    """Return the bytes that a thread loads per iteration of the source loop over the vocabulary,
+    from Triton's IR; None if no loop loads. Among several loops it is the one that loads most
+    outside its inner loops. A load repeated by a loop counts once, because it stays in registers.
+    """
+    # Each open loop: [depth, bytes of its own loads, bytes including inner loops].
     depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
         if "scf.for" in line or "scf.while" in line:
@@ -181,9 +183,10 @@ def source_loop_bytes(ttgir, threads):
 
 
 def _unroll_factor(loop, compiled):
-    """Return how many iterations of the loop as written the compiler put into one. Compilers
-    unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
-    loaded in another way than by a plain load (one number for all threads, say)."""
+    """Return the number of source iterations per iteration of the compiled loop: compilers unroll
+    short loops on their own. Inferred from the bytes loaded; a fifth of slack allows for loads
+    other than plain ones (such as one number for all threads).
+    """
     threads = compiled.metadata.num_warps * (64 if "amdgcn" in compiled.asm else 32)
     written = source_loop_bytes(compiled.asm["ttgir"], threads)
     ratio = loop.loaded / written if written else 0.0
@@ -194,7 +197,7 @@ def _unroll_factor(loop, compiled):
 
 
 def compile_kernel(specialization, arch):
-    """Compile for an architecture that this machine need not have. Nothing is cached."""
+    """Compile for any architecture, without caching; no such GPU is needed."""
     cuda, s = arch.startswith("sm_"), specialization
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     source = ASTSource(s.kernel, s.signature, s.constexprs, s.attrs)
@@ -204,7 +207,7 @@ def compile_kernel(specialization, arch):
 
 
 def machine_code(compiled):
-    # Without data flow, half of nvdisasm's time.
+    # No data-flow analysis: half of nvdisasm's time.
     return compiled.asm.get("amdgcn") or _of_cubin(compiled, "nvdisasm", "-c", "-ndf")
 
 
@@ -219,7 +222,7 @@ def _of_cubin(compiled, tool, *arguments):
 def digest(specialization, arch):
     compiled = compile_kernel(specialization, arch)
     lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
-    # Directives and comments of AMD's assembler name source lines and files.
+    # Strip directives and comments: AMD's name source lines and files.
     code = [line.split(";")[0].strip() for line in lines] if "amdgcn" in compiled.asm else lines
     counted = "\n".join(line for line in code if not line.startswith("."))
     return hashlib.sha256(counted.encode()).hexdigest()[:16]
@@ -246,7 +249,7 @@ def collect(chosen):
             known[key] = known.get(key) or measure(specialization, *case)
             bound = roofline.upper_bound(known[key])
             records.append({**known[key], **found, "upper_bound_of_peak_bandwidth": bound})
-        except Exception as error:  # of any type: the other kernels must not get lost
+        except Exception as error:  # keep the other kernels
             errors.append(f"{case_of(found)}: {type(error).__name__}: {error}")
     return {"records": records, "errors": errors}
 
@@ -280,7 +283,8 @@ def read_baseline(path):
 
 def compare(records, baseline):
     """Return (regressions, other changes), a sentence each, against the baseline's records.
-    Only the architectures and element types in `records` are expected to be there."""
+    Only the architectures and dtypes in `records` are expected.
+    """
     now, before = ({case_of(r): r for r in rows} for rows in (records, baseline["records"]))
     regressions = [f"{case}: not in the baseline" for case in now if case not in before]
     measured = {(record["arch"], record["dtype"]) for record in records}
@@ -303,7 +307,7 @@ def _is_worse(key, new, old):
 
 
 def judge(records, baseline):
-    """Compare with a baseline and print every change; returns it for the JSON."""
+    """Compare with a baseline, print every change, and return the comparison for the JSON."""
     here, there = triton.__version__, baseline["triton"]
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)
@@ -362,6 +366,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # The interpreter replaces the compiler: with it set there would be nothing to read back.
+    # With the interpreter there is no machine code to analyse.
     os.environ.pop("TRITON_INTERPRET", None)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""List the sections of speed.py, cases with providers, in their order on a GPU."""
+"""List the sections of speed.py, cases with providers, in their order."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from benchmarks.work import FAMILY, ONE_TENSOR, PRODUCTS, TOPK
 
 
 class Section(NamedTuple):
-    """Hold cases, the most important first, and the providers that are measured at them."""
+    """Cases, most important first, and the providers measured on them."""
 
     workloads: tuple
     providers: tuple[str, ...]
@@ -63,13 +63,13 @@ SMOKE = (
     *(LinearWorkload(mode, 24, 32, 257, dtype) for mode in PRODUCTS for dtype in ("bf16", "fp32")),
 )
 
-# torch.compile comes last everywhere: it compiles for seconds at each shape, and time may run out.
+# torch.compile is always last: it compiles for seconds per shape, and time may run out.
 COMPILED = "torch.compile"
 FROM_LOGITS = tuple(name for name in LOADERS if name != COMPILED)
 FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
 EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN)))
 
-# In the order of importance with a GPU at hand: the main shape before others.
+# In order of importance: the main shape first.
 SUITES = {
     "main": Section(MAIN, ("fastkl", "torch", COMPILED)),
     "fused": Section(
@@ -91,5 +91,5 @@ SUITES = {
     "scaling": Section(SCALING, ("fastkl", "torch")),
     "smoke": Section(SMOKE, EVERYBODY),
 }
-# Of tests and `make bench`: tiny shapes of everything, to check and not to time.
+# "smoke" is for tests and `make bench`: tiny shapes of everything, to check, not to time.
 ALL = tuple(name for name in SUITES if name != "smoke")

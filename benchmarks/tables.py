@@ -1,7 +1,7 @@
-"""Turn rows of speed.py into tables: the best beside fastkl, and every figure.
+"""Turn rows of speed.py into tables: fastkl and the best other provider, and every figure.
 
 A file of results is {"gpu", "versions", "commit", "command", "date", "sections": {name: {"status",
-"rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a row of its own.
+"rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a separate row.
 """
 
 import json
@@ -11,13 +11,13 @@ import re
 from benchmarks import cases, linear_cases, record
 
 OURS, PLAIN = "fastkl", "torch"
-# This package too: where there is memory for all logits, and where the GPU was found fit for it.
+# Variants of this package: all logits in memory; value and gradient in one launch.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
 MAIN, LINEAR_MAIN = cases.Workload().as_dict(), linear_cases.LinearWorkload().as_dict()
 TIMED = ("main", "peers", "divergences", "fused", "sweep", "scaling", "linear", "linear_sweep")
-# Operations with a gradient to the first logits only: their names go without it.
+# Operations with a gradient to the first logits only: omitted from their labels.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
-NOISE = 0.01  # two measurements of the same may differ by so much
+NOISE = 0.01  # relative difference expected between two measurements of one case
 RED, NONE = "🔴", "–"
 
 
@@ -32,10 +32,11 @@ def read(path):
 
 
 def gpu_results(folder):
-    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed. The
-    newest of them comes first, of one day an H200's."""
+    """Find [(path, data)]: for every GPU the newest file with times of the main shape, newest
+    first, on equal dates an H200 first.
+    """
     files = [(path, read(path)) for path in folder.glob("*/*.json")]
-    # Other files lie there too: of tune, of accuracy.
+    # The folder also has files of tune and accuracy.
     found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
     found.sort(key=lambda file: file[1]["date"])
     newest = {gpu_name(data): (path, data) for path, data in found}.values()
@@ -52,7 +53,9 @@ def rows_of(data, section):
 
 
 def label(workload):
-    """Name a workload the same in every table: the operation, and a shape that is not the main."""
+    """Label a workload, the same in every table: the operation, and the shape if not the main
+    one.
+    """
     if "mode" in workload:
         main, parts = LINEAR_MAIN, [f"linear {workload['mode']}"]
     else:
@@ -67,7 +70,7 @@ def label(workload):
 
 
 def by_workload(data, sections=TIMED):
-    """Return {label: {provider: row}}; of two sections the first row that has times."""
+    """Return {label: {provider: row}}, with the first row that has times among the sections."""
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
@@ -114,7 +117,7 @@ def number(value):
 
 
 def digits(value, count=3):
-    """Write a number with so many digits, and never in powers of ten; a dash for none."""
+    """Format a number with this many digits, never in powers of ten; a dash for None."""
     value = number(value)
     if value is None:
         return NONE
@@ -134,14 +137,14 @@ def amount(value):
 
 
 def text(words, length=200):
-    """Write the first line of somebody else's words as it may stand in a table."""
+    """Format the first line of an external message for a table cell."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
     return re.sub(r"([\\|*_`])", r"\\\1", line).replace("<", "&lt;")
 
 
 def why(row):
-    """Write the reason for having no time, or an error of the gate, in its place."""
+    """Format the reason for a missing time, or an error of the gate."""
     if not row:
         return NONE
     reason = text(row.get("reason"))
@@ -167,8 +170,9 @@ def summary(data, sections, what, title, share):
 
 
 def summary_lines(data, sections, share):
-    """Return a line per workload at the main shape, by name: fastkl, the best other, plain
-    torch. share: the key and the format of a figure beside our time."""
+    """Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
+    share: key and format of a figure next to our time.
+    """
     lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
@@ -192,7 +196,7 @@ def _beside(row, phase, ours):
     return why(row)
 
 
-# Figures of a row by their keys: forward, backward and both with strokes between.
+# Figures of a row by key: forward / backward / both.
 FIGURES = {
     "median_ms": "forward / backward / both, ms",
     "percent_of_copy": "of a copy, %",

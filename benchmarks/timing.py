@@ -1,14 +1,13 @@
-"""Measure one provider at one case: correctness first, then time, rates and memory: a row.
+"""Measure one provider on one case, correctness before time, rates and memory; returns a row.
 
 - A provider that fails the gate against float64 (cases.py, linear_cases.py) has no time.
 - Times are medians of triton.testing.do_bench, which flushes the L2 cache before each run. A run
-  shorter than GRAPH_BELOW_MS is repeated in a CUDA graph (do_bench_cudagraph) where it can be
-  captured: events between single launches would time the CPU. There inputs rotate among copies
-  several times larger than the L2. "timed_by" says which it was.
-- `wall_ms` is one call alone on the clock, launches and a synchronisation included.
-- Bandwidth counts the bytes that have to move (moved_bytes), the same for every provider, against
-  a copy measured in the same process. From hidden states it is TFLOP/s of the products that have
-  to be done.
+  shorter than GRAPH_BELOW_MS is repeated in a CUDA graph (do_bench_cudagraph) if it can be
+  captured: events between single launches would time the CPU. In a graph, inputs rotate among
+  copies several times larger than the L2. "timed_by" names the method.
+- `wall_ms` is the wall time of one call, including launches and a synchronisation.
+- Bandwidth counts the minimum bytes moved (moved_bytes), the same for every provider, relative to a
+  copy measured in the same process. From hidden states it is TFLOP/s of the minimum GEMMs.
 """
 
 import contextlib
@@ -24,12 +23,12 @@ import torch
 from benchmarks import cases, linear_cases
 from benchmarks.work import NotOfferedError, gradients
 
-COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
+COPY_BYTES = 2**32  # size of the copied tensor: far larger than any L2
 WARM_UP_MS, TIMED_MS, GRAPH_MS = 50, 250, 20
 GRAPH_BELOW_MS = 0.2
-ROTATE_OVER, MOST_SETS = 3, 64  # the inputs together are at least so many times the L2
-FLOOR_CHUNKS = (2**62, 4096, 2048)  # tokens at a time with which the floor is tried: all, and fewer
-# Inputs and truth of a case.
+ROTATE_OVER, MOST_SETS = 3, 64  # all inputs together: at least this many times the L2
+FLOOR_CHUNKS = (2**62, 4096, 2048)  # chunk sizes tried for the floor, in tokens: all, and fewer
+# Makers of inputs and truth, by kind of case.
 KINDS = {
     cases.Workload: (cases.make_inputs, cases.truth),
     linear_cases.LinearWorkload: (linear_cases.make_linear_inputs, linear_cases.linear_truth),
@@ -37,9 +36,10 @@ KINDS = {
 
 
 def row_of(workload, provider, status, reason, **figures):
-    """Return a row of the results. status is "ok", or without figures "missing" (not here, or
-    not this size), "not offered" (no such operation), "wrong" (failed the gate) or "failed"
-    (raised), with the reason."""
+    """Return a row of the results. status is "ok" or, without figures and with a reason, "missing"
+    (not here, or not this size), "not offered" (no such operation), "wrong" (failed the gate) or
+    "failed" (raised).
+    """
     return {
         "workload": workload.as_dict(),
         "provider": provider,
@@ -51,20 +51,20 @@ def row_of(workload, provider, status, reason, **figures):
 
 
 def measure(provider, workload, device, copy=None):
-    """Measure one provider at one workload; copy: GB/s of a copy here, None to check only."""
+    """Measure one provider on one workload; copy: GB/s of a copy here, None to check only."""
     named, note = (workload, provider.name), provider.note(workload.operation)
     if missing := provider.why_not(workload.operation):
         return row_of(*named, "missing" if provider.missing else "not offered", missing)
     try:
         if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()  # it allows 8 shapes per function, and each case has its own
-            # Backward alone is timed by repeating it, for which what forward saved has to stay.
+            torch._dynamo.reset()  # limit of 8 shapes per function; each case has its own
+            # Timing backward alone repeats it, so forward's saved tensors must be kept.
             torch._functorch.config.donated_buffer = "backward" not in workload.phases
         work = provider.operations[workload.operation]
         return row_of(*named, **_figures(work, workload, device, copy), note=note)
     except NotOfferedError as error:
         return row_of(*named, "missing", str(error))
-    except Exception as error:  # a provider may fail in any way; the others are to be measured
+    except Exception as error:  # any failure: measure the other providers
         return row_of(*named, "failed", f"{type(error).__name__}: {error}"[:2000], note=note)
 
 
@@ -92,7 +92,7 @@ def _figures(work, workload, device, copy):
     }
     times = {p: {**timed(*runs[p]), "wall_ms": wall_time(*runs[p])} for p in workload.phases}
     for phase, figures in times.items():
-        if phase != "backward":  # whose forward is outside the graph
+        if phase != "backward":  # its forward would be outside the graph
             figures |= by_graph(figures, *runs[phase])
         figures |= workload.rates(phase, figures["median_ms"], copy)
     return {
@@ -106,7 +106,9 @@ def _figures(work, workload, device, copy):
 
 
 def measure_floor(workload, device, copy):
-    """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
+    """Measure the bare cuBLAS GEMMs at the fastest chunk size; "tried" has the median of each
+    size.
+    """
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
     tried, (phase,) = {}, workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
@@ -125,7 +127,7 @@ def measure_floor(workload, device, copy):
 
 
 def _inputs(workload, device, make, copy):
-    """Make random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
+    """Make random inputs; for timing, enough sets to exceed the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if copy else 1
     count = math.ceil(ROTATE_OVER * cache / workload.moved_bytes("forward"))
     return [make(workload, device, seed) for seed in range(min(count, MOST_SETS))]
@@ -135,7 +137,7 @@ def _inputs(workload, device, make, copy):
 
 
 def timed(run, sets):
-    """Time run(inputs), each time with the next of the sets; milliseconds of device time."""
+    """Time run(inputs), cycling through the sets; milliseconds of device time."""
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
@@ -144,15 +146,16 @@ def timed(run, sets):
 
 
 def by_graph(figures, run, sets):
-    """Replace the figures of a short run by a graph's, or adds the reason why there is none.
-    "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost."""
+    """Replace the figures of a short run by a graph's, or add the reason for not having one.
+    "by_events_ms" keeps the median from events. Never raises, so that measured figures are kept.
+    """
     from triton.testing import do_bench_cudagraph
 
     if figures["median_ms"] >= GRAPH_BELOW_MS:
         return figures
     turns, outside = itertools.cycle(sets), torch.cuda.current_stream()
     try:
-        torch.cuda.set_sync_debug_mode("error")  # a run that waits for the GPU cannot be captured
+        torch.cuda.set_sync_debug_mode("error")  # a run that synchronises cannot be captured
         run(next(turns))
         torch.cuda.set_sync_debug_mode("default")
         times = do_bench_cudagraph(lambda: run(next(turns)), rep=GRAPH_MS, return_mode="all")
@@ -161,7 +164,7 @@ def by_graph(figures, run, sets):
         return {**figures, "no_graph": f"{type(error).__name__}: {error}"[:300]}
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.set_stream(outside)  # a capture that failed leaves its own stream behind
+        torch.cuda.set_stream(outside)  # a failed capture leaves its own stream current
 
 
 def _median(times, **others):
@@ -185,8 +188,9 @@ def copy_bandwidth(device):
 
 
 def _memory(forward, inputs):
-    """Return the most that is allocated at once beside the inputs, gradients included.
-    held_bytes: allocated between forward and backward, outputs excluded."""
+    """Return the peak allocation in addition to the inputs, including gradients. held_bytes:
+    allocated between forward and backward, without outputs.
+    """
     release()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -198,7 +202,7 @@ def _memory(forward, inputs):
 
 
 def release():
-    """Give back memory without references: the next measurement starts from the same state."""
+    """Free unreferenced memory, so that each measurement starts from the same state."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -206,10 +210,11 @@ def release():
 
 
 def context_fault():
-    """Say why nothing more can be measured in this process; None while its CUDA context works.
-    A kernel's illegal access makes every later call fail, and a capture that broke off keeps
-    the allocator from giving memory back."""
+    """Return why this process cannot measure any more; None while its CUDA context works. A
+    kernel's illegal access makes every later call fail, and an aborted capture keeps the allocator
+    from freeing memory.
+    """
     try:
         release()
-    except Exception as error:  # whatever it is: this process is at its end
+    except Exception as error:  # any error: this process is unusable
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,13 +1,13 @@
-"""Find a launch configuration for this GPU and prints it as an entry for kernels/config.py.
+"""Find a launch configuration for this GPU and print it as an entry for kernels/config.py.
 
     python -m benchmarks.tune --direction forward|backward|fused --dtype bf16|fp32
                               [--vocabulary V] [--json FILE]
 
-Each candidate of a small grid is checked and timed in a process of its own, so that a crash or a
-hang costs that candidate only. The check compares results with the reference in float64, and the
-bits of a row alone with those of the row in a batch, for aligned and for misaligned rows. A
-candidate that is wrong, or raises, is reported and left out. The fastest are timed a second time,
-after the present configuration, which stays unless another one is faster by NOISE.
+Each candidate of a small grid is checked and timed in a separate process, so that a crash or a hang
+costs only that candidate. The check compares results with the reference in float64, and the bits of
+a row alone with those of the row in a batch, for aligned and misaligned rows. A candidate that is
+wrong, or raises, is reported and left out. The fastest are timed again, after the current
+configuration, which stays unless another is faster by more than NOISE.
 
 Exit code 0: an entry was printed; 1: no candidate passed; 2: no CUDA GPU here, or wrong use.
 """
@@ -30,23 +30,23 @@ from fastkl.kernels import config
 
 CHILD = Child
 DEVICE = "cuda"
-# Launches decide the time of few rows, memory bandwidth that of many.
+# Launches dominate the time of few rows, memory bandwidth that of many.
 ROWS = (64, 8192)
 CHECKED_ROWS = 8
-# Largest relative L2 error of a result, by its type.
+# Largest relative L2 error of a result, by dtype.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 8e-3}
-# The longest segment by direction; a half and a quarter of it are tried too.
+# The longest segment by direction; half and a quarter of it are tried too.
 SEGMENTS = {"forward": 32768, "backward": 32768, "fused": 8192}
 FIELDS = ("threads", "groups", "segment", "max_registers")
-SECONDS = 120  # for a candidate, with the start of its process
+SECONDS = 120  # per candidate, including process start
 FINALISTS = 5
 NOISE = 0.01
 
 
 def candidates(direction, present, itemsize, vocabulary):
-    """Return the present configuration, then the others of the grid. A program of forward and
-    of fused keeps its threads, one warp. A segment is a multiple of the elements that its
-    threads hold at once."""
+    """Return the current configuration, then the rest of the grid. Programs of forward and fused
+    keep one warp. A segment is a multiple of the elements that its threads hold at once.
+    """
     longest = min(SEGMENTS[direction], 1 << (vocabulary - 1).bit_length())
     threads = (128, 256, 512) if direction == "backward" else (present.threads,)
     grid = itertools.product(threads, (1, 2), (longest, longest // 2, longest // 4), (None, 128))
@@ -90,7 +90,7 @@ def results(*problem):
 
 
 def check(direction, dtype, vocabulary):
-    """Raise AssertionError if a result is off, or a row's bits depend on the rows beside it."""
+    """Raise AssertionError if a result is off, or a row's bits depend on other rows."""
     *whole, tokens = logits(CHECKED_ROWS, vocabulary, dtype)
     for start in (0, 1):  # aligned and misaligned rows
         p, q = (x[:, start:] for x in whole)
@@ -101,14 +101,14 @@ def check(direction, dtype, vocabulary):
             testing.assert_gradient(one, exact[name], name, LIMITS[one.dtype])
         for rows in (slice(2, 3), slice(1, None)):
             for name, one in results(direction, p[rows], q[rows], tokens[rows]).items():
-                # A row does not depend on the rows beside it.
+                # Batch invariance: the same bits alone and in the batch.
                 testing.assert_same_bits(one, found[name][rows], f"{name} of {rows}")
 
 
 def measure(direction, dtype, vocabulary, chosen):
     from triton.testing import do_bench
 
-    # row_fused is off on a GPU until it is measured.
+    # row_fused is disabled on a GPU until measured.
     config.fuses = lambda arch: direction == "fused"
     with fastkl.use_backend("triton"), config.override(**{direction: chosen}):
         check(direction, dtype, vocabulary)
@@ -120,8 +120,9 @@ def measure(direction, dtype, vocabulary, chosen):
 
 
 def attempt(arguments, chosen, record):
-    """Return a trial: the configuration with its times, or with the reason why it is refused.
-    It runs in a process of its own, is printed, added to the record, and written with it."""
+    """Return a trial: the configuration with its times, or with the reason for its refusal. It runs
+    in a separate process, is printed, added to the record and written with it.
+    """
     problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
     with CHILD() as child:
         times, fault = child.attempt(SECONDS, measure, *problem, chosen)
@@ -165,7 +166,7 @@ def main(argv=None):
     order = sorted(range(1, len(found)), key=lambda number: score(first[number]))[:FINALISTS]
     print("a second time, the present one and the fastest:")
     second = [attempt(arguments, found[number], record) for number in (0, *order)]
-    # The present one stays unless another is faster by more than the noise.
+    # The current one stays unless another is faster by more than NOISE.
     best = min(second, key=lambda trial: score(trial) * (1 + NOISE * (trial is not second[0])))
     if "refused" in best:
         print(f"tune: no candidate passed; the present one: {best['refused']}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""Define the work of a provider, make it of functions on tensors, and do all of it in plain torch.
+"""Define a provider's work, build it from functions on tensors, and implement all of it in plain
+torch.
 
-PLAIN computes every operation as one writes it, with softmaxes in float32 or, for float64 input, in
-float64. Its token_stats returns the fields of TokenStats; logprob_kl the two terms of a GRPO loss,
-and nothing more.
+PLAIN computes every operation by the textbook formula, with softmaxes in float32 or, for float64
+input, in float64. Its token_stats returns the fields of TokenStats; logprob_kl only the two terms
+of a GRPO loss.
 """
 
 import math
@@ -13,11 +14,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-# Operations that read no second logits tensor.
+# Operations on one logits tensor.
 ONE_TENSOR = {"logprob", "logprob_entropy", "entropy"}
-# The divergences of a teacher P and a student Q beside the KL, by their names in fastkl: kind and
-# share of fastkl/f_divergences.py. The top-k KL has a list of the teacher's log-probs in place of
-# its logits, and their ids in place of tokens.
+# Divergences of a teacher P and a student Q other than the KL, by their names in fastkl: kind and
+# share of fastkl/f_divergences.py. The top-k KL takes a list of the teacher's log-probs instead of
+# its logits, and their ids instead of tokens.
 JS_BETA, TOPK, TOP_K = 0.5, "topk_kl_divergence", 64
 FAMILY = {
     "js_divergence": ("js", JS_BETA),
@@ -27,9 +28,9 @@ FAMILY = {
     "jeffreys_divergence": ("jeffreys", 0.0),
     TOPK: ("kl", 0.0),
 }
-# The modes from hidden states, and the products of N x H x V that each takes at least: two for the
-# logits (one for "logprob"), one for each gradient. For "stats" and "grpo" that is the count where
-# all logits are kept; a provider that computes them again does six, and "logprob" four.
+# The modes from hidden states, and the minimum number of N x H x V GEMMs: two for the logits (one
+# for "logprob"), one for each gradient. For "stats" and "grpo" this assumes that all logits are
+# kept; with recomputed logits it is six, and four for "logprob".
 PRODUCTS = {
     "loss": 4,
     "forward": 2,
@@ -40,7 +41,7 @@ PRODUCTS = {
     "stats": 4,
     "frozen": 3,
 }
-# Of the GRPO step: how far a ratio may move before its gradient stops, and the weight of the KL.
+# The GRPO step's clip range of the ratio, and its weight of the KL.
 CLIP, BETA = 0.2, 0.04
 
 
@@ -51,14 +52,14 @@ def grpo_terms(logprob, kl, old_logprob, advantages):
 
 
 class NotOfferedError(RuntimeError):
-    """Say that a provider does not do this size or gradient; the text stands in its row."""
+    """A provider does not support this size or gradient; the message goes into its row."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Hold one operation of a provider, and in one line which work it does.
+    """One operation of a provider, with one line that describes its work.
 
-    products: its matrix products of N x H x V from hidden states, None where they are not known.
+    products: its N x H x V GEMMs from hidden states, None if not known.
     """
 
     run: Callable
@@ -70,9 +71,10 @@ class Work:
 
 
 def gradients(inputs, outputs, **options):
-    """Return the gradients of inputs.leaves; options: of torch.autograd.grad. An output without
-    a gradient (ref_logprob) takes no upstream; one that lost it makes the gradients wrong,
-    which the gate sees."""
+    """Return the gradients of inputs.leaves; options: of torch.autograd.grad. An output without a
+    gradient (ref_logprob) takes no upstream; an output that lost its gradient makes the result
+    wrong, and the gate detects it.
+    """
     pairs = zip(outputs, inputs.upstream, strict=True)
     pairs = [(out, up) for out, up in pairs if up is not None and out.requires_grad]
     outs, upstream = ([pair[i] for pair in pairs] for i in range(2))
@@ -80,8 +82,9 @@ def gradients(inputs, outputs, **options):
 
 
 def logits_works(functions, note, **notes):
-    """Make {operation: Work} of functions of (p_logits, q_logits, tokens). notes: of the
-    operations that do something else than `note` says."""
+    """Make {operation: Work} from functions of (p_logits, q_logits, tokens). notes: for operations
+    that differ from `note`.
+    """
     return {
         name: Work(lambda i, call=function: call(i.p, i.q, i.tokens), notes.get(name, note))
         for name, function in functions.items()
@@ -103,9 +106,9 @@ def linear_works(functions, products, note, **notes):
     """Make {"linear_" + mode: Work} for the modes in `products`.
 
     functions: of (hidden, weight, ref_hidden, ref_weight, tokens), by "kl_divergence", "mean_kl",
-    "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) of policy
-    P, by default mean_kl with the models exchanged; "mean_js" takes the teacher, which is the
-    reference, first. notes: of modes that `note` is not true of.
+    "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) for policy
+    P, by default mean_kl with the models swapped; "mean_js" takes the teacher, which is the
+    reference, first. notes: for modes that differ from `note`.
     """
 
     def call(name):
@@ -164,8 +167,9 @@ def plain_kl_divergence(p, q, tokens=None):
 
 
 def log_probs(operation, p, q, tokens):
-    """Compute the log-probabilities that one of FAMILY compares: of all tokens or, of the top-k KL,
-    of K tokens and of the rest as one more."""
+    """Compute the log-probabilities that one of FAMILY compares: of all tokens or, for the top-k
+    KL, of K tokens and the rest as one more.
+    """
     if operation != TOPK:
         return log_softmax(p), log_softmax(q)
     listed = p, log_softmax(q).gather(-1, tokens)

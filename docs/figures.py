@@ -1,7 +1,8 @@
 """Draw the figures of docs/mathematics.md: `python docs/figures.py [NAME ...]`.
 
-Each figure is a function of data and a function that draws them into docs/figures/NAME.svg. Seeds
-are fixed; bytes of a file are those of the pinned matplotlib and of this machine's exp.
+Each figure has a function that computes data and a function that draws them into
+docs/figures/NAME.svg. Seeds are fixed; a file's bytes depend on the pinned matplotlib and this
+machine's exp.
 """
 
 import sys
@@ -16,7 +17,7 @@ import fastkl
 from fastkl import testing
 
 FOLDER = Path(__file__).resolve().parent / "figures"
-# Colours that a colour-blind reader tells apart, on white: Okabe and Ito's.
+# Okabe and Ito's colours, distinguishable with colour blindness, on white.
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#222222"
 Curves = dict[str, torch.Tensor]
 
@@ -25,7 +26,7 @@ Curves = dict[str, torch.Tensor]
 
 
 def one_pass_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """Compute E_p[x - y] - lse(x) + lse(y), as a kernel without a centre does."""
+    """Compute E_p[x - y] - lse(x) + lse(y), as in a kernel without a centre."""
     difference = (p_logits.softmax(-1) * (p_logits - q_logits)).sum(-1)
     return difference - p_logits.logsumexp(-1) + q_logits.logsumexp(-1)
 
@@ -37,7 +38,7 @@ def textbook_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
 
 
 def errors(rows: int = 4, vocabulary: int = 32000) -> Curves:
-    """Compute relative errors of float32 formulas, at KLs from 5e-10 to 1: the largest of rows."""
+    """Compute the largest relative error over rows of float32 formulas, at KLs from 5e-10 to 1."""
     found: dict[str, list[torch.Tensor]] = {}
     for i, exponent in enumerate(torch.arange(-9.0, 0.25, 0.25)):
         size = float((2 * 10**exponent) ** 0.5)
@@ -55,7 +56,7 @@ def errors(rows: int = 4, vocabulary: int = 32000) -> Curves:
 
 
 def draw_errors(axes: Axes, data: Curves) -> None:
-    """Draw errors over the KL."""
+    """Draw errors against the KL."""
     styles = {"two log-softmaxes": (ORANGE, "o"), "one pass without a centre": (PINK, "^")}
     for name, (colour, marker) in {**styles, "fastkl": (BLUE, "s")}.items():
         axes.loglog(data["KL"], data[name], marker, color=colour, ms=4, label=name)
@@ -74,8 +75,9 @@ def bump(place: torch.Tensor, mean: float | torch.Tensor, width: float | torch.T
 
 
 def fits() -> Curves:
-    """Fit a student with one mode to a teacher with two; each divergence from both modes, the
-    better end."""
+    """Fit a student with one mode to a teacher with two; each divergence starts from both modes and
+    keeps the better fit.
+    """
     place = torch.arange(61, dtype=torch.float64)
     modes = bump(place, 18.0, 4.0).softmax(-1), bump(place, 43.0, 4.0).softmax(-1)
     teacher = (0.6 * modes[0] + 0.4 * modes[1]).log()
@@ -119,8 +121,9 @@ def draw_fits(axes: Axes, data: Curves) -> None:
 
 
 def estimators(vocabulary: int = 4096) -> Curves:
-    """Compute, by enumeration of all tokens, the standard deviation of k1, k2 and k3 of one sampled
-    token and the bias of k2, all over the KL, at KLs from 1e-6 to 1."""
+    """Compute, by enumeration of all tokens, the standard deviation of k1, k2 and k3 from one
+    sampled token and the bias of k2, all divided by the KL, at KLs from 1e-6 to 1.
+    """
     found: dict[str, list[torch.Tensor]] = {}
     for exponent in torch.arange(-6.0, 0.25, 0.25):
         size = float((2 * 10**exponent) ** 0.5)
@@ -137,7 +140,7 @@ def estimators(vocabulary: int = 4096) -> Curves:
 
 
 def draw_estimators(axes: Axes, data: Curves) -> None:
-    """Draw deviations over the KL, and the bias of k2."""
+    """Draw deviations against the KL, and the bias of k2."""
     for name, colour, style in (("k1", ORANGE, "-"), ("k2", GREEN, "-"), ("k3", BLUE, "--")):
         axes.loglog(data["KL"], data[name], style, color=colour, lw=2, label=f"deviation of {name}")
     axes.loglog(data["KL"], data["bias of k2"], ":", color=GREEN, lw=2, label="bias of k2")
@@ -165,7 +168,7 @@ def two_tokens() -> Curves:
 
 
 def draw_two_tokens(axes: Axes, data: Curves) -> None:
-    """Draw divergences over Q's gap."""
+    """Draw divergences against Q's gap."""
     colours = (BLUE, ORANGE, PINK, "#56b4e9", GREEN, BLACK)
     styles = ("-", "-", "--", "-.", "-", ":")
     for name, colour, style in zip(list(data)[1:], colours, styles, strict=True):
@@ -184,7 +187,7 @@ FIGURES = {
 
 
 def write(name: str) -> Path:
-    """Write a figure and return its file."""
+    """Write a figure and return its path."""
     data, draw = FIGURES[name]
     path = FOLDER / f"{name}.svg"
     with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 10}):

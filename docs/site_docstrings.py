@@ -1,4 +1,4 @@
-"""Extension of griffe: the form of fastkl's docstrings as Markdown, for mkdocstrings."""
+"""Griffe extension: convert fastkl's docstrings to Markdown for mkdocstrings."""
 
 import inspect
 import re
@@ -36,7 +36,7 @@ def markdown(docstring):
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring that is read."""
+    """Rewrite each docstring."""
 
     def on_object(self, *, obj, **kwargs):
         """Rewrite the docstring of a module, class, function or attribute."""

@@ -1,5 +1,5 @@
-"""Hook of mkdocs. Files of the repository outside docs/ that a page links to become part of the
-site, and links lead to them there as they do in the repository; a notebook becomes a page.
+"""MkDocs hook. Add repository files outside docs/ that a page links to, with working links, and
+turn notebooks into pages.
 """
 
 import json
@@ -11,14 +11,14 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=[)#])")
-# Copied as they are; whatever else is not Markdown becomes a page of its source.
+# Copied unchanged; other files that are not Markdown become a page of their source.
 ASSETS = (".png", ".svg", ".json")
-# The file of the repository that each file of the site is made from.
+# Source file in the repository of each file of the site.
 SOURCES: dict[str, str] = {}
 
 
 def in_site(path):
-    """Return where a file of the repository stands in the site."""
+    """Return the site path of a repository file."""
     if path.endswith(".ipynb"):
         path = path.removesuffix(".ipynb") + ".md"
     if not path.endswith((".md", *ASSETS)):
@@ -27,13 +27,13 @@ def in_site(path):
 
 
 def targets(path, text):
-    """Map the links in a file to the files of the repository that they lead to."""
+    """Map the links in a file to repository files."""
     links = {x: posixpath.normpath(posixpath.join(path, "..", x)) for x in LINK.findall(text)}
     return {link: target for link, target in links.items() if (ROOT / target).is_file()}
 
 
 def page(path):
-    """Return a file of the repository as Markdown."""
+    """Return a repository file as Markdown."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
@@ -43,7 +43,7 @@ def page(path):
 
 
 def cell(one):
-    """Return a cell of a notebook as Markdown, with the text and the pictures that it printed."""
+    """Return a notebook cell as Markdown, with the text and pictures of its output."""
     source = "".join(one["source"])
     if one["cell_type"] != "code":
         return source
@@ -59,7 +59,7 @@ def cell(one):
 
 
 def on_files(files, config):
-    """Add notebooks, what pages link to, and what that links to."""
+    """Add notebooks, files linked from pages, and files linked from those."""
     SOURCES.clear()
     waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     others = (*ROOT.glob("docs/**/*.ipynb"), *ROOT.glob("*.md"))
@@ -80,10 +80,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links between files of the repository into links between pages."""
+    """Turn links between repository files into links between pages."""
     uri = page.file.src_uri
     if uri.startswith("repo/"):
-        page.meta["search"] = {"boost": 0.2}  # after the pages for users
+        page.meta["search"] = {"boost": 0.2}  # rank below user pages
     to = targets(SOURCES[uri], markdown)
     return LINK.sub(
         lambda link: (

@@ -1,10 +1,10 @@
-"""Builds the kernel repository that Hugging Face's `kernels` loads:
-`python hub/build.py FOLDER`, in a checkout.
+"""Build the kernel repository for Hugging Face's `kernels`: `python hub/build.py FOLDER`, in a
+checkout.
 
 FOLDER becomes a kernel repository: the model card, the licence, and a variant build/torch-BACKEND
 for each backend of build.toml. A variant is the package without the command line and integrations,
-which need other packages. Its files are plain copies: the package imports itself by relative
-imports, and its ops take its name as their namespace.
+which need other packages. Files are copied unchanged: imports within the package are relative, and
+its ops use its name as namespace.
 """
 
 import base64
@@ -26,7 +26,7 @@ LEFT_OUT = ("tools", "integrations", "__pycache__", "*.md", ".*")
 
 
 def build(out: Path) -> None:
-    """Write the repository into a folder, which must not exist."""
+    """Write the repository to a folder, which must not exist."""
     general = tomllib.loads((HERE / "build.toml").read_text(encoding="utf-8"))["general"]
     out.mkdir(parents=True)
     for backend in general["backends"]:
@@ -40,8 +40,8 @@ def build(out: Path) -> None:
 
 
 def metadata(variant: Path, general: dict[str, Any], backend: str) -> dict[str, Any]:
-    """Return what the loader reads, of a variant's files: their digests, and a name for the module
-    that no other build has.
+    """Return the loader's metadata for a variant: digests of its files, and a module name unique to
+    the build.
     """
     files = {}
     for path in sorted(path for path in variant.rglob("*") if path.is_file()):

@@ -1,28 +1,28 @@
-"""Launch configurations: one table, keyed by architecture, element size and vocabulary, never by
-the number of rows.
+"""Launch configurations: one table, keyed by architecture, element size and vocabulary, not by the
+number of rows.
 
-A row therefore gives the same bits alone and in any batch. `measured` says what an entry rests on.
+So a row gives the same bits alone and in any batch. `measured` states the basis of an entry.
 
-The first entry that fits is taken: put a new one above those for any architecture ("*") that fit
-too. `python -m benchmarks.tune` prints one for this GPU.
+The first matching entry wins: put a new one above matching entries for any architecture ("*").
+`python -m benchmarks.tune` prints one for this GPU.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-# Limit for kernels that ptxas would otherwise hold at 40, 80 or 96 registers, spilling 8 bytes.
+# Limit for kernels that ptxas would otherwise compile to 40, 80 or 96 registers, spilling 8 bytes.
 _ROOM = 168
 
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-    """How a row is cut up.
+    """How a row is split into segments and tiles.
 
-    threads: threads of a program. groups: 16-byte blocks of each tensor that a thread holds at
-    once. segment: elements of the row that one program reads: in forward a target (segment_length),
-    in backward exact, a multiple of threads · groups · elements per block. measured: the ground for
-    the entry. max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
+    threads: threads per program. groups: 16-byte blocks of each tensor that a thread holds at once.
+    segment: elements of the row that one program reads: in forward a target (segment_length), in
+    backward exact, a multiple of threads · groups · elements per block. measured: the basis of the
+    entry. max_registers: the limit for ptxas (None: its own choice), NVIDIA only.
     """
 
     threads: int
@@ -32,7 +32,7 @@ class RowConfig:
     max_registers: int | None = None
 
     def registers(self, needs_registers: bool) -> int | None:
-        """Return the limit of registers; soft caps, ratios and misaligned rows need more."""
+        """Return the register limit; soft caps, ratios and misaligned rows need more registers."""
         return _ROOM if needs_registers else self.max_registers
 
 
@@ -41,9 +41,8 @@ class Entry:
     """The configurations for one architecture ("*": any), element size in bytes and vocabulary up
     to max_v (None: any).
 
-    arch: as layout.architecture names it, "sm_90" or "gfx942".
-    fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements;
-    None: not measured.
+    arch: the name from layout.architecture, such as "sm_90" or "gfx942". fused: of row_fused, whose
+    segments are cut into equal pieces of at most `segment` elements; None: not measured.
     """
 
     arch: str
@@ -56,7 +55,7 @@ class Entry:
     def choose(self, direction: str) -> RowConfig:
         """Return the configuration of "forward", "backward" or "fused".
 
-        Without an entry row_fused gets forward's threads and groups, and pieces of 8 KB of each
+        Without `fused`, row_fused gets forward's threads and groups, and pieces of 8 KB of each
         tensor: 16 warps keep 256 KB in an SM's L1.
         """
         if direction == "fused" and self.fused is None:
@@ -72,7 +71,7 @@ _AS_H200 = "as measured on an H200; not timed on this architecture"
 _SMALL = "a short row: few threads, so that none idles"
 _UNTIMED = "instructions and registers of the compiled kernel; not timed"
 
-# A program of forward is one warp, so that origin and centre are uniform in it.
+# A program of forward is one warp, so that origin and centre are uniform.
 TABLE = (
     Entry(
         "interpreter",
@@ -143,18 +142,18 @@ TABLE = (
     Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED, 128), RowConfig(256, 1, 16384, _AS_H200)),
 )
 
-# No segment is longer: 64 KB of 16-bit logits.
+# Maximum length of a segment: 64 KB of 16-bit logits.
 LONGEST_SEGMENT = 32768
 
 
 def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
-    """Return the length of a row's segments in forward, near `preferred` but at least V/16 of a V
-    up to 524288; the last may be shorter.
+    """Return the length of a row's segments in forward, near `preferred` but at least V/16 for V up
+    to 524288; the last may be shorter.
 
-    Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
-    part of it holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, …
-    parts instead. width: of a shard, which then holds whole segments; if they are those of the
-    whole vocabulary, so are its bits.
+    Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries, so that an
+    equal share of the vocabulary holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are
+    cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments; if they
+    are segments of the unsplit vocabulary, the bits are the same.
     """
     parts = 16
     while vocabulary > parts * LONGEST_SEGMENT:
@@ -166,14 +165,14 @@ def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
 
 
 def fuses(arch: str) -> bool:
-    """Return whether row_fused replaces two launches: in the interpreter only, as no GPU has run
-    it.
+    """Return whether row_fused replaces two launches: only in the interpreter, because it has not
+    run on a GPU.
     """
     return arch == "interpreter"
 
 
 def prefetches(arch: str) -> bool:
-    """Return whether the architecture can be asked for a whole segment with one instruction
+    """Return whether the architecture can prefetch a whole segment with one instruction
     (cp.async.bulk.prefetch).
     """
     return arch.startswith("sm_") and int(arch[3:]) >= 90
@@ -208,9 +207,7 @@ def override(
     backward: RowConfig | None = None,
     fused: RowConfig | None = None,
 ) -> Iterator[None]:
-    """Use these configurations instead of the table's, for tests and for the tuner. Not for use
-    from several threads.
-    """
+    """Use these configurations instead of the table's, in tests and the tuner. Not thread-safe."""
     before = dict(_override)
     _override.update(
         {

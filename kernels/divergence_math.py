@@ -1,20 +1,20 @@
-"""The terms of the divergences beside the KL: of one entry, near P = Q and far from it.
+"""Terms of the divergences other than the KL, for one entry near or far from P = Q.
 
 Notation of fastkl/f_divergences.py: d = log(q/p), an f-divergence is Σ p·f(d), and its gradients to
 the logits of P and Q, times T, are p·(u - E_p[u]) and q·(v - E_q[v]) for u = f - f', v = f'/e^d.
 E_p[u] + E_q[v] is the divergence itself, so a row needs two sums: the divergence and its *moment*
 E_q[v].
 
-Near P = Q, where |d| < 1, f and u and v are polynomials whose coefficients the launcher computes
-for the share, alpha or beta (ops/near_series.py): p·d²·G(d) for the divergence, p·d²·K(d) for the
+Near P = Q, where |d| < 1, f, u and v are polynomials with coefficients computed by the launcher for
+the share, alpha or beta (ops/near_series.py): p·d²·G(d) for the divergence, p·d²·K(d) for the
 moment, d·U(d) for u and d·V(d) for v. Since Σ p·(e^d - 1) = 0, the moment may be summed as
 p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence.
 
-Total variation, TV = ½·Σ|q - p|, has one series, q - p = p·d·R(d) near P = Q, and two sums of
-positive terms beside TV: Q(d < 0) and P(d ≥ 0). With P(d < 0) = TV + Q(d < 0) and Q(d ≥ 0) = TV +
-P(d ≥ 0) its gradients are
+Total variation, TV = ½·Σ|q - p|, has one series, q - p = p·d·R(d) near P = Q, and two more sums of
+positive terms: Q(d < 0) and P(d ≥ 0). With P(d < 0) = TV + Q(d < 0) and Q(d ≥ 0) = TV + P(d ≥ 0)
+its gradients are
     -p·P(d < 0) and q·Q(d < 0) where d ≥ 0,   p·P(d ≥ 0) and -q·Q(d ≥ 0) where d < 0.
-At d = 0, a kink, any slope between is right; rounding makes few entries exactly that.
+At d = 0, a kink, any subgradient is correct; rounding makes few entries exactly 0.
 """
 
 from collections import namedtuple
@@ -37,11 +37,11 @@ from .row_math import (
 # Coefficients of G, U and V, and of K.
 TERMS = tl.constexpr(7)
 MOMENT_TERMS = tl.constexpr(6)
-# Largest |d| of a fallback row's entries: beyond it the smaller of p and q is 0 beside the other.
+# Largest |d| of a fallback row's entries: beyond it the smaller of p and q is negligible.
 LARGEST_DOUBLE_D = tl.constexpr(700.0)
 
 
-# A divergence's numbers: the share of P in the mixture (of Rényi's the order alpha), 1 - share,
+# A divergence's numbers: the share of P in the mixture (for Rényi the order alpha), 1 - share,
 # f''(0), and the coefficients of G and K or of U and V.
 Formula = namedtuple("Formula", "share rest curvature series")
 
@@ -51,13 +51,13 @@ Formula = namedtuple("Formula", "share rest curvature series")
 Second = namedtuple("Second", "formula origin centre centre_lo")
 
 
-# The terms of entries by formulas of p and q, not by polynomials: p·f, p·u and q·v.
+# Terms of entries from formulas in p and q instead of polynomials: p·f, p·u and q·v.
 EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
 
 
 @triton.jit
 def polynomial(x, coefficients, COUNT: tl.constexpr):
-    """Return the polynomial of run-time coefficients, of the highest power first."""
+    """Evaluate the polynomial with run-time coefficients, highest power first."""
     value = tl.fma(x, coefficients[0], coefficients[1])
     for i in tl.static_range(2, COUNT):
         value = tl.fma(x, value, coefficients[i])
@@ -74,7 +74,7 @@ def expm1(z):
 
 @triton.jit
 def log(x, LG2: tl.constexpr):
-    """Return log x; of float32 numbers near 1 with an absolute error of 2^-22."""
+    """Return log x; for float32 near 1 with an absolute error of 2^-22."""
     if LG2 and x.dtype == tl.float32:
         # tl.log takes twenty instructions.
         log2 = tl.inline_asm_elementwise(
@@ -87,7 +87,7 @@ def log(x, LG2: tl.constexpr):
 
 @triton.jit
 def entry_terms(p, q, d, formula, kind: tl.constexpr):
-    """Return EntryTerms in the type of p; they lose digits where |d| is small."""
+    """Return EntryTerms in the dtype of p; they lose digits if |d| is small."""
     if kind.name == TOTAL_VARIATION:
         sign = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
         return EntryTerms(sign * (q - p), -sign * p, sign * q)
@@ -115,7 +115,7 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
 
 @triton.jit
 def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
-    """Add entries to the sums (divergence, moment, unused), from p and D_FACTOR·d; of total
+    """Add entries to the sums (divergence, moment, unused), from p and D_FACTOR·d; for total
     variation to (2·D_FACTOR·TV, Q(d < 0), P(d ≥ 0)).
 
     ALL_NEAR requires every |d| to be below 1.
@@ -133,7 +133,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
             q = p * tl.exp(log_ratio)
             far = entry_terms(p, q, log_ratio, formula, kind)
             near = tl.abs(d) < D_FACTOR
-            # An entry is added by one of the formulas, and as 0 by the other.
+            # Each entry is added by one of the formulas, and counts 0 in the other.
             value += tl.where(near, 0.0, far.value)
             moment += tl.where(near, 0.0, tl.fma(q - p, -formula.curvature, far.to_q))
             p_square = tl.where(near, p_square, 0.0)
@@ -165,8 +165,8 @@ def double_terms(log_p, log_q, formula, kind: tl.constexpr):
 
 @triton.jit
 def renyi_exponent(log_p, log_q, formula):
-    """Return α·log p + (1 - α)·log q of entries as float64, finite or -inf; for α > 1, -inf where p
-    is 0, whatever q is.
+    """Return α·log p + (1 - α)·log q of entries as float64, finite or -inf; for α > 1, -inf if p is
+    0, whatever q is.
     """
     power = log_p + (log_q - log_p) * formula.rest
     absent = tl.where(formula.rest > 0.0, log_p == float("-inf"), tl.exp(log_p) == 0.0)
@@ -178,7 +178,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     """Return p·(u - E_p[u]) and q·(v - E_q[v]) of entries, times weight, from log2 p and
     D_FACTOR·d.
 
-    ALL_NEAR: as for add_terms; of Rényi's divergence and of total variation one formula serves all.
+    ALL_NEAR: as for add_terms; Rényi's divergence and total variation use one formula for all d.
     """
     formula = terms.formula
     mean_u, mean_v = terms.saved.mean_p, terms.saved.mean_q
@@ -188,7 +188,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     weight_p = weight * terms.factor_p
     weight_q = weight_p
     if kind.name == RENYI:
-        # p^α·q^(1 - α)/Z is p·e^z beside P and q·e^z beside Q; both means are log Z.
+        # p^α·q^(1 - α)/Z is p·e^z relative to P and q·e^z relative to Q; both means are log Z.
         share = tl.cast(formula.share, tl.float32)
         rest = tl.cast(formula.rest, tl.float32)
         grad_x = p * expm1(tl.fma(log_ratio, rest, -mean_u))
@@ -196,7 +196,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
         weight_p = weight_p * (-share / rest)
         weight_q = -weight_q
     elif kind.name == TOTAL_VARIATION:
-        # Products of probabilities, in which nothing cancels.
+        # Products of probabilities: no cancellation.
         q_below, p_above, distance = mean_u, mean_v, terms.saved.entropy
         grad_x = p * tl.where(d < 0.0, p_above, -(distance + q_below))
         grad_y = q * tl.where(d < 0.0, -(distance + p_above), q_below)

@@ -1,9 +1,9 @@
-"""Fallback: rows that the float32 sums of one pass cannot represent, computed in float64.
+"""Fallback: compute rows in float64 that the float32 sums of one pass cannot represent.
 
-Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any
-size: with the row's largest logit subtracted, and d averaged relative to its value at the peak, the
-textbook formulas have enough digits in float64. Rows are read element by element, so no sum depends
-on where a row starts.
+Covers infinities, entries masked by a finite number on one side only, peaks far apart, logits of
+any size: with the row's largest logit subtracted, and d averaged relative to its value at the peak,
+the textbook formulas have enough digits in float64. Rows are read element by element, so no sum
+depends on a row's alignment.
 """
 
 from collections import namedtuple
@@ -17,10 +17,10 @@ from .row_load import load_logit
 from .row_math import OF_KL, RENYI, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
-# Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
+# Factor of the saved means: with masks of finfo.min at the peaks they overflow float32 although the
 # gradient does not.
 MEAN_FACTOR = tl.constexpr(2.0**-64)
-# The saved values that hold E_p[u] and E_q[v] of a divergence beside the KL, each as hi and lo.
+# Indices of the saved E_p[u] and E_q[v] of a divergence other than the KL, each as hi and lo.
 MEAN_U = tl.constexpr(5)
 MEAN_V = tl.constexpr(7)
 
@@ -28,7 +28,7 @@ MEAN_V = tl.constexpr(7)
 # Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
 # log_sum - log_sum_ratio.
 #
-# y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d - d at P's peak]. x_at_y_peak,
+# y_at_x_peak: y at the largest x. mean_p_from_peak: E_p[d - d at P's peak]. x_at_y_peak,
 # mean_q_from_peak: the same with P and Q swapped.
 Fallback = namedtuple(
     "Fallback",
@@ -82,8 +82,8 @@ def fallback_statistics(
     """Compute the Fallback of a row, for float64 scales 1/T and ratio/T.
 
     An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A
-    NaN makes all NaN, and so do logits that are all -inf, except in a PART of a row: there they
-    have a peak of -inf and, for merge_parts, a log_sum of 0.
+    NaN makes all results NaN, and so do logits that are all -inf, except in a PART of a row: there
+    they have a peak of -inf and, for merge_parts, a log_sum of 0.
     """
     V = row.V
     SOFTCAP: tl.constexpr = reading.softcap
@@ -112,12 +112,12 @@ def fallback_statistics(
             y_weights += tl.exp((y - y_peak) * q_scale)
             y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
             x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
-    # Added, not chosen: a NaN among logits of -inf must stay.
+    # Add instead of select, to keep a NaN among logits of -inf.
     log_sum = tl.log(tl.sum(x_weights, 0) + tl.where(x_empty, 1.0, 0.0))
     log_sum_ratio = log_sum * 0.0
     if WITH_KL:
         log_sum_ratio = tl.log(tl.sum(y_weights, 0) + tl.where(y_empty, 1.0, 0.0)) - log_sum
-    # The means and the entropy follow below; peak_ratios reads none of them.
+    # log_sum is a placeholder for the means and the entropy; peak_ratios does not read them.
     stats = Fallback(
         x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum,
         tl.max(x_at_y_peak, 0), log_sum, log_sum,
@@ -154,8 +154,8 @@ def fallback_statistics(
 
 @triton.jit
 def fallback_kl(stats, scale, q_scale):
-    """Return KL(P‖Q) and KL(Q‖P), never negative; +inf also where the peak of one has no
-    probability under the other, which would be (-inf) - (-inf).
+    """Return KL(P‖Q) and KL(Q‖P), never negative; +inf also if the peak of one has no probability
+    under the other, which would give (-inf) - (-inf).
     """
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     kl = tl.where(
@@ -169,7 +169,7 @@ def fallback_kl(stats, scale, q_scale):
 
 @triton.jit
 def save_stats(saved_ptr, stats):
-    """Write a Fallback to the saved values [10] of its row; the sign bit of the second marks it."""
+    """Write a Fallback to a row's saved values [10], marked by the sign bit of the second."""
     high = stats.log_sum_ratio.to(tl.float32)
     low = tl.where(
         tl.abs(high) < float("inf"), (stats.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
@@ -211,7 +211,7 @@ def load_stats(saved_ptr):
 
 @triton.jit
 def is_fallback(saved_ptr):
-    """Return whether a row's saved values are those of a Fallback."""
+    """Return whether a row's saved values are a Fallback's."""
     return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
 
 
@@ -226,14 +226,14 @@ def fallback_divergence(
     kind: tl.constexpr,
     reading: tl.constexpr,
 ):
-    """Return a divergence beside the KL, and write the means of its gradients, or log Z, as hi and
-    lo in place of those of the KL's.
+    """Return a divergence other than the KL, and write the means of its gradients, or log Z, as hi
+    and lo in place of the KL's means.
     """
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     formula = double_formula(formula)
     value = tl.zeros([BLOCK], tl.float64)
-    # Of Rényi's divergence: the largest exponent.
+    # Largest exponent, for Rényi's divergence.
     u = value - (1.0e300 if kind.name == RENYI else 0.0)
     v = value
     for start in range(0, row.V, BLOCK):
@@ -256,7 +256,7 @@ def fallback_divergence(
     if kind.name == RENYI:
         largest = tl.max(u, 0)
         log_z = largest + tl.log(tl.sum(value * tl.exp(u - largest), 0))
-        # Of equal rows log Z is 0, not the rounding of a sum of 1.
+        # For equal rows log Z is exactly 0, without the sum's rounding error.
         mean_u = tl.where(kl == 0.0, 0.0, log_z)
         total = -mean_u / formula.rest
     else:
@@ -283,7 +283,7 @@ def load_hi_lo(ptr):
 
 @triton.jit
 def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
-    """Gradients of a divergence beside the KL, times T, from what fallback_divergence wrote."""
+    """Return T times the gradients, from the saved values of fallback_divergence."""
     formula = double_formula(formula)
     mean_u = load_hi_lo(saved_ptr + MEAN_U)
     mean_v = load_hi_lo(saved_ptr + MEAN_V)
@@ -334,7 +334,7 @@ def write_fallback(
     q_scale = scale * row.ratio.to(tl.float64)
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob or asked.ref_lse
     if asked.ref_kl and asked.wrt_q:
-        # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
+        # Other rows take this path if float32 has too few digits for E_q[d].
         if is_fallback(saved_ptr):
             stats = load_stats(saved_ptr)
         else:
@@ -377,8 +377,7 @@ def write_fallback(
                     ),
                 )
         if asked.wrt_p:
-            # An entry without probability has that of the reverse KL alone, though its logarithm
-            # may be infinite.
+            # An entry with p = 0 has only the gradient of the reverse KL; its log may be infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
             if reading.tokens:
                 grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)

@@ -1,5 +1,5 @@
 """Fallback rows whose vocabulary is split over processes: each process computes the Fallback of its
-part, and all merge the parts.
+part, and every process merges all parts.
 """
 
 import triton
@@ -10,7 +10,7 @@ from .fallback import Fallback, peak_ratios
 
 @triton.jit
 def store_part(part_ptr, stats):
-    """Write the Fallback of a part of a row [9] float64."""
+    """Write the Fallback of a part of a row, [9] float64."""
     for i in tl.static_range(9):
         tl.store(part_ptr + i, stats[i])
 
@@ -44,9 +44,9 @@ def part_shares(peaks, log_sums, scale):
 
 @triton.jit
 def mean_of_parts(share, means, at_peaks, at_peak, gap, infinite):
-    """Return E[d - d at the row's peak] from that of each part about its own peak, where the part's
-    d is smaller by `gap`. Return `infinite` if a part with probability has an infinite d at its
-    peak or an infinite gap.
+    """Return E[d - d at the row's peak] from each part's mean about its own peak; a part's d is
+    smaller by `gap`. Return `infinite` if a part with probability has an infinite d at its peak or
+    an infinite gap.
     """
     inside = tl.where(
         (at_peaks == infinite) | (gap == infinite), infinite, means + ((at_peaks - at_peak) + gap)
@@ -56,10 +56,9 @@ def mean_of_parts(share, means, at_peaks, at_peak, gap, infinite):
 
 @triton.jit
 def merge_parts(parts, scale, q_scale, WITH_KL: tl.constexpr):
-    """Return the Fallback of a row from those of its parts, vectors.
+    """Return the Fallback of a row from its parts' Fallbacks, given as vectors.
 
-    By the chain rule: d is that of the part plus the logarithm of the ratio of the parts'
-    probabilities.
+    Chain rule: d is the part's d plus the log-ratio of the part's probabilities under Q and P.
     """
     x_peak, log_sum, log_p = part_shares(parts.x_peak, parts.log_sum, scale)
     p = tl.exp(log_p)

@@ -19,15 +19,15 @@ from .series import KL, Series
 from .variant import FALLBACK_ROWS, Variant, current, fallback_variant, row_variant, tensors
 
 FIELDS = Upstream._fields
-# Arguments of row_forward, in its order, by the names of `outputs`.
+# Pointer arguments of row_forward, in order, by the names in `outputs`.
 POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
-# Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
+# Prefetch whole segments into L2 if a call's logits take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
-# float64 values of a part of a fallback row.
+# Float64 values per part of a fallback row.
 PART_VALUES = 9
-# Start a shard's counters here: no program then counts as the last, and none writes results.
+# Initial value of a shard's counters, so that no program counts as the last and writes results.
 NEVER_LAST = -(2**30)
-# Tests set it to False: fallback rows then keep a NaN as their first saved value.
+# Set to False in tests: fallback rows then keep a NaN as their first saved value.
 RUN_FALLBACK = True
 
 
@@ -47,8 +47,8 @@ WHOLE = Shard()
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a forward: `splits` segments of `segment` entries a row; `second` is that of
-    an f-divergence.
+    """The launches of a forward: `splits` segments of `segment` entries per row; `second` is an
+    f-divergence's second read.
     """
 
     segment: int
@@ -69,7 +69,7 @@ def forward_plan(
     overridden: tuple[Any, ...],
     shard: Shard = WHOLE,
 ) -> ForwardPlan:
-    """Return the plan; divergence: its Series.constants. `overridden` is part of the cache's key:
+    """Return the plan; divergence: its Series.constants. `overridden` is part of the cache key:
     tests and the tuner override configurations.
     """
     vocabulary = shard.vocabulary or layout.vocabulary
@@ -88,15 +88,15 @@ def forward_plan(
         WITH_REF_KL=with_ref_kl,
         WITH_LSE=with_lse,
     )
-    # With Q read element by element ptxas needs more registers than the limit on some
-    # architectures: set none.
+    # No limit if Q is read element by element: ptxas then needs more registers on some
+    # architectures.
     forward = row_variant(
         row_forward,
         case,
         chosen,
         (),
         case.q_in_blocks,
-        # Above 1, a program stores its state.
+        # If above 1, a program stores its state.
         SPLITS=max(2 if shard.ranks else 1, triton.next_power_of_2(states)),
         MERGE=shard.merges,
         REALIGN=case.realign,
@@ -117,7 +117,7 @@ def forward_plan(
         case,
         chosen,
         (),
-        # Skew's terms take more registers than the limit, and so do all on sm_100.
+        # Skew KL needs more registers than the limit; on sm_100 all divergences do.
         case.q_in_blocks and kind != SKEW_KL.value and case.arch != "sm_100",
         SPLITS=triton.next_power_of_2(splits),
         REALIGN=case.realign,
@@ -138,12 +138,12 @@ def forward(
 ) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` ([N] float32 each).
 
-    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are, and ref_lse
-    beside lse if q is given. Another divergence is written in place of the KL, without other
+    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are, and with
+    lse also ref_lse if q is given. Another divergence is written in place of the KL, without other
     fields.
 
     shard: of a vocabulary split over processes, for KLs. merges=False: write this rank's states,
-    [N, splits, 8], to the front of `state` and nothing else. merges=True: compute every row but
+    [N, splits, 8], to the front of `state` and nothing else. merges=True: compute all rows except
     fallback rows from the states of all ranks; problem.p and problem.q hold each row's token logit,
     [N, 1], and problem.tokens is 0, or -1 for an id outside the vocabulary.
     """
@@ -158,8 +158,8 @@ def forward(
             state = torch.empty(
                 layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device
             )
-            # Not kept from call to call: another pool or stream may own what a call allocates, as
-            # under CUDA graphs.
+            # Not cached between calls: another pool or stream may own the memory, as under CUDA
+            # graphs.
             counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
         arguments = dict(
             p_ptr=p,
@@ -214,7 +214,7 @@ def fallback(
     parts: torch.Tensor,
 ) -> None:
     """Fill the parts [N, 9] float64 of a shard's fallback rows, which forward has marked; with
-    `merges` the rows from the parts [ranks, N, 9] of all ranks.
+    `merges`, fill the rows from the parts [ranks, N, 9] of all ranks.
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     variant = plan_for(problem, outputs, shard=shard).fallback
@@ -269,18 +269,17 @@ def backward_plan(
     grad_q: tuple[torch.dtype, int] | None,
     overridden: tuple[Any, ...],
 ) -> tuple[int, Variant]:
-    """(chunks of a row, row_backward) for upstream gradients of `fields` or of a divergence beside
-    the KL, to gradients of these types and addresses with rows `stride` apart.
+    """Return (chunks per row, row_backward) for upstream gradients of `fields` or of a divergence
+    other than the KL, to gradients of these dtypes and addresses with rows `stride` apart.
     """
     case, kind = layout.case, dict(divergence)["KIND"]
-    # Other divergences use forward's configuration: with one warp, a tile is checked without a
-    # barrier.
+    # Other divergences use forward's configuration: one warp checks a tile without a barrier.
     chosen = config.select(
         "forward" if kind else "backward", case.arch, layout.p.itemsize, layout.vocabulary
     )
     tile = chosen.threads * chosen.groups * layout.p.lanes
     chunk = tile * max(1, chosen.segment // tile)
-    # A row that starts inside a block covers one more.
+    # A misaligned row covers one more block.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chunk)
     constants = {name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS}
     if kind:
@@ -308,10 +307,10 @@ def backward(
     divergence: Series = KL,
 ) -> None:
     """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per
-    field; of another divergence that of the field kl.
+    field; another divergence uses the field kl.
 
-    They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
-    row may be read again while it is written.
+    They may overwrite the logits unless the gradient of ref_kl to Q is requested: a row may then be
+    read again while it is written.
     """
     p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)

@@ -20,13 +20,13 @@ from .variant import (
     tensors,
 )
 
-# Entries that a program of scale_gradient takes at a time, and programs that share a GPU.
+# Entries per step of a scale_gradient program, and largest number of programs.
 SCALE_BLOCK = 2048
 SCALE_PROGRAMS = 2048
 
 
 class FusedPlan(NamedTuple):
-    """The launches of row_fused: segments cut into `pieces` of `piece` entries, `splits` pieces a
+    """The launches of row_fused: segments cut into `pieces` of `piece` entries, `splits` pieces per
     row.
     """
 
@@ -40,7 +40,7 @@ class FusedPlan(NamedTuple):
 
 @functools.lru_cache(CACHE_SIZE)
 def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ...]) -> FusedPlan:
-    """Return the plan of row_fused (in the interpreter: its two phases) and of row_fallback with a
+    """Return the plan of row_fused (two phases in the interpreter) and of row_fallback with a
     gradient; `overridden` as in forward_plan.
     """
     case = layout.case
@@ -79,8 +79,8 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
-    """Return whether `fused` takes the problem: every row of logits and gradient starts on a
-    16-byte boundary. config.fuses decides whether it should.
+    """Return whether `fused` supports the problem: every row of logits and gradient starts on a
+    16-byte boundary. config.fuses decides whether to use it.
     """
     layout, stride = problem.layout, grad_p.stride(0)
     return (

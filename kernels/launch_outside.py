@@ -14,8 +14,8 @@ from .variant import Variant, current, row_variant, tensors
 
 @functools.lru_cache(CACHE_SIZE)
 def outside_plan(layout: Layout, ids: int, overridden: tuple[Any, ...]) -> tuple[int, int, Variant]:
-    """(length of a segment, segments of a row, row_outside) for `ids` ids a row; `overridden` as in
-    launch.forward_plan.
+    """Return (length of a segment, segments per row, row_outside) for `ids` ids per row;
+    `overridden` as in launch.forward_plan.
     """
     case = layout.case
     chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
@@ -41,9 +41,9 @@ def outside(
     peak: torch.Tensor,
     saved: torch.Tensor,
 ) -> None:
-    """Fill peak and log_sum, [N] float64, with the largest of each row's entries that are not in
-    `ids` [N, K], sorted in each row, and the log-sum-exp of these entries relative to it, and
-    `saved` [N, 10] as launch.forward does for them alone.
+    """Fill peak and log_sum, [N] float64, with the largest of each row's entries not in `ids`
+    [N, K], sorted in each row, and the log-sum-exp of these entries relative to it; fill `saved`
+    [N, 10] as launch.forward does for these entries alone.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
     layout, (_, count) = problem.layout, ids.shape

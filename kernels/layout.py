@@ -1,4 +1,4 @@
-"""Describes how rows lie in memory, and what about them selects a compilation."""
+"""Describe the memory layout of rows, and the properties that select a compilation."""
 
 import dataclasses
 import functools
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-# Addresses matter modulo 32 bytes: a block has up to eight elements of up to four bytes, as float32
-# gradients beside 16-bit logits have.
+# Addresses matter modulo 32 bytes: a block has up to eight elements of up to four bytes, as with
+# float32 gradients of 16-bit logits.
 ADDRESSES = 32
-# Size of the caches of layouts and launch plans: a run that pads to the longest sequence has many
+# Size of the caches of layouts and launch plans: runs that pad to the longest sequence have many
 # shapes.
 CACHE_SIZE = 1024
 
 
 class Rows(NamedTuple):
-    """The address and strides of a tensor's rows: [outer, inner, V] by two strides (in elements),
-    whatever its leading shape was.
+    """The address and strides of a tensor's rows: [outer, inner, V] with two strides (in elements),
+    for any leading shape.
 
     address: of the first element, in bytes, modulo ADDRESSES.
     """
@@ -28,15 +28,15 @@ class Rows(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """The elements of a 16-byte block."""
+        """Elements per 16-byte block."""
         return 16 // self.itemsize
 
     def same_blocks(self, other: "Rows", inner: int, outer: int) -> bool:
-        """Return whether every row of both starts at the same distance, in elements, from a
+        """Return whether each row of both tensors starts at the same distance, in elements, from a
         boundary of this tensor's 16-byte blocks.
 
-        The other tensor is cut into blocks of as many elements: 8 bytes if it is 16-bit beside a
-        32-bit one.
+        The other tensor's blocks have as many elements: 8 bytes if it is 16-bit and this one
+        32-bit.
         """
         lanes = self.lanes
         return (
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """N rows of length V; a field that is None is unused. Vectors are [N] and contiguous.
+    """N rows of length V; unused fields are None. Vectors are [N] and contiguous.
 
     ratios: inverse temperatures of Q over those of P, None for 1.
     """
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 @functools.cache
 def architecture(device: torch.device) -> tuple[str, int]:
-    """The configuration table's name of a device and its threads per warp."""
+    """Return a device's name in the configuration table and its threads per warp."""
     if device.type != "cuda":
         return "interpreter", 32
     if torch.version.hip:
@@ -75,10 +75,9 @@ def architecture(device: torch.device) -> tuple[str, int]:
 
 
 class Case(NamedTuple):
-    """Properties of a problem that select a compilation, beside its configuration and fields.
+    """Properties of a problem that select a compilation, in addition to configuration and fields.
 
-    arch, warp: see architecture. types: of p, q, tokens and temperatures; None for one that takes
-    no part.
+    arch, warp: see architecture. types: dtypes of p, q, tokens and temperatures; None if absent.
     """
 
     device: torch.device
@@ -109,16 +108,16 @@ class Case(NamedTuple):
 
     @property
     def needs_registers(self) -> bool:
-        """Return whether the temporaries of soft caps, ratios or misaligned rows need registers."""
+        """Return whether soft caps, ratios or misaligned rows need registers for temporaries."""
         return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """N = outer · inner rows of length V in memory, of policy logits or of both; cached, so that
-    equal layouts are one object, hashed by identity.
+    """N = outer · inner rows of length V in memory, of the policy or of both models; cached, so
+    that equal layouts are one object, hashed by identity.
 
-    places: the kernels' arguments for it, in the order of their signatures.
+    places: the kernels' arguments for the layout, in signature order.
     """
 
     p: Rows
@@ -141,8 +140,8 @@ def layout(
     has_mask: bool,
     scaling: tuple[float, float, bool],
 ) -> Layout:
-    """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the
-    types of p, q, tokens and temperatures.
+    """Return the Layout for (size, stride of P, stride of Q) of the outer and the inner dimension,
+    and the dtypes of p, q, tokens and temperatures.
 
     arch_and_warp: architecture(device). scaling: softcap, ref_softcap, has_ratio.
     """
@@ -170,7 +169,9 @@ def layout(
 
 
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
-    """Return whether gradients' rows, `stride` apart, start in blocks where the logits' rows do."""
+    """Return whether gradient rows, `stride` apart, start at the same place in a block as logits
+    rows.
+    """
     return all(
         [
             grad is None

@@ -1,5 +1,5 @@
-"""Backward: one read of the logits, one write of each gradient, for any mix of upstream
-gradients, and for the divergences beside the KL.
+"""Backward: one read of the logits, one write of each gradient, for any combination of upstream
+gradients, and for divergences other than the KL.
 """
 
 from collections import namedtuple
@@ -25,7 +25,7 @@ from .row_math import LARGEST_MEAN_GAP, OF_KL, Kind, scale_reference, soft_cap_s
 
 @triton.jit
 def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
-    """The upstream gradient of one field; 0 for a field without one."""
+    """Load the upstream gradient of one field; 0 for a field without one."""
     if FIELD >= 0:
         return tl.load(upstream_ptr + n_rows.to(tl.int64) * FIELD + row)
     else:
@@ -40,8 +40,8 @@ Arguments = namedtuple(
 )
 
 
-# Compile-time: entries of a chunk, the gradients requested, whether there are masks and
-# temperatures of rows, and whether the gradients' rows start in blocks where the logits' do.
+# Compile-time: entries per chunk, the gradients requested, whether there are a row mask and per-row
+# temperatures, and whether gradient rows start at the same place in a block as logits rows.
 Cut = namedtuple("Cut", "chunk wrt_p wrt_q has_mask per_row grad_in_blocks")
 
 
@@ -55,8 +55,8 @@ def write_chunk(  # noqa: PLR0915
     tiling: tl.constexpr,
     reading: tl.constexpr,
 ):
-    """Write the gradients of this program's chunk of a row; fields: the row of each in the upstream
-    gradients, -1 for one without.
+    """Write the gradients of this program's chunk of a row; fields: the row of each field in the
+    upstream gradients, -1 if it has none.
     """
     row = (tl.program_id(0) // args.chunks).to(tl.int64)
     first = (tl.program_id(0) % args.chunks) * cut.chunk
@@ -98,8 +98,7 @@ def write_chunk(  # noqa: PLR0915
     pad = row_pad(p_row, True)
     # Read no entry of an inactive row.
     read_end = tl.where(activity != 0.0, args.V + pad, 0)
-    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
-    # inlined.
+    # Give hints where the pointers are computed: a hint on a function argument is lost in inlining.
     p_block = tl.multiple_of(p_row - pad, 16)
     q_block = q_row - pad
     if tiling.q_in_blocks:
@@ -118,7 +117,7 @@ def write_chunk(  # noqa: PLR0915
     if reading.tokens:
         token = tl.load(args.tokens + row)
     needs_fallback = is_fallback(saved_ptr)
-    if asked.ref_kl and asked.wrt_q:  # its mean_q is the saved value 8
+    if asked.ref_kl and asked.wrt_q:  # saved value 8 is mean_q
         needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if needs_fallback & (activity != 0.0):
         whole = Row(p_row, q_row, args.V, token, scale, ratio)
@@ -131,8 +130,8 @@ def write_chunk(  # noqa: PLR0915
         p_block, q_block, grad_p_block, grad_q_block, pad, args.V + pad, read_end, scale, ratio
     )
     if reading.tokens:
-        # The sampled token's gradient has a one-hot term: read its logits before any store, write
-        # its gradient last.
+        # The sampled token's gradient has a one-hot term: read its logits before any store, and
+        # write its gradient last.
         token_here = (
             (token >= 0)
             & (token + pad >= first)
@@ -141,8 +140,8 @@ def write_chunk(  # noqa: PLR0915
         token_x = load_logit(p_row, token, token_here, 0.0, reading.softcap)
         capped_token_y = load_logit(q_row, token, token_here, 0.0, reading.ref_softcap)
         token_y, token_y_lo = scale_reference(capped_token_y, ratio, reading.ratio)
-        # The gradients may be written over the logits: every warp must have read the token's before
-        # any writes.
+        # The gradients may overwrite the logits: every warp must read the token's logits before any
+        # store.
         tl.debug_barrier()
 
     TILE_GROUPS: tl.constexpr = tiling.threads * tiling.groups
@@ -177,8 +176,8 @@ def write_chunk(  # noqa: PLR0915
             tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -207,14 +206,14 @@ def write_chunk(  # noqa: PLR0915
 )
 def row_backward(  # noqa: PLR0913
     p_ptr,
-    q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
-    # [N, V], rows stride_grad apart; any pointer where not requested. They may overwrite the
-    # logits, except with REF_KL and WRT_Q.
+    q_ptr,  # [outer, inner, V] logits; q: any pointer without a reference
+    # [N, V], rows stride_grad apart; any pointer if not requested. They may overwrite the logits,
+    # except with REF_KL and WRT_Q.
     grad_p_ptr,
     grad_q_ptr,
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 10] float32, written by row_forward and row_fallback
-    upstream_ptr,  # [fields, N] float32: the upstream gradients, of fields that have one
+    upstream_ptr,  # [fields, N] float32: the upstream gradients of the fields that have one
     mask_ptr,
     temperature_ptr,
     ratio_ptr,  # as in row_forward
@@ -250,13 +249,13 @@ def row_backward(  # noqa: PLR0913
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """Gradients of one chunk of one row with respect to either or both logits.
+    """Write the gradients of one chunk of one row with respect to either or both logits.
 
     Math:   entry_gradients, write_fallback for a fallback row; defined by reference.row_gradients.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients
-            per row. Nothing of V in a masked row or in one whose upstream gradients are all 0. For
-            REF_KL to Q each chunk of a row whose saved E_q[d] is too inaccurate reads 3·V of both.
+    Reads:  N·V of p and of q, each if used; 40 bytes and the upstream gradients per row. No logits
+            of a masked row or of one whose upstream gradients are all 0. For REF_KL to Q each chunk
+            of a row whose saved E_q[d] is too inaccurate reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
     Special values: an entry with probability 0 has gradient exactly 0, dx that of ref_kl alone; a
@@ -276,8 +275,8 @@ def row_backward(  # noqa: PLR0913
     write_chunk(args, temperature, fields, kind, cut, tiling, reading)  # the KL has no Formula
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -345,7 +344,7 @@ def row_divergence_backward(  # noqa: PLR0913
     c10: tl.float32,
     c11: tl.float32,
     c12: tl.float32,
-    c13: tl.float32,  # seven of the polynomial U, seven of V (divergence_math.py)
+    c13: tl.float32,  # seven coefficients of U, seven of V (divergence_math.py)
     CHUNK: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -363,13 +362,13 @@ def row_divergence_backward(  # noqa: PLR0913
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """Gradients of one chunk of one row of a divergence beside the KL.
+    """Write the gradients of one chunk of one row for a divergence other than the KL.
 
     Math:   divergence_gradients, fallback_gradients for a fallback row; defined by
             f_divergences.gradients.
     Grid:   as row_backward.
-    Reads:  N·V of p and q; 40 bytes and the upstream gradient per row. Nothing of V in a masked row
-            or in one whose upstream gradient is 0.
+    Reads:  N·V of p and q; 40 bytes and the upstream gradient per row. No logits of a masked row or
+            of one whose upstream gradient is 0.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
     Special values: an entry with probability 0 has gradient 0; a row with a NaN or an infinite

@@ -1,4 +1,4 @@
-"""Forward of the f-divergences: a second read of the logits, with both log-sum-exps known."""
+"""Forward of the f-divergences: a second read of the logits, after both log-sum-exps are known."""
 
 import triton
 import triton.language as tl
@@ -22,8 +22,8 @@ from .row_math import LOG2E, STATE, TOTAL_VARIATION, Kind, Want
 from .row_segment import segment_sums
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -62,8 +62,8 @@ from .row_segment import segment_sums
     ],
 )
 def row_divergence(  # noqa: PLR0913
-    # As in row_forward, which has run: kl_ptr is the divergence's, and state_ptr and counter_ptr
-    # are as it left them.
+    # As in row_forward, which has run: kl_ptr takes the divergence; state_ptr and counter_ptr are
+    # as row_forward left them.
     p_ptr,
     q_ptr,
     mask_ptr,
@@ -106,7 +106,7 @@ def row_divergence(  # noqa: PLR0913
     c9: tl.float32,
     c10: tl.float32,
     c11: tl.float32,
-    c12: tl.float32,  # G's seven coefficients and K's six
+    c12: tl.float32,  # seven coefficients of G, six of K
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -122,16 +122,17 @@ def row_divergence(  # noqa: PLR0913
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """Sum one segment of one row of an f-divergence; the last program of a row to finish writes it.
+    """Sum one segment of one row of an f-divergence; the row's last program to finish writes the
+    result.
 
     Math:   divergence_math.py; defined by f_divergences.divergence.
     Grid:   (N · splits,), as row_forward.
-    Reads:  N·V of p and q, 40 bytes per row; nothing of a masked row or of a fallback row, which
-            row_fallback has computed.
+    Reads:  N·V of p and q, 40 bytes per row; nothing of a masked row, or of a fallback row, already
+            computed by row_fallback.
     Writes: 6 · N · splits float32, read again by the last program; the divergence and three saved
             values per row.
-    Saves:  E_p[u] and E_q[v], of total variation Q(d < 0) and P(d ≥ 0), in place of the means of
-            the KL's gradient, and the divergence in place of the entropy.
+    Saves:  E_p[u] and E_q[v], or for total variation Q(d < 0) and P(d ≥ 0), in place of the means
+            of the KL's gradient, and the divergence in place of the entropy.
     Special values: a masked row keeps its zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -175,7 +176,7 @@ def row_divergence(  # noqa: PLR0913
     moment, value, p_above = state.W, state.U, state.R
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
-        # Order all threads' stores before the one thread's release.
+        # Order all threads' stores before the release by one thread.
         tl.debug_barrier()
         # row_forward has counted `splits` programs.
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != 2 * splits - 1:
@@ -188,7 +189,7 @@ def row_divergence(  # noqa: PLR0913
     IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
     value = tl.where(value < 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
-    # In place of mean_p, mean_q and the entropy.
+    # Overwrite mean_p, mean_q and the entropy.
     tl.store(saved_ptr + 7, moment * factor if IS_TV else value - moment * factor)
     tl.store(saved_ptr + 8, p_above * factor if IS_TV else moment * factor)
     tl.store(saved_ptr + 9, value)

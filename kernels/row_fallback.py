@@ -12,8 +12,8 @@ from .row_load import Reading, row_offset, row_ratio, row_scale
 from .row_math import Kind, Want
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -64,7 +64,7 @@ def row_fallback(  # noqa: PLR0913
     ref_lse_ptr,  # written by row_forward
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
-    part_ptr,  # [N, 9] float64 with PART, [ranks, N, 9] with RANKS; else any pointer
+    part_ptr,  # [N, 9] float64 with PART, [ranks, N, 9] with RANKS; otherwise any pointer
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -77,8 +77,8 @@ def row_fallback(  # noqa: PLR0913
     share: tl.float32,  # as in row_divergence; Rényi's order alpha
     rest: tl.float32,
     ranks: tl.int32,
-    ROWS: tl.constexpr,  # rows of a program
-    BLOCK: tl.constexpr,  # entries of a row that it reads at a time
+    ROWS: tl.constexpr,  # rows per program
+    BLOCK: tl.constexpr,  # entries of a row read at a time
     HAS_TOKENS: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
@@ -89,23 +89,23 @@ def row_fallback(  # noqa: PLR0913
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
-    KIND: tl.constexpr,  # of a divergence in place of the KL
-    PART: tl.constexpr,  # the rows are parts of longer ones: write their Fallback alone
-    RANKS: tl.constexpr,  # a power of two, at least ranks: read no logits, merge the parts; or 0
+    KIND: tl.constexpr,  # the divergence in place of the KL
+    PART: tl.constexpr,  # the rows are parts of longer ones: write only their Fallback
+    RANKS: tl.constexpr,  # 0, or a power of two, at least ranks: read no logits, merge the parts
 ):
-    """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
+    """Compute the rows that row_forward or row_fused marked with a NaN as first saved value.
 
     Math:   Fallback, fallback_divergence and write_fallback, in float64; defined by
             reference.row_statistics and row_gradients, and f_divergences.divergence. With RANKS,
             merge_parts.
     Grid:   (⌈N / ROWS⌉,).
-    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, V more for
-            a divergence beside the KL and WITH_GRADIENT. With RANKS, in place of V entries, the
+    Reads:  one saved value per row; 3·V of each tensor for a recomputed row, V more for a
+            divergence other than the KL and WITH_GRADIENT. With RANKS, in place of V entries, the
             sampled logit and 9 · ranks float64.
-    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
-            of weight·KL to P. With PART 9 float64 of those rows and nothing else.
-    Saves:  save_stats' ten values, marked by the sign of the second; of a divergence beside the KL
-            the means of its gradients in place of four.
+    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT, V of the
+            gradient of weight·KL to P. With PART, only 9 float64 of those rows.
+    Saves:  save_stats' ten values, marked by the sign of the second; for a divergence other than
+            the KL the means of its gradients replace four.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.
     """

@@ -1,4 +1,4 @@
-"""Computes a row's results from its states, in the program of row_forward that finishes last."""
+"""Compute a row's results from its states, in the program of row_forward that finishes last."""
 
 from collections import namedtuple
 
@@ -23,33 +23,33 @@ from .row_math import (
     two_sum,
 )
 
-# Limit of a KL, in nats. Above it the product e^x·e^d loses digits where |d| is large; real
-# policies stay far below.
+# Limit of a KL, in nats. Above it the product e^x·e^d loses digits if |d| is large; the KL of real
+# policies is far below.
 LARGE_KL = tl.constexpr(8.0)
 # Limit of |E_p[y - x]|·s: beyond it hi and lo have fewer digits than the gradient of a peaked row
 # needs. For 16-bit logits also the limit of |E_p[y - x]|: their differences are rounded once.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
-# float32 values per row that backward needs.
+# Float32 values per row saved for backward.
 SAVED = tl.constexpr(10)
 
 
-# Pointers to saved values [10] and fields, of a row or of row 0; any pointer for a field not
+# Pointers to saved values [10] and fields, of one row or of row 0; any pointer for a field not
 # requested.
 Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl lse ref_lse")
 
 
-# The values of a row that backward needs, in memory order.
+# Saved values of a row for backward, in memory order.
 #
 # Base 2: origin, log2_S, and log2_Z_q, of Q's partition function Z, as hi and lo. Base e: centre as
-# hi and lo, log1p_t, the means E_p[d] and E_q[d] (of another divergence, those of its gradients),
-# entropy.
+# hi and lo, log1p_t, the means E_p[d] and E_q[d] (for another divergence, the means of its
+# gradients), entropy.
 Saved = namedtuple(
     "Saved",
     "origin log2_S log2_Z_q log2_Z_q_lo centre centre_lo log1p_t mean_p mean_q entropy",
 )
 
 
-# Statistics of a row, and whether the float32 sums could represent it (valid).
+# Statistics of a row; valid: whether the float32 sums could represent it.
 #
 # unshifted: the Saved with y - shift in place of y (row_load.segment_shift); its entropy may be
 # below 0 by rounding.
@@ -58,7 +58,7 @@ Statistics = namedtuple("Statistics", "unshifted shift kl ref_kl valid")
 
 @triton.jit
 def row_outputs(first, row):
-    """The Outputs of one row from those of row 0."""
+    """Return the Outputs of one row from those of row 0."""
     return Outputs(
         first.saved + row * SAVED,
         first.logprob + row,
@@ -121,7 +121,7 @@ def q_partition(state, log2_S, log_ratio, mean_q, scale):
     as hi and lo.
 
     d is scaled by s, while row_backward uses the rounded scale_log2: correct by E_q[y - x - shift]
-    times the difference. Without want.ref_kl E_q[d] is unknown and counts as 0.
+    times the difference of the scales. Without want.ref_kl E_q[d] is unknown and counts as 0.
     """
     centre_log2 = state.centre * LOG2E
     lse, lo = two_sum(state.origin, centre_log2)
@@ -137,8 +137,8 @@ def q_partition(state, log2_S, log_ratio, mean_q, scale):
 
 @triton.jit
 def row_statistics(states, scale, gamma, want: tl.constexpr):
-    """The Statistics of a row from the vector of its partial states. Rényi's divergence, if
-    requested, is in place of the KL, and log Z in place of the two means.
+    """Return the Statistics of a row from the vector of its partial states. Rényi's divergence, if
+    requested, replaces the KL, and log Z the two means.
     """
     state = merge(states, scale, gamma, want)
     valid = (state.S > 0.0) & (
@@ -155,8 +155,8 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
         )
         return Statistics(unshifted, zero, zero, zero, valid)
     else:
-        # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
-        # plain division may be off by 2 ulp.
+        # Use correctly rounded division: on a peaked row the gradient is the remainder d - E_p[d],
+        # and plain division may be off by 2 ulp.
         mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
         mean_p = tl.div_rn(state.W, state.S)
         kl = kl_of_means(mean_h, mean_p)
@@ -167,8 +167,8 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
             mean_r = tl.div_rn(state.R, state.S)
             ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p)
             mean_q = tl.div_rn(state.R + state.W, state.S + state.U + state.W)
-            # Reject a KL(Q‖P) that is a small difference of large terms, as beside an entry masked
-            # in Q alone: it has too few digits.
+            # Reject a KL(Q‖P) that is a small difference of large terms, as with an entry masked
+            # only in Q: it has too few digits.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p)
             valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
         log1p_t = log1p(mean_h + mean_p)
@@ -205,7 +205,7 @@ def not_above_zero(logprob):
 
 @triton.jit
 def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
-    """Write the fields that depend on no token."""
+    """Write the fields that do not depend on a token."""
     if want.entropy:
         tl.store(out.entropy, entropy.to(tl.float32))
     if want.kl:
@@ -241,15 +241,15 @@ def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
 
 @triton.jit
 def saved_values(statistics, scale):
-    """The Saved of a row from its Statistics."""
+    """Return the Saved of a row from its Statistics."""
     unshifted = statistics.unshifted
     shift = statistics.shift
     log2_Z_q, log2_Z_q_lo = add_product(
         unshifted.log2_Z_q, unshifted.log2_Z_q_lo, shift, scale * LOG2E
     )
     centre, centre_lo = add_product(unshifted.centre, unshifted.centre_lo, shift, scale)
-    # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
-    # being negative: its sign bit marks fallback rows.
+    # S may be below 1 if rounding raised the peak to the next whole number. Keep log2_S
+    # nonnegative: its sign bit marks fallback rows.
     below = unshifted.log2_S < 0.0
     return Saved(
         tl.where(below, unshifted.origin - 1.0, unshifted.origin),
@@ -285,7 +285,7 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
     lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
     store_lse(out, lse, tl.fma(saved.log2_Z_q, LN2, saved.log2_Z_q_lo * LN2), want)
     if reading.tokens:
-        # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow where the
+        # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow although the
         # log-probability is finite.
         half_scale = row.scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)

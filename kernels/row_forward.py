@@ -1,6 +1,4 @@
-"""Forward: the statistics of policy logits alone, or of policy and reference logits, from one read
-of them.
-"""
+"""Forward: statistics of policy logits, or of policy and reference logits, from one read."""
 
 import triton
 import triton.language as tl
@@ -32,8 +30,8 @@ from .row_math import LARGEST_MEAN_GAP, LOG2E, STATE, Kind, State, Want
 from .row_segment import segment_sums
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -95,12 +93,12 @@ def row_forward(  # noqa: PLR0913, PLR0915
     V: tl.int32,
     segment: tl.int32,
     splits: tl.int32,
-    prefetching: tl.int32,  # 1: prefetch the segment, as few programs do not hide latency
+    prefetching: tl.int32,  # 1: prefetch the segment, because few programs do not hide latency
     gamma: tl.float32,  # of Rényi's divergence: 1 - order, not 0
     ranks: tl.int32,
     stride_rank: tl.int64,  # of state_ptr with MERGE
     SPLITS: tl.constexpr,  # a power of two, at least splits; with MERGE at least ranks · splits
-    MERGE: tl.constexpr,  # read no segment but the states of all ranks, [ranks, N, splits, 8]
+    MERGE: tl.constexpr,  # read no segment, but the states of all ranks, [ranks, N, splits, 8]
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -111,7 +109,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
     WITH_KL: tl.constexpr,
     WITH_REF_KL: tl.constexpr,
     WITH_LSE: tl.constexpr,
-    KIND: tl.constexpr,  # of the divergence in place of the KL: KL or Rényi's
+    KIND: tl.constexpr,  # the divergence in field kl: KL or Rényi's
     REALIGN: tl.constexpr,
     Q_IN_BLOCKS: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -125,19 +123,19 @@ def row_forward(  # noqa: PLR0913, PLR0915
     sampled logit, V is 1, and a token is 0, or -1 outside the vocabulary.
 
     Math:   the sums and formulas of row_math.py; defined by reference.row_statistics.
-    Grid:   (N · splits,), a row's segments next to each other; (N,) with MERGE. Lengths of segments
-            depend on V, the logits' type and the GPU's architecture, and states are merged in
+    Grid:   (N · splits,), a row's segments next to each other; (N,) with MERGE. Segment lengths
+            depend on V, the logits' dtype and the GPU's architecture, and states are merged in
             order: a row's bits depend neither on N nor on which program is last.
-    Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; three logits of each per
-            segment (COMPENSATED) and the token's; nothing of a masked row. With MERGE, in place of
-            the segments, 8 · ranks · splits float32 per row.
+    Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; per segment three logits
+            of each (COMPENSATED); the token's logits; nothing of a masked row. With MERGE, in place
+            of the segments, 8 · ranks · splits float32 per row.
     Writes: 8 · N · splits float32, read again by the last program; 10 saved values and the fields
             asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a fallback row (infinities, a
             NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
-            64 nats apart), and row_fallback computes it again. A token outside 0 … V-1 reads
-            nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
+            64 nats apart), which row_fallback recomputes. A token outside 0 … V-1 reads nothing and
+            gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
     split = tl.program_id(0) % (1 if MERGE else splits)
@@ -204,7 +202,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
         state = segment_sums(part, length, tiling, want, reading)
         if SPLITS > 1:
             store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
-            # Order all threads' stores before the one thread's release.
+            # Order all threads' stores before the release by one thread.
             tl.debug_barrier()
             if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
                 return
@@ -229,7 +227,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
     statistics = row_statistics(states, scale, gamma, want)
     valid = statistics.valid
     if MERGE and WITH_REF_KL:
-        # Send the row to the fallback: a shard's columns do not give E_q[d] again in backward.
+        # Send the row to the fallback: backward cannot recompute E_q[d] from a shard's columns.
         valid = valid & (tl.abs(statistics.unshifted.mean_q) <= LARGEST_MEAN_GAP)
     whole = Row(p_row, q_row, V, token, scale, ratio)
     store_statistics(row_outputs(outputs, row), statistics, valid, whole, want, reading)

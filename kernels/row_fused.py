@@ -33,8 +33,8 @@ from .row_math import LOG2E, OF_KL, STATE, Kind, Want
 from .row_segment import segment_sums
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -67,13 +67,13 @@ from .row_segment import segment_sums
 def row_fused(  # noqa: PLR0913, PLR0915
     p_ptr,  # [outer, inner, V] logits of P; every row starts on a 16-byte boundary
     q_ptr,  # likewise of Q
-    grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P
+    grad_ptr,  # [N, V], rows stride_grad apart, on 16-byte boundaries; may be the logits of P
     weight_ptr,  # [N] float32: the weight of each row's KL in the sum
     mask_ptr,
     temperature_ptr,
     ratio_ptr,  # as in row_forward
     state_ptr,  # [N, splits, 8] float32
-    # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row are summed
+    # [1 + N] int32, initially 0: the next ticket, and the number of pieces of each row summed
     sync_ptr,
     saved_ptr,
     kl_ptr,  # [N, 10] and [N] float32
@@ -99,18 +99,18 @@ def row_fused(  # noqa: PLR0913, PLR0915
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
-    # 0: the whole kernel; 1: up to the wait; 2: from the wait on (the interpreter runs programs one
-    # after another)
+    # 0: the whole kernel; 1: up to the wait; 2: from the wait on (the interpreter runs programs
+    # sequentially)
     PHASE: tl.constexpr,
 ):
-    """The KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
+    """Compute the KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
 
     Each program sums a piece of a row, as row_forward does a segment, publishes its state, waits
     until the row's other pieces are published, merges all of them in order and writes its piece's
-    gradient. The second read of the piece finds it in L1 or L2, where the first left it.
+    gradient. The second read of the piece hits L1 or L2.
 
     No deadlock as long as the GPU can hold `splits` one-warp programs of every launch that runs
-    concurrently. They draw tickets in order, and wait only for programs of their own row.
+    concurrently. Programs draw tickets in order, and wait only for programs of their own row.
     Suppose that every resident program of a launch waits, and take the lowest row among theirs: all
     programs of lower rows are done. If all tickets of the row are drawn, all its states are
     published and no program of it waits. If not, no later ticket is drawn either: fewer than
@@ -154,8 +154,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     out = row_outputs(
         Outputs(saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr), row
     )
-    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
-    # inlined.
+    # Give hints where the pointers are computed: a hint on a function argument is lost in inlining.
     p_block = tl.multiple_of(p_row + begin, 16)
     q_block = tl.multiple_of(q_row + begin, 16)
     grad_block = tl.multiple_of(
@@ -203,15 +202,15 @@ def row_fused(  # noqa: PLR0913, PLR0915
         )
         store_state(state_here, segment_sums(part, length, tiling, want, reading), want)
     if PHASE == 0:
-        # Order all threads' stores before the one thread's release.
+        # Order all threads' stores before the release by one thread.
         tl.debug_barrier()
         arrived = tl.atomic_add(sync_ptr + 1 + row, 1, sem="release") + 1
         while arrived < splits:
-            # Not an acquire, which would invalidate this SM's L1 with the piece in it; load_states
+            # Not an acquire: that would invalidate this SM's L1, which holds the piece. load_states
             # bypasses L1.
             arrived = tl.load(sync_ptr + 1 + row, volatile=True)
-        # Keep the loads of states behind the last arrival, in the order of the program: the
-        # volatile load is no acquire, so this relies on the hardware's order.
+        # Keep the loads of states after the last arrival in program order: the volatile load is not
+        # an acquire, so this relies on the hardware's ordering.
         tl.debug_barrier()
     if PHASE != 1:
         index = tl.arange(0, SPLITS)
@@ -243,12 +242,12 @@ def scale_gradient(
 
     Math:   grad · factor in float32, rounded: a second rounding of a 16-bit gradient, exact for
             powers of two.
-    Grid:   any: programs take blocks in turns.
+    Grid:   any: programs stride over blocks.
     Reads:  1 and, unless factor is 1, n of the gradient.
     Writes: n of the gradient unless factor is 1.
     Saves:  nothing.
-    Special values: a gradient of 0 stays 0, also under a factor that is not finite; a factor of 0
-            gives 0 everywhere.
+    Special values: a gradient of 0 stays 0 even if the factor is not finite; a factor of 0 gives 0
+            everywhere.
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:

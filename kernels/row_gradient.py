@@ -1,4 +1,4 @@
-"""The gradients of a tile of a row with respect to its logits, from the row's saved values."""
+"""Gradients of a tile of a row with respect to its logits, from the row's saved values."""
 
 from collections import namedtuple
 
@@ -30,22 +30,22 @@ Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl lse ref
 
 # Compile-time: the fields that have an upstream gradient, and the gradients requested.
 #
-# kind: of a divergence beside the KL, whose upstream gradient is that of the field kl.
+# kind: of a divergence other than the KL; its upstream gradient is in the field kl.
 Asked = namedtuple(
     "Asked", "logprob entropy ref_logprob kl ref_kl lse ref_lse kind wrt_p wrt_q compensated"
 )
 
 
-# The constants of a row's gradients: its Saved, and what follows from it.
+# The constants of a row's gradients: its Saved and derived values.
 #
 # The inverse of P's partition function Z = Σ exp(x·s) is 2^-log2_Z_p · factor_p, with log2_Z_p
 # rounded; likewise Q's with saved.log2_Z_q. lse_gap, lse_gap_lo: log Z of Q minus that of P, in
-# nats; log(q/p) is (y - x)·s less these two. entropy belongs to the rounded log2_Z_p. formula: of a
-# divergence beside the KL its Formula.
+# nats; log(q/p) is (y - x)·s less these two. entropy is relative to the rounded log2_Z_p. formula:
+# the Formula of a divergence other than the KL.
 Terms = namedtuple("Terms", "saved log2_Z_p factor_p factor_q lse_gap lse_gap_lo entropy formula")
 
 
-# Where a row's 16-byte blocks lie, and the factors of its entries.
+# Location of a row's 16-byte blocks, and the factors of its entries.
 #
 # The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
 # gradient 0.
@@ -74,9 +74,9 @@ def load_saved(saved_ptr):
 
 @triton.jit
 def gradient_terms(saved, formula):
-    """The Terms of a row from its Saved."""
+    """Return the Terms of a row from its Saved."""
     log2_Z_p, log2_Z_p_lo = two_sum(saved.origin, saved.log2_S)
-    # As hi and lo, so that a large centre costs no digits of log(q/p).
+    # As hi and lo, so that log(q/p) keeps its digits with a large centre.
     lse_gap, lse_gap_lo = two_sum(saved.centre, saved.log1p_t)
     return Terms(
         saved,
@@ -92,8 +92,8 @@ def gradient_terms(saved, formula):
 
 @triton.jit
 def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO: tl.constexpr):
-    """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor,
-    without the one-hot term of the sampled token.
+    """Return the gradients of the weighted statistics with respect to one (scaled) logit of each
+    tensor, without the one-hot term of the sampled token.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob + g.lse)
@@ -101,7 +101,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         dy = s·(g.kl·(q - p) + q·(g.ref_kl·(d - E_q[d]) - g.ref_logprob + g.ref_lse))
     Subtract E_p[d] from d before multiplying: on a peaked row the gradient is that small remainder.
     """
-    # p and q stay without their factors, which join the row's constants: one multiplication less
+    # p and q omit their factors, which are folded into the row's constants: one multiplication less
     # per entry.
     log2_p = tl.fma(x, scale * LOG2E, -terms.log2_Z_p)
     p = tl.exp2(log2_p)
@@ -118,7 +118,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
     if (asked.wrt_p and asked.ref_kl) or asked.wrt_q:
         q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.saved.log2_Z_q))
         true_p = p * terms.factor_p
-        # No fma: of equal rows the rounded products are equal, and the gradient is exactly 0.
+        # No fma: for equal rows the rounded products are equal, and the gradient is exactly 0.
         q_minus_p = q * terms.factor_q - true_p
         if asked.compensated and (asked.kl or asked.ref_kl):
             # The difference of two rounded probabilities loses the digits of a small log q - log p.
@@ -140,7 +140,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
             bracket = tl.fma(d - terms.saved.mean_p, -weight * g.kl, bracket)
         grad_x = p * bracket
         if asked.entropy or asked.kl:
-            # An entry without probability has no gradient, even where its logarithm is infinite.
+            # An entry with p = 0 has gradient 0, even if its log is infinite.
             grad_x = tl.where(p == 0.0, 0.0, grad_x)
         if asked.ref_kl:
             grad_x = tl.fma(q_minus_p, -scale * g.ref_kl, grad_x)
@@ -160,7 +160,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
 
 @triton.jit
 def store_gradient(block, offs, grad, place, EDGE: tl.constexpr):
-    """Store the gradients of a tile, those of EDGE tiles only inside the row; 0 beyond read_end."""
+    """Store the gradients of a tile, for EDGE tiles only inside the row; 0 from read_end on."""
     if EDGE:
         grad = tl.where(offs < place.read_end, grad, 0.0)
         tl.store(block + offs, grad, mask=(offs >= place.pad) & (offs < place.end))
@@ -178,13 +178,13 @@ def entry_ratio(x, y, y_lo, scale, terms, COMPENSATED: tl.constexpr, HAS_RATIO: 
     return tl.fma(x, scale * LOG2E, -terms.log2_Z_p), d - terms.lse_gap_lo * D_FACTOR
 
 
-# Entries as read, tuples with one tensor per group: offsets in the row's blocks, and raw logits.
+# Loaded entries, tuples with one tensor per group: offsets in the row's blocks, and raw logits.
 Raw = namedtuple("Raw", "offs x y")
 
 
 @triton.jit
 def raw_entry(raw, i: tl.constexpr, place, reading: tl.constexpr):
-    """Return the capped logits of a group, and Q's with the ratio of temperatures as hi and lo."""
+    """Return the capped logits of a group; Q's times the ratio of temperatures, as hi and lo."""
     x = soft_cap(raw.x[i], reading.softcap, place.p_block.dtype.element_ty)
     capped_y = soft_cap(raw.y[i], reading.ref_softcap, place.q_block.dtype.element_ty)
     y, y_lo = scale_reference(capped_y, place.ratio, reading.ratio)
@@ -233,8 +233,8 @@ def write_tile(
     reading: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Write the gradients of aligned blocks, tiling.groups per thread; all loads come first, so
-    that no store delays them.
+    """Write the gradients of aligned blocks, tiling.groups per thread; all loads precede the
+    stores, so that no store delays them.
     """
     raw = Raw((), (), ())
     for i in tl.static_range(tiling.groups):

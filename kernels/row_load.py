@@ -1,11 +1,10 @@
-"""Reads a row in 16-byte blocks wherever it starts, in an order of addition that alignment does not
-change.
+"""Read a row in 16-byte blocks at any alignment, with an order of addition independent of it.
 
-A block is 16 aligned bytes: LANES elements, 4 or 8. A lane is one of these places, not a thread of
-a warp: a thread holds all lanes of a group.
+A block is 16 aligned bytes: LANES elements, 4 or 8. A lane is one of these positions, not a thread
+of a warp: a thread holds all lanes of a group.
 
-A row that does not start on a 16-byte boundary (V or a stride that is no multiple of a block, a
-slice) is read in the aligned blocks of the memory around it. Group g is the row's logical elements
+A row that does not start on a 16-byte boundary (V or a stride is not a multiple of a block, a
+slice) is read in the aligned blocks that contain it. Group g is the row's logical elements
 g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it,
 so a select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes
 (lane_sum) are built as a tree that a rotation leaves unchanged to the bit: a row gives the same
@@ -19,8 +18,8 @@ import triton.language as tl
 
 from .row_math import LARGEST_SHIFT, LOWEST, scale_reference, soft_cap, subtract, two_sum
 
-# The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an
-# infinity and a NaN.
+# The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, or if d is an
+# infinity or NaN.
 D_FACTOR = tl.constexpr(2.0)
 # Largest temperature, and largest inverse temperature.
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
@@ -33,7 +32,7 @@ Reading = namedtuple("Reading", "tokens softcap ref_softcap ratio")
 
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
-    """Offset in elements of a row of a [outer, inner, V] tensor; row is int64."""
+    """Return the offset in elements of a row of a [outer, inner, V] tensor; row is int64."""
     return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
 
 
@@ -74,8 +73,8 @@ def entry_difference(p_row, q_row, index, mask, ratio, reading: tl.constexpr):
 
 @triton.jit
 def segment_shift(p_row, q_row, length, ratio, reading: tl.constexpr):
-    """Return a whole number near the median of y - x at three of `length` entries: near the
-    constant between the tensors, if there is one; 0 where it is large or not finite.
+    """Return a whole number near the median of y - x at three of `length` entries, which is near a
+    constant offset between the tensors if there is one; 0 if it is large or not finite.
 
     Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the
     magnitude of 50. An approximate shift is enough.
@@ -103,7 +102,7 @@ def row_pad(row_ptr, REALIGN: tl.constexpr):
 
 @triton.jit
 def lane_order(pad, LANES: tl.constexpr):
-    """The element of its group that each lane holds, [1, LANES]."""
+    """Return the element of its group that each lane holds, [1, LANES]."""
     return (tl.arange(0, LANES)[None, :] + (LANES - pad)) % LANES
 
 
@@ -120,7 +119,7 @@ def lane_sum(z):
 
 @triton.jit
 def or_lanes(bits):
-    """Bitwise or over axis 1, inside each thread."""
+    """Return the bitwise or over axis 1, within each thread."""
     THREADS: tl.constexpr = bits.shape[0]
     if bits.shape[1] == 8:
         low, high = tl.split(tl.reshape(bits, [THREADS, 4, 2]))
@@ -157,7 +156,7 @@ def select_mask(pad, LANES: tl.constexpr):
 
 @triton.jit
 def widen(words, DTYPE: tl.constexpr):
-    """Return float32 [THREADS, LANES] of 32-bit words [THREADS, 4] with elements of DTYPE."""
+    """Widen 32-bit words [THREADS, 4] with elements of DTYPE to float32 [THREADS, LANES]."""
     if DTYPE == tl.float32:
         return words.to(tl.float32, bitcast=True)
     else:
@@ -172,7 +171,7 @@ def widen(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_edge(ptrs, mask, EDGE: tl.constexpr):
-    """Load under the mask, with 0 elsewhere, if EDGE; otherwise load all."""
+    """Load under the mask if EDGE, with 0 elsewhere; otherwise load all."""
     return tl.load(ptrs, mask=mask, other=0) if EDGE else tl.load(ptrs)
 
 
@@ -192,7 +191,8 @@ def load_group(
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     words = load_edge(words_ptr + offs_w, group * LANES - pad < remaining, EDGE)
     if REALIGN:
-        # Without a pad no next block is needed: read the own block again and select nothing of it.
+        # Without a pad the next block is not needed: read the same block again and select nothing
+        # from it.
         next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
         own = select_mask(pad, LANES)
         following = load_edge(next_ptr + offs_w, (group + 1) * LANES - pad < remaining, EDGE)
@@ -213,7 +213,7 @@ def load_lane(
 def load_lanes(
     row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
 ):
-    """Return float32 [THREADS, 2]: a lane of each group and the one LANES/2 further."""
+    """Return float32 [THREADS, 2]: a lane of each group and the lane LANES/2 further."""
     return tl.join(
         load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE),
         load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE + LANES // 2),
@@ -222,11 +222,11 @@ def load_lanes(
 
 @triton.jit
 def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """Return float32 [THREADS, LANES]: groups of a tensor that is aligned differently from the
-    other, read element by element.
+    """Return float32 [THREADS, LANES]: groups read element by element, for a tensor aligned
+    differently from the other.
 
-    One load per lane, joined inside each thread: the layout stays that of load_group, and with it
-    the order of every sum.
+    One load per lane, joined inside each thread: the layout is that of load_group, and so is the
+    order of every sum.
     """
     even = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 0)
     odd = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 1)
@@ -236,10 +236,10 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
     return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
 
 
-# Compile-time: how a program reads a row, a tile of threads · groups groups at a time.
+# Compile-time: how a program reads a row, in tiles of threads · groups groups.
 #
-# lanes: elements of a group. groups: of a thread, as in config.RowConfig. realign: rows may start
-# off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as P's.
+# lanes: elements per group. groups: per thread, as in config.RowConfig. realign: rows may start off
+# a 16-byte boundary. q_in_blocks: Q's rows start at the same distance from a boundary as P's.
 Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 
 
@@ -248,8 +248,8 @@ Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 # p_block, q_block: the 16-byte boundary `pad` entries before the first one. q_row: Q's first entry.
 # remaining: entries from the first to the end of the row. order: the entry of its group that each
 # lane holds. shift: see segment_shift. doubled_scale: D_FACTOR/T; scale_log2: LOG2E/T. gamma: see
-# row_math.Want. second: of an f-divergence its divergence_math.Second. Where a kernel has no Q, no
-# gamma or no Second, any pointer or scalar stands in for it.
+# row_math.Want. second: the divergence_math.Second of an f-divergence. A kernel without Q, gamma or
+# Second passes any pointer or scalar for it.
 Segment = namedtuple(
     "Segment",
     "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma second",
@@ -258,7 +258,7 @@ Segment = namedtuple(
 
 # Entries of a row: tuples with one [threads, lanes] tensor per group.
 #
-# difference + lo = y - x - shift. inside: whether an entry is one of the segment.
+# difference + lo = y - x - shift. inside: whether an entry belongs to the segment.
 Tile = namedtuple("Tile", "x difference lo inside")
 
 

@@ -1,5 +1,4 @@
-"""The arithmetic of one row: centred KL terms, the state of a row and the operation that merges
-states.
+"""The arithmetic of one row: centred KL terms, a row's state, and the merge of states.
 
 Notation, for one row with policy logits x, reference logits y and temperature T:
     s = 1/T,   d = (y - x)·s - c   for a centre c near E_p[(y - x)·s],   h(d) = expm1(d) - d,
@@ -11,10 +10,10 @@ exact.
 Then, with t = (U + W)/S,
     KL(P‖Q) = U/S - (t - log1p(t))        lse_q - lse_p = c + log1p(t)
     KL(Q‖P) = ((R - U)/S)/(1 + t) - (u - log1p(u)), u = -t/(1 + t)
-for every centre c. With c near the mean every bracket is as small as the KL, so no digits cancel.
+for every centre c. With c near the mean every bracket is as small as the KL: no cancellation.
 
-Every multiply-add is written as tl.fma and compiled with fusion off: the bits do not depend on what
-a compiler chooses to fuse.
+Every multiply-add is an explicit tl.fma, compiled with fusion off, so the bits do not depend on a
+compiler's fusion.
 """
 
 from collections import namedtuple
@@ -30,8 +29,8 @@ SMALL_D = tl.constexpr(0.25)
 LARGEST_SUM = tl.constexpr(3.0e38)
 # Numbers of a State in memory, float32.
 STATE = tl.constexpr(8)
-# Initial origin: finite, so that no difference of origins is (-inf) - (-inf); a whole number like
-# every origin.
+# Initial origin: finite, so that no difference of origins is (-inf) - (-inf); a whole number, as
+# all origins are.
 LOWEST = tl.constexpr(-1.0e30)
 # Lower clamp of an exponent: 2^-256 is 0 in float32, and 0·(-inf) would be NaN.
 LOWEST_EXPONENT = tl.constexpr(-256.0)
@@ -41,7 +40,7 @@ REANCHOR_GROWTH = tl.constexpr(8.0)
 # correct.
 LARGEST_LOG2_SUM = tl.constexpr(4194304.0)
 # Largest |shift|, and largest difference in nats of two segments' shifts: beyond it e^d of one
-# segment's entries, whose |d| may be LARGEST_D, may matter where e underflows in the row.
+# segment's entries, with |d| up to LARGEST_D, may matter although e underflows in the row.
 LARGEST_SHIFT = tl.constexpr(4096.0)
 LARGEST_GAP = tl.constexpr(8.0)
 # Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
@@ -49,18 +48,18 @@ LARGEST_GAP = tl.constexpr(8.0)
 LARGEST_MEAN_GAP = tl.constexpr(1.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
-# Largest |d| that the sums can represent. From 87 nats below the peak on e^x underflows to 0, and
-# e^x·e^d is lost even where it is not negligible; far below 0, d·h + d² (= d·expm1(d)) cancels.
+# Largest |d| that the sums can represent. From 87 nats below the peak on, e^x underflows to 0, and
+# e^x·e^d is lost even if not negligible; far below 0, d·h + d² (= d·expm1(d)) cancels.
 LARGEST_D = tl.constexpr(60.0)
-# In its place for float32 rows with U > FAR_SHARE·S: if a few far entries make such a KL, the
-# gradient to Q is about KL/|d|, and log1p(t) has an error of 1e-7.
+# Replaces LARGEST_D for float32 rows with U > FAR_SHARE·S: if a few far entries cause such a KL,
+# the gradient to Q is about KL/|d|, and log1p(t) has an error of 1e-7.
 LARGEST_FAR_D = tl.constexpr(16.0)
 FAR_SHARE = tl.constexpr(0.1)
 
 
 @triton.jit
 def two_sum(a, b):
-    """Return a + b as hi and lo: the rounded sum and its rounding error (Knuth)."""
+    """Return a + b as hi and lo: the rounded sum and its rounding error (Knuth's two_sum)."""
     rounded = a + b
     b_part = rounded - a
     return rounded, (a - (rounded - b_part)) + (b - b_part)
@@ -68,10 +67,10 @@ def two_sum(a, b):
 
 @triton.jit
 def subtract(y, x, COMPENSATED: tl.constexpr):
-    """Return y - x as hi and lo, so that a constant shift between the two tensors costs no digits.
+    """Return y - x as hi and lo, so that a constant shift between the tensors costs no digits.
 
-    Without COMPENSATED, lo is a placeholder that `centred` does not read: the rounding of a 16-bit
-    difference to float32 is far below the logits' own.
+    Without COMPENSATED, lo is a placeholder that `centred` does not read: the float32 rounding of a
+    16-bit difference is far below the logits' own rounding.
     """
     if COMPENSATED:
         return two_sum(y, -x)
@@ -101,7 +100,7 @@ def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
 
 @triton.jit
 def horner(x, coefficients: tl.constexpr):
-    """Return the polynomial of these coefficients, of the highest power first."""
+    """Evaluate the polynomial with these coefficients, highest power first."""
     value = tl.fma(x, coefficients[0], coefficients[1])
     for i in tl.static_range(2, len(coefficients)):
         value = tl.fma(x, value, coefficients[i])
@@ -119,7 +118,7 @@ def h_over_square(d):
 @triton.jit
 def h_accurate(d):
     """Return h(d) with a relative error of 5e-7; slow, used per state and not per entry."""
-    # The Taylor series to d¹², of (expm1(d) - d)·2/d².
+    # Taylor series of (expm1(d) - d)·2/d², from expm1's terms up to d¹².
     series = tl.fma(d, 1 / 12, 1.0)
     for n in tl.static_range(9):
         series = tl.fma(d * series, 1 / (11 - n), 1.0)
@@ -128,9 +127,9 @@ def h_accurate(d):
 
 @triton.jit
 def log1p(t):
-    """Return log(1 + t): for -0.5 < t < 1 by a series, within 2 ulp; elsewhere by tl.log."""
-    # 2·atanh(z), z = t/(2 + t). A GPU's logarithm is off by 2e-7: beside a KL of 0.2 nats that a
-    # few far entries make, that is 2e-5 of the gradient to Q.
+    """Return log(1 + t): by a series for -0.5 < t < 1, within 2 ulp; otherwise by tl.log."""
+    # 2·atanh(z), z = t/(2 + t). A GPU's logarithm is off by 2e-7: with a KL of 0.2 nats from a few
+    # far entries, that is 2e-5 of the gradient to Q.
     z = tl.div_rn(t, 2.0 + t)
     square = z * z
     series = horner(square, (2 / 15, 2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
@@ -149,7 +148,7 @@ def t_minus_log1p(t):
 def kl_of_means(mean_h, mean_d):
     """Return KL(P‖Q) from E_p[h] and E_p[d], never negative; NaN stays NaN."""
     t = mean_h + mean_d
-    # Beyond t = 1 the first form would be the difference of two numbers much larger than the KL.
+    # Above t = 1 the first form is a difference of two numbers much larger than the KL.
     kl = tl.where(t < 1.0, mean_h - t_minus_log1p(t), tl.log(1.0 + t) - mean_d)
     return tl.where(kl < 0.0, 0.0, kl)
 
@@ -170,7 +169,7 @@ def renyi_of_means(mean_r, mean_h, mean_d, gamma):
     """
     t = mean_h + mean_d
     z = tl.fma(gamma, mean_d, mean_r)
-    # log(1 + z) - γ·log(1 + t); where both are small, their first orders cancel.
+    # log(1 + z) - γ·log(1 + t); if both are small, their first orders cancel.
     small = tl.fma(-gamma, mean_h, mean_r) - t_minus_log1p(z) + gamma * t_minus_log1p(t)
     log_z = tl.where(tl.maximum(tl.abs(z), t) < 1.0, small, log1p(z) - gamma * log1p(t))
     value = tl.div_rn(log_z, -gamma)
@@ -179,13 +178,13 @@ def renyi_of_means(mean_r, mean_h, mean_d, gamma):
 
 @triton.jit
 def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    """Return SOFTCAP·tanh(x/SOFTCAP), x where SOFTCAP is 0. DTYPE: the logits' type in memory.
+    """Return SOFTCAP·tanh(x/SOFTCAP), or x if SOFTCAP is 0. DTYPE: the logits' dtype in memory.
 
-    The error is 2e-7·SOFTCAP, far below a 16-bit logit's own rounding; for float32 logits it is
-    below 4e-7 of the result.
+    The error is 2e-7·SOFTCAP, far below a 16-bit logit's rounding; for float32 logits it is below
+    4e-7 of the result.
     """
     if SOFTCAP > 0.0:
-        # tanh z = 1 - 2/(e^2z + 1), the reciprocal as a reciprocal square root: a division costs
+        # tanh z = 1 - 2/(e^2z + 1), with the reciprocal as rsqrt of a square: a division costs
         # three times as much. An infinite power gives 1.
         power = tl.exp2(x * (2.0 * LOG2E / SOFTCAP)) + 1.0
         capped = tl.fma(tl.rsqrt(power * power), -2.0 * SOFTCAP, SOFTCAP)
@@ -209,7 +208,7 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
-    """Return the derivative of soft_cap where it has the value `capped`; 1 where SOFTCAP is 0."""
+    """Return the derivative of soft_cap at the result `capped`; 1 if SOFTCAP is 0."""
     if SOFTCAP > 0.0:
         t = capped * (1.0 / SOFTCAP)
         return (1.0 - t) * (1.0 + t)
@@ -219,12 +218,12 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
 
 # The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
 #
-# Fields that were not requested are zeros. shift: see row_load.segment_shift.
+# Fields not requested are zeros. shift: see row_load.segment_shift.
 State = namedtuple("State", "origin S A W U R centre shift")
 
 
-# The divergences, in an order that comparisons rely on: those after Rényi's take a second read.
-# Jeffreys' is the sum of two fields, kl and ref_kl (fastkl/ops/engine.py).
+# The divergences; comparisons rely on the order: those after Rényi's take a second read. Jeffreys'
+# is the sum of two fields, kl and ref_kl (fastkl/ops/engine.py).
 OF_KL = tl.constexpr(0)
 RENYI = tl.constexpr(1)
 JS = tl.constexpr(2)
@@ -233,7 +232,8 @@ TOTAL_VARIATION = tl.constexpr(4)
 
 
 # Compile-time. name: one of the five numbers above. small_rest: whether rest, Q's share of the
-# mixture m, is so small that log(m/p) needs a series. lg2: whether the GPU has PTX's lg2.approx.
+# mixture m, is small enough that log(m/p) needs a series. lg2: whether the GPU has PTX's
+# lg2.approx.
 Kind = namedtuple("Kind", "name small_rest lg2")
 
 
@@ -248,7 +248,7 @@ Want = namedtuple("Want", "entropy kl ref_kl kind compensated lse")
 
 @triton.jit
 def recentre(state, delta, gamma, want: tl.constexpr):
-    """Move the centre up by `delta`, without reading an entry; gamma: see Want."""
+    """Move the centre up by `delta`, without reading entries; gamma: see Want."""
     shrink = tl.exp2(-delta * LOG2E)
     h = h_accurate(-delta)
     W = tl.fma(-delta, state.S, state.W)
@@ -290,10 +290,10 @@ def rescale(state, origin, want: tl.constexpr):
 
 @triton.jit
 def merge(state, scale, gamma, want: tl.constexpr):
-    """Merge a vector of states (axis 0) into one, with its centre at the mean over all of them and
-    the shift of one with the highest origin; U is +inf where shifts are LARGEST_GAP apart.
+    """Merge a vector of states (axis 0) into one, with its centre at the mean over all and the
+    shift of a state with the highest origin; U is +inf if shifts are LARGEST_GAP apart.
 
-    A state without weight (S = 0) adds nothing, whatever its centre.
+    A state with S = 0 adds nothing, whatever its centre.
     """
     origin = tl.max(state.origin, 0)
     shift = tl.max(tl.where(state.origin == origin, state.shift, -LARGEST_SHIFT), 0)
@@ -307,7 +307,7 @@ def merge(state, scale, gamma, want: tl.constexpr):
     total = tl.sum(state.S, 0)
     centre = total * 0.0
     if want.kl:
-        # A centre off by δ leaves δ²/2 in U, which cancels and takes the KL's digits along.
+        # A centre off by δ leaves δ²/2 in U, whose cancellation costs the KL digits.
         centre = tl.div_rn(
             tl.sum(tl.where(state.S > 0.0, tl.fma(state.S, state.centre, state.W), 0.0), 0), total
         )

@@ -1,4 +1,4 @@
-"""The log-sum-exp of a row's logits outside a list of entries, in one read."""
+"""The log-sum-exp of a row's logits over the entries not in a list, in one read."""
 
 import triton
 import triton.language as tl
@@ -18,15 +18,15 @@ from .row_load import (
 )
 from .row_math import LARGEST_LOG2_SUM, LN2, LOG2E, LOWEST, OF_KL, Kind, Want
 
-# Logits below LOWEST_PRODUCT / max(log2(e)/T, 1) count as masked: their products might overflow.
+# Logits below LOWEST_PRODUCT / max(log2(e)/T, 1) count as masked: their products may overflow.
 LOWEST_PRODUCT = tl.constexpr(-1.0e38)
-# The origin of an empty sum, below every other one.
+# Origin of an empty sum, below every other origin.
 NO_ORIGIN = tl.constexpr(-2.0e38)
 
 
 @triton.jit
 def next_id(ids_ptr, place, K, first, V):
-    """Return the id at a place of a row's sorted list, relative to `first`; past its end V."""
+    """Return the id at a position of a row's sorted list, relative to `first`; V past the end."""
     return tl.load(ids_ptr + place, mask=place < K, other=V).to(tl.int32) - first
 
 
@@ -44,7 +44,7 @@ def compensated_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.cons
 def whole_exponent(peak, scale_log2, scale_lo):
     """Return ⌊peak·s·LOG2E⌋ as hi and lo, two whole numbers; (NO_ORIGIN, 0) for a peak of -inf.
 
-    lo corrects hi where the product was rounded: by 1 next to a whole number, by more beyond 2^24.
+    lo corrects hi for the product's rounding: by 1 next to a whole number, by more beyond 2^24.
     """
     hi = tl.floor(peak * scale_log2)
     lo = tl.floor(tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -hi)))
@@ -64,7 +64,7 @@ def outside_sum(
     IDS: tl.constexpr,
 ):
     """Return (peak, sum) of the first `length` entries of a Segment that starts at entry `first`,
-    without those in the sorted list of K ids: the largest, -inf if none is left, and
+    without those in the sorted list of K ids: the largest entry, -inf if there is none, and
     Σ 2^(x·s·LOG2E - origin), with origin the whole_exponent of the peak.
 
     part.second: the low part of the scale.
@@ -78,7 +78,7 @@ def outside_sum(
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
     origin, origin_lo = whole_exponent(peak, part.scale_log2, part.second)
-    # In float64: a gradient is the small difference of the student's and the teacher's rest.
+    # Float64: a gradient is the small difference of the student's and the teacher's rest.
     total = tl.zeros([tiling.threads], tl.float64)
     listed = next_id(ids_ptr, place, K, first, V)
     entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + part.order
@@ -92,11 +92,11 @@ def outside_sum(
         largest = tl.max(tl.max(x, 1), 0)
         peak = tl.where(largest > lowest, tl.maximum(peak, largest), peak)
         raised, raised_lo = whole_exponent(peak, part.scale_log2, part.second)
-        # Both parts of the scale: a KL of 1e-8 has no digits to spare for an exponent off by 1e-6.
+        # Use both parts of the scale: a KL of 1e-8 cannot afford an exponent off by 1e-6.
         exponent = tl.fma(x, part.second, tl.fma(x, part.scale_log2, -raised)) - raised_lo
         # A logit of +inf or NaN makes the sum NaN.
         e = tl.where(x > lowest, tl.exp2(exponent), tl.where(x == x, 0.0, x))
-        # Whole numbers: rescaling by their difference is exact.
+        # Origins are whole numbers, so rescaling is exact.
         total *= tl.exp2((origin - raised) + (origin_lo - raised_lo)).to(tl.float64)
         total += lane_sum(e).to(tl.float64)
         origin = raised
@@ -106,37 +106,37 @@ def outside_sum(
 
 @triton.jit
 def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_log2, scale_lo):
-    """Write a row's results and saved values from its peak and sum, as of outside_sum."""
+    """Write a row's results and saved values from its peak and sum, as returned by outside_sum."""
     offs_saved = tl.arange(0, 16)
     origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
     huge = tl.abs(origin) > LARGEST_LOG2_SUM
-    # peak·s·LOG2E - (origin + origin_lo); in a huge row as it was rounded in the sum.
+    # peak·s·LOG2E - (origin + origin_lo); in a huge row with the sum's rounding.
     wide_scale = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
     above = tl.where(
         huge,
         (tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -origin)) - origin_lo).to(tl.float64),
         peak.to(tl.float64) * wide_scale - origin.to(tl.float64) - origin_lo.to(tl.float64),
     )
-    # In float64, whatever type a bare constant has.
+    # A float64 tensor, whatever the type of a bare constant.
     log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
     empty = total == 0.0
     tl.store(log_sum_ptr, tl.where(empty, float("-inf"), log_sum))
     tl.store(peak_ptr, tl.where(empty, float("-inf"), peak.to(tl.float64)))
     marked = tl.maximum(log_sum, 0.0).to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     fallback_saved = tl.where(offs_saved == 0, peak, marked.to(tl.float32, bitcast=True))
-    # Backward multiplies by the rounded scale: let it be right at the peak. Add 1, because a
+    # Backward multiplies by the rounded scale: correct for it at the peak. Add 1, because a
     # negative log2_S would mark a fallback row.
     rounding = peak.to(tl.float64) * (wide_scale - (scale * LOG2E).to(tl.float64))
     log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
     saved = tl.where(offs_saved == 0, origin + origin_lo - 1.0, log2_S)
     saved = tl.where(huge, fallback_saved, saved)
-    # Of an empty rest a log-sum-exp so high that every probability is 0.
+    # For an empty rest, a log-sum-exp so high that every probability is 0.
     saved = tl.where(empty, tl.where(offs_saved == 0, -LOWEST, 0.0), saved)
     tl.store(saved_ptr + offs_saved, tl.where(offs_saved < 2, saved, 0.0), mask=offs_saved < SAVED)
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
-# cause a recompile.
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -166,7 +166,7 @@ def row_outside(  # noqa: PLR0913
     p_ptr,
     mask_ptr,
     temperature_ptr,  # as in row_forward
-    ids_ptr,  # [N, K] int64, each row sorted; V for an absent one
+    ids_ptr,  # [N, K] int64, sorted in each row; V for an absent id
     totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     log_sum_ptr,  # [N] float64
@@ -192,18 +192,20 @@ def row_outside(  # noqa: PLR0913
     REALIGN: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Sum one segment of one row outside its list; the last program of a row to finish writes it.
+    """Sum one segment of one row outside its list; the row's last program to finish writes the
+    result.
 
-    Math:   the largest entry that is not listed, and log Σ exp((x - largest)/T) over these entries.
+    Math:   the largest entry not listed, and log Σ exp((x - largest)/T) over the entries not
+            listed.
     Grid:   (N · splits,), a row's segments next to each other, as in row_forward.
     Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
     Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
             per row.
-    Saves:  what backward reads of a policy alone whose vocabulary is the rest: origin - 1, and
-            log2(sum) + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM the
-            peak and the marked log_sum, as fallback.save_stats. Zeros otherwise.
-    Special values: both results are -inf where no entry is left; the log-sum-exp is NaN where an
-            entry is NaN or +inf. A masked row gets zeros.
+    Saves:  values for the backward of a policy alone with the rest as its vocabulary: origin - 1,
+            and log2(sum) + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM
+            the peak and the marked log_sum, as fallback.save_stats. Zeros otherwise.
+    Special values: both results are -inf if no entry is left; the log-sum-exp is NaN if an entry is
+            NaN or +inf. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -236,7 +238,7 @@ def row_outside(  # noqa: PLR0913
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, peak.to(tl.float64))
         tl.store(parts_ptr + 1, total)
-        # Order all threads' stores before the one thread's release.
+        # Order all threads' stores before the release by one thread.
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
             return

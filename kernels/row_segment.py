@@ -1,14 +1,14 @@
-"""The sums of a segment of a row: one read of the logits, a tile at a time, by one warp.
+"""Sum a segment of a row: one read of the logits, a tile at a time, by one warp.
 
-Origin and centre are uniform over the threads. A tile takes one of three paths, which the row's
-data alone select:
+Origin and centre are uniform over the threads. A tile takes one of three paths, selected only by
+the row's data:
     near:     every |d| < 1 and the weight within its limit, as in nearly all tiles of a policy near
               its reference: a polynomial for h(d);
     general:  the weight within its limit: a second exponential where |d| is large;
     anchor:   some thread's weight exceeds its limit, so that the weight about this centre might
               grow more than eightfold: move origin and centre, then take the tile again.
 The centre is always the mean of d over at least an eighth of the weight: sums about a distant
-centre would lose their digits when the centre moves.
+centre would lose digits when the centre moves.
 
 The second read of an f-divergence starts with log2 of P's partition function as origin and with
 lse_q - lse_p as centre: e is p and d is log(q/p), and no tile is anchored.
@@ -44,8 +44,8 @@ GENERAL = tl.constexpr(1)
 ANCHOR = tl.constexpr(2)
 
 
-# A tile about the present origin and centre: e and D_FACTOR·d as tuples, S, each thread's sum of e
-# in the tile, and lane_A with the tile added.
+# A tile relative to the current origin and centre: e and D_FACTOR·d as tuples; S, each thread's sum
+# of e in the tile; lane_A with the tile added.
 Weights = namedtuple("Weights", "e d S lane_A")
 
 
@@ -59,7 +59,7 @@ Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lan
 
 @triton.jit
 def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
-    """The sums of an empty segment; the first tile with weight takes the anchor path."""
+    """Return the sums of an empty segment; the first tile with weight takes the anchor path."""
     origin = tl.full([], LOWEST, tl.float32)
     centre = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([tiling.threads], tl.float32)
@@ -103,7 +103,7 @@ def h_near(d):
 @triton.jit
 def h_general(d):
     """Return 2·h(d) and (D_FACTOR·d)², from D_FACTOR·d; relative error 3e-6, by the polynomial of
-    h_over_square where d is small.
+    h_over_square if d is small.
     """
     square = d * d
     series = horner(
@@ -129,8 +129,8 @@ def weigh(
     CLAMP: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes
-    lane_A NaN.
+    """Return the Weights of a tile. Without CLAMP, a finite logit so low that its exponent
+    overflows makes lane_A NaN.
     """
     es = ()
     ds = ()
@@ -197,8 +197,8 @@ def state_of(sums, shift, want: tl.constexpr):
 
 @triton.jit
 def spread(z, LANES: tl.constexpr):
-    """Divide z [threads] equally over the lanes, whose number is a power of two: nothing is
-    rounded, and no order of lanes matters.
+    """Divide z [threads] equally over the lanes; their number is a power of two, so there is no
+    rounding, and the order of lanes does not matter.
     """
     return tl.broadcast_to((z * (1.0 / LANES))[:, None], [z.shape[0], LANES])
 
@@ -206,7 +206,7 @@ def spread(z, LANES: tl.constexpr):
 @triton.jit
 def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
     """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
-    over all entries so far, this tile included, or over the tile alone if it outweighs the others
+    over all entries so far, including this tile, or over the tile alone if it outweighs the others
     eightfold.
     """
     state = state_of(sums, part.shift, want)
@@ -231,16 +231,16 @@ def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.
     before = tl.sum(state.S, 0)
     centre = state.centre
     if want.kl:
-        # Divide with one rounding: on a peaked row the whole gradient is the remainder d - E_p[d]
-        # at the peak.
+        # Use correctly rounded division: on a peaked row the whole gradient is the remainder
+        # d - E_p[d] at the peak.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * part.doubled_scale * (1.0 / D_FACTOR)
         delta = tl.fma(mean - centre, total, tl.sum(state.W, 0)) / (before + total)
         centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
         # Recentre by the difference of the rounded centres, not by delta.
         delta = tl.where(state.S > 0.0, centre - state.centre, 0.0)
         state = recentre(state, delta, part.gamma, want)
-    # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
-    # tile, which therefore never anchors twice.
+    # The limits add up to REANCHOR_GROWTH times the weight. Each exceeds the thread's S with this
+    # tile, so a tile never anchors twice.
     limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / tile_S.shape[0], state.S + tile_S)
     LANES: tl.constexpr = sums.lane_W.shape[1]
     # Near tiles do not update `largest`: there |d| < 1.
@@ -258,7 +258,7 @@ def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.
 def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
 
-    d and h below carry their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
+    d and h below include their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
     """
     lane_W = sums.lane_W
     lane_U = sums.lane_U
@@ -309,7 +309,7 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
     """
     GROUPS: tl.constexpr = tiling.groups
     TILE: tl.constexpr = tiling.threads * tiling.groups
-    # Without a KL there is no near path to keep short: clamp always instead of summing twice.
+    # Without a KL there is no near path to keep short: always clamp instead of summing twice.
     CLAMP: tl.constexpr = not want.kl
     ANCHORS: tl.constexpr = want.kind.name <= RENYI
     sums = empty_sums(part, tiling, want)
@@ -320,8 +320,8 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
         weights = weigh(sums, tile, part, GROUPS, want, CLAMP, False)
         path = path_of(sums, weights, GROUPS, want)
         if ANCHORS and path > GENERAL:  # anchor
-            # A NaN never takes this path: comparisons with NaN are false. Load the tile again:
-            # keeping it for this path costs registers on the others.
+            # A NaN never takes this path: comparisons with NaN are false. Reload the tile: keeping
+            # it for this path costs registers on the others.
             tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
             sums = anchor(sums, tile, part, GROUPS, want, False)
         else:
@@ -333,11 +333,12 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(sums.lane_A), 0)
         if A != A:
-            # A column that both tensors mask by a large finite number makes A NaN: start over with
+            # A column masked in both tensors by a large finite number makes A NaN: restart with
             # exponents clamped.
             sums = empty_sums(part, tiling, want)
             group = 0
-    # Less than a tile is left, or all of it: one group of each thread at a time.
+    # The remainder below a tile, or the whole segment after a restart: one group per thread at a
+    # time.
     while group * tiling.lanes < length:
         tile = load_tile(part, group, length, 1, tiling, want, reading, True)
         weights = weigh(sums, tile, part, 1, want, True, True)

@@ -1,4 +1,4 @@
-"""A divergence for the launchers: its kind, its numbers and its polynomials near P = Q."""
+"""A divergence for the launchers: kind, numbers, and polynomials near P = Q."""
 
 import functools
 from typing import NamedTuple
@@ -14,13 +14,13 @@ KINDS = {
     "skew_kl": SKEW_KL.value,
     "total_variation": TOTAL_VARIATION.value,
 }
-# Where Q's share of the mixture is below this, the logarithms of far entries need a series.
+# Below this share of Q in the mixture, the logarithms of far entries need a series.
 SMALL_REST = 0.05
 
 
 class Series(NamedTuple):
     """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of the
-    polynomials of divergence_math.py, the highest power first.
+    polynomials of divergence_math.py, highest power first.
 
     forward: of G and K, or R for total variation; () without a second read. backward: of U and V;
     () for the KL.

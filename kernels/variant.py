@@ -1,4 +1,4 @@
-"""Kernels as they are started: compiled once for a device, tensor types and compile-time values."""
+"""Compiled kernels: one per device, tensor dtypes and compile-time values."""
 
 import contextlib
 import functools
@@ -11,8 +11,8 @@ from . import config
 from .layout import Case, Problem
 from .row_fallback import row_fallback
 
-# Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler
-# fuses; Triton's own default varies by version.
+# Multiply-adds are explicit in the kernels, so that the bits do not depend on a compiler's fusion;
+# Triton's default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
 # Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
 # rows spread over a GPU, but enough that all programs of 8192 rows are resident.
@@ -35,11 +35,11 @@ def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 class Variant:
     """A kernel with its compile-time values and compiler options, for one device and one set of
-    tensor types. It compiles at its first start: call it once before capturing a CUDA graph.
+    tensor dtypes. It compiles at the first start: call it once before capturing a CUDA graph.
 
-    From the second start on the compiled kernel is started directly. Triton's launch path takes
-    tens of microseconds, most of a call with few rows; it also checks globals and runs pre-run
-    hooks, which are skipped.
+    From the second start on, the compiled kernel is launched directly. Triton's launch path takes
+    tens of microseconds, most of a call with few rows; its checks of globals and pre-run hooks are
+    skipped.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Variant:
         """Launch `programs` programs with arguments in the order of the kernel's signature,
         compile-time values last.
 
-        Numbers have fixed types there, so that tensors' types and compile-time values alone select
-        a compilation.
+        Numbers have fixed types there, so only tensor dtypes and compile-time values select a
+        compilation.
         """
-        if self.compiled is None:  # in the interpreter always: it compiles nothing
+        if self.compiled is None:  # always in the interpreter, which does not compile
             self.compiled = self.kernel[programs, 1, 1](
                 **arguments, **self.constants, **self.options
             )
@@ -72,8 +72,8 @@ def _variant(
     num_warps: int,
     registers: int | None,
 ) -> Variant:
-    """Return the one Variant of a kernel for tensors of `case`, gradients of the types `grads`, and
-    compile-time values beside the case's own.
+    """Return the unique Variant of a kernel for tensors of `case`, gradients of dtypes `grads`, and
+    compile-time values in addition to the case's.
     """
     known = {**case.constants, **dict(constants)}
     in_order = {
@@ -86,7 +86,9 @@ def _variant(
 def row_variant(
     kernel: Any, case: Case, chosen: config.RowConfig, grads: Grads, limited: bool, **constants: Any
 ) -> Variant:
-    """Return a kernel's Variant for a configuration; not limited: ptxas chooses the registers."""
+    """Return a kernel's Variant for a configuration; without `limited`, ptxas chooses the
+    registers.
+    """
     constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
     registers = chosen.registers(case.needs_registers) if limited else None
     warps = max(1, chosen.threads // case.warp)
@@ -94,7 +96,7 @@ def row_variant(
 
 
 def fallback_variant(case: Case, grads: Grads, **constants: Any) -> Variant:
-    """Return row_fallback's Variant; it takes no part in the configuration table."""
+    """Return row_fallback's Variant, which does not use the configuration table."""
     constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
     warps = FALLBACK_THREADS // case.warp
     items = frozenset(constants.items())

@@ -1,6 +1,4 @@
-"""One model's lm_head over chunks of tokens: how many tokens go into one GEMM, the buffers, and the
-sums of gradients.
-"""
+"""One model's lm_head over chunks of tokens: tokens per GEMM, buffers, and gradient sums."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,25 +7,25 @@ import torch
 from . import gemm
 from .fields import result_dtype
 
-# Tokens of one GEMM: enough for a GPU's tiles to come out even, few enough that two buffers are
-# small beside a weight.
+# Tokens per GEMM: enough to fill a GPU's tiles, few enough that two buffers are small compared with
+# a weight.
 LARGEST_CHUNK = 1024
-# Bytes that buffers of logits may take unless the user says otherwise: never derived from free
-# memory, on which results would then depend.
+# Default bound on the bytes of logits buffers. Not derived from free memory: results would depend
+# on it.
 WORKSPACE = {"cpu": 1 << 27}
 WORKSPACE_ON_A_GPU = 1 << 30
-# Row strides are whole 128-byte lines for any V: matrix units and row kernels read aligned rows.
+# Row strides are multiples of 128 bytes for any V, so that GEMMs and row kernels read aligned rows.
 ROW_ELEMENTS = 64
-# A sum of fewer bytes stays in float32: cuBLAS may cut a GEMM with so small a result along the
-# tokens, and add the parts up in 16 bits.
+# A sum of fewer bytes stays in float32: cuBLAS may use split-K for so small a result, and add the
+# partial sums in 16 bits.
 SMALL_SUM = 1 << 26
-# Chunks are cut in whole tiles of a GEMM.
+# Chunks are multiples of a GEMM tile.
 TILE = 128
 
 
 class Sum:
     """A gradient summed over tokens, in float32 (float64 for float64); total: None before the first
-    summand. heads: how many add to it, if it is a weight's.
+    summand. heads: for a weight, the number of heads that add to it.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -36,7 +34,7 @@ class Sum:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of a sum in a wider type than the gradient's, which the op does not return."""
+        """Bytes of a sum in a wider dtype than the gradient's; the op does not return this sum."""
         return 0 if self.dtype == self.like.dtype else self.like.numel() * self.dtype.itemsize
 
     @property
@@ -50,7 +48,7 @@ class Sum:
         return self.extra_bytes if spares and self.heads == 1 else 0
 
     def add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
-        """Call product(total, *operands, first), which adds to total; at first it fills it."""
+        """Call product(total, *operands, first), which adds to total, or fills it if `first`."""
         first = self.total is None
         if self.total is None:
             self.total = torch.empty(self.like.shape, dtype=self.dtype, device=self.like.device)
@@ -58,11 +56,11 @@ class Sum:
 
 
 class ChunkedHead:
-    """One model's lm_head over the tokens computed, with its buffers and the sums of its gradients:
-    None if not requested.
+    """One model's lm_head over the tokens computed, with its buffers and gradient sums, None if not
+    requested.
 
-    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's type; two
-    heads that share a weight share the sum of its gradient.
+    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's dtype; two
+    heads that share a weight share its gradient sum.
     """
 
     trains = True
@@ -75,18 +73,19 @@ class ChunkedHead:
         logits_dtype: torch.dtype,
     ) -> None:
         self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
-        # Memory [N, V] for all logits; whether it has them already, and gradients may overwrite it.
+        # Memory [N, V] for all logits; whether it is filled already, and whether gradients may
+        # overwrite it.
         self.kept: torch.Tensor | None = None
         self.filled = self.free = False
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: Sum | None = None
         self.grad_bias: Sum | None = None
-        # Whether a gradient is requested, and overwrites kept logits.
+        # Whether a gradient is requested, and whether it overwrites kept logits.
         self.learns = self.overwrites = False
-        # Whether a chunk's logits have a buffer of their own; else their gradients overwrite them.
+        # Whether a chunk's logits have a separate buffer; otherwise their gradients overwrite them.
         self.buffered = True
-        # That buffer, one for a window's gradients of logits, those gradients, and the window's
-        # first token.
+        # Separate buffer for logits; buffer for a window's gradients of logits; those gradients;
+        # the window's first token.
         self.logits: torch.Tensor | None = None
         self._window: torch.Tensor | None = None
         self._grads: torch.Tensor | None = None
@@ -94,8 +93,8 @@ class ChunkedHead:
 
     def keep(self, memory: torch.Tensor, filled: bool, free: bool = False) -> None:
         """Use memory [..., at least V] for logits; those of the tokens computed come first."""
-        # A saved-tensor hook may return a non-contiguous tensor. `.data`: backward overwrites them
-        # unseen by autograd (linear_op records it).
+        # A saved-tensor hook may return a non-contiguous tensor. `.data` hides overwriting in
+        # backward from autograd (linear_op records it).
         rows, vocabulary = memory.data.contiguous().view(-1, memory.shape[-1]), len(self.weight)
         self.kept, self.filled, self.free = rows[: len(self.hidden), :vocabulary], filled, free
         if not filled:
@@ -135,7 +134,7 @@ class ChunkedHead:
         """Begin a window: tokens whose gradients of logits are kept until one GEMM."""
         self._start, self._states = window.start, self.hidden[window]
         if mask is not None:
-            # 0·NaN in a GEMM would spread.
+            # Zero masked states: 0·NaN in a GEMM would spread.
             self._states = torch.where(mask[window][:, None], self._states, 0)
         if self.overwrites and self.kept is not None:
             self._grads = self.kept[window]
@@ -193,7 +192,7 @@ class GivenLogits(ChunkedHead):
 
 
 def row_width(vocabulary: int) -> int:
-    """Return a vocabulary's entries padded to whole lines."""
+    """Return the row width of a vocabulary, padded to 128-byte lines."""
     return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
@@ -203,23 +202,23 @@ def plan(
     taking_part: Sequence[ChunkedHead],
     width: int = 0,
 ) -> tuple[int, int]:
-    """Return (chunk, window), the tokens of one GEMM that computes logits, and of one from the
-    gradients of logits, from the shapes, the types and a fixed bound on memory.
+    """Return (chunk, window): the tokens of a GEMM that computes logits, and of a GEMM on gradients
+    of logits, from the shapes, the dtypes and a fixed bound on memory.
 
     heads: those of forward; taking_part: those of backward. The chunk is that of forward even if a
-    head has no gradient, so that recomputed logits have the same bits. One window takes all tokens
-    if their gradients overwrite kept logits, or if its peak memory is no more than that of smaller
-    windows plus a float32 accumulator. width: of all shards but the last, so that all ranks cut
-    alike.
+    head needs no gradient, so that recomputed logits have the same bits. One window takes all
+    tokens if their gradients overwrite kept logits, or if its peak memory is no more than that of
+    smaller windows plus a float32 accumulator. width: of every shard except the last, so that all
+    ranks use the same chunks.
     """
     (tokens, _), vocabulary = heads[0].hidden.shape, width or len(heads[0].weight)
     workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
-    # Every GEMM into a weight's sum reads and writes the whole sum: prefer few large ones.
+    # Each GEMM into a weight's sum reads and writes the whole sum, so prefer few large GEMMs.
     sums = {head.grad_weight for head in taking_part if head.grad_weight is not None}
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
         return chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk
-    # Half of the workspace is for chunks of logits; with a weight's sum, the window takes the rest.
+    # Chunks of logits get half of the workspace; with a weight's sum, the window gets the rest.
     row_bytes = vocabulary * heads[0].logits_dtype.itemsize
     chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
@@ -233,7 +232,8 @@ def plan(
     window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
     if not all([each.spared_bytes for each in sums]):
         return chunk, window
-    # Several windows: each sum is rounded after the last. One: its GEMMs' results lie beside it.
+    # With several windows each sum is rounded after the last; with one, the GEMMs' results coexist
+    # with its buffers.
     returned = [each.like.nbytes for each in sums]
     several = extra + max(window * gradients + chunks, *returned)
     one = tokens * gradients + max(chunks, sum(returned))
@@ -242,7 +242,7 @@ def plan(
 
 def _cut(tokens: int, largest: int, unit: int) -> int:
     """Return the length of the fewest pieces of at most `largest` tokens, nearly equal in whole
-    units, so that no small piece is left at the end.
+    units, so that the last piece is not small.
     """
     if tokens <= largest:
         return max(1, tokens)

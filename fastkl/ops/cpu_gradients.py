@@ -1,4 +1,4 @@
-"""Gradients of rows on a CPU from the values that cpu_rows.statistics saved."""
+"""Row gradients on a CPU, from the values saved by cpu_rows.statistics."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,8 +23,8 @@ from .fields import POLICY_FIELDS, REFERENCE_FIELDS
 # Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
 # 100,000 entries its sums are off by 1e-5.
 SHORT = 4096
-# Bytes that LentMemory may allocate for the last rows; more if a fourteenth of the gradient, or a
-# row, is more.
+# Bytes that LentMemory may allocate for the last rows, or a fourteenth of the gradient or one row
+# if that is more.
 OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -33,20 +33,20 @@ Sides = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sides:
-    """Return the rows, or rows and columns, `at` of each."""
+    """Return the rows, or rows and columns, `at` of each side."""
     grad_p, grad_q = sides
     return None if grad_p is None else grad_p[at], None if grad_q is None else grad_q[at]
 
 
 class LentMemory:
-    """Scratch memory borrowed from gradient rows that are not written yet; the last rows get memory
-    of their own.
+    """Scratch memory borrowed from gradient rows not yet written; the last rows get their own
+    memory.
 
-    separate: whether the gradient's storage is not that of the logits.
+    separate: whether the gradient and the logits have different storages.
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # They hold a row's d, its products and, for 16-bit logits, its softmax, in float32.
+        # Float32 buffers of a row: d, products and, for 16-bit logits, the softmax.
         self._buffers = 2 if grad.dtype == torch.float32 else 3
         row_bytes = 4 * self._buffers * grad.shape[1]
         self._rows, self._vocabulary, self._step = *grad.shape, 2 * step
@@ -62,9 +62,9 @@ class LentMemory:
         self._own_rows = max(1, min(2 * step, max(grad.nbytes // 14, OWN_BYTES) // row_bytes))
 
     def blocks(self, begin: int | None, rows: int) -> Iterator[tuple[slice, Room]]:
-        """Yield (the rows of a block, its buffers) of so many rows, counted from the first.
+        """Yield (rows of a block, buffers) for `rows` rows, numbered from 0.
 
-        begin: the gradient's row of the first; None for gathered ones, behind which no row is free.
+        begin: the gradient row of the first; None for gathered rows, which lend no memory.
         """
         start, room, lent = 0, self._own_room, 0
         while start < rows:
@@ -88,9 +88,9 @@ def kl_and_gradient(
     """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the
     gradient to P if factor [k, 1] is -s·upstream.
 
-    Bit-identical to `statistics` then `gradients`, with one softmax fewer. Returns also the numbers
-    of the fallback rows, for which float32 does not suffice, and copies of them. keep_grad: grad
-    must not be written before the logits are read.
+    Bit-identical to `statistics` then `gradients`, with one softmax fewer. Also returns the numbers
+    of the fallback rows, for which float32 does not suffice, and copies of these rows. keep_grad:
+    grad must not be written before the logits are read.
     """
     e = (
         room("e", block.x.shape)
@@ -112,7 +112,7 @@ def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, room: Ro
         torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight)), e, out=e)
     elif d.shape[0] > 1 or torch.get_num_threads() == 1:
         torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
-    else:  # torch splits a lone row's sum across threads
+    else:  # torch splits a single row's sum across threads
         e.copy_(
             torch._softmax_backward_data(d.expand(2, -1), e.expand(2, -1), -1, torch.float32)[:1]
         )
@@ -153,7 +153,7 @@ def gradients(
     kept = saved.clone()[:, :, None]
     factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
     shifted = bool(saved[:, SHIFT].any())
-    # The gradient of one field to P alone is one product.
+    # The gradient of a single field to P only is a single product.
     only = (
         next(iter(g))
         if len(g) == 1 and grads[1] is None and g.keys() & {"kl", "entropy", "ref_kl"}
@@ -208,7 +208,7 @@ def _kl_gradients(
     x, y, _, scale = block
     assert y is not None
     shift, centre, kl, factor = terms
-    # A float32 gradient is the buffer of its own e: one buffer less.
+    # A float32 gradient serves as the buffer of e.
     e = (
         grad_p
         if grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
@@ -367,7 +367,7 @@ def _to_p(
 
 
 class _Token:
-    """Each row's token among a block's columns: where it is, and its entry of any values."""
+    """Each row's token among a block's columns: its position, and its entry of any values."""
 
     def __init__(self, index: torch.Tensor, width: int) -> None:
         self.inside = ((index >= 0) & (index < width))[:, None]

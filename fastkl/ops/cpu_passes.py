@@ -1,4 +1,4 @@
-"""Passes over a block of rows on a CPU, and the buffers that they write to."""
+"""Passes over a block of rows on a CPU, and their buffers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import torch
 
 
 class Block(NamedTuple):
-    """Rows that are computed at once: logits [k, V] of P and of Q, of any type but float64, tokens
-    [k] and 1/T, [k, 1] or a number.
+    """Rows computed together: logits [k, V] of P and of Q, of any dtype except float64, tokens [k]
+    and 1/T, [k, 1] or a number.
     """
 
     x: torch.Tensor
@@ -30,8 +30,8 @@ class Block(NamedTuple):
 class Room:
     """Float32 buffers by name, each as large as the largest shape requested.
 
-    elements: entries per block, for the caller. vectors: memory that the first buffers take where
-    it is enough.
+    elements: entries per block, for the caller. vectors: memory for the first buffers, used if
+    large enough.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Room:
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum rows [k, V] to [k, 1], each in the same order for any k: torch splits a lone row's sum
-    across threads.
+    """Sum rows [k, V] to [k, 1] in the same order for any k: torch splits a single row's sum across
+    threads.
     """
     if values.shape[0] == 1 and torch.get_num_threads() > 1:
         return values.expand(2, -1).sum(-1, True)[:1]

@@ -8,11 +8,11 @@ If all |d| < 1, h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a pol
 are as small as the result: t = E[h] + W. Its degree is 5, or 4 if all |d| < 1/2. Other rows take
 one expm1 per entry.
 
-KL alone: forward and backward take one softmax each, or one if computed together; the gradient to P
-is proportional to p·(d - W).
+KL only: forward and backward take one softmax each, or one in total if computed together; the
+gradient to P is proportional to p·(d - W).
 
-Every step acts on one entry, or sums one row in an order that depends on its length alone; a row's
-values alone select its steps. So the bits of a row do not depend on the rows beside it.
+Each step acts on one entry, or sums one row in an order that depends only on its length; only a
+row's values select its steps. So the bits of a row do not depend on other rows.
 """
 
 import functools
@@ -22,10 +22,10 @@ import torch
 
 from .cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
 
-# Columns of `saved` in a row computed here. KIND is LEAN in these rows, 0 in reference.py's.
+# Columns of `saved` for rows computed here. KIND is LEAN in these rows, 0 in rows of reference.py.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
-# Largest |d|: beyond it e·exp(d) may matter where e underflows, and d has too few digits.
+# Largest |d|: above it e·exp(d) may matter although e underflows, and d has too few digits.
 LARGEST_CPU_D = 16.0
 LARGEST_CPU_SHIFT = 2.0**20
 # Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer ones go by column
@@ -33,10 +33,10 @@ LARGEST_CPU_SHIFT = 2.0**20
 LONGEST_16_BIT_ROW = 1 << 15
 # Lower clamp of z = (x - top)·s: 0·(-inf) would be NaN.
 LOWEST_Z = -1e4
-# Largest KL, in nats, for KL(P‖Q) alone; and for the fields of Q, whose 1 - q beside a near-certain
+# Largest KL, in nats: for KL(P‖Q) only, and for the fields of Q, where 1 - q of a near-certain
 # token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# Bounds of |d| for the polynomials: their coefficients are minimax in relative error.
+# Bounds of |d| for the polynomials, whose coefficients are minimax in relative error.
 NEAR_D, NEAREST_D = 1.0, 0.5
 # h/d² for |d| ≤ 1/2, error 0.8e-6.
 H_NEAREST = (0.4999999597, 0.1666628011, 0.04166747686, 0.008395411037, 0.001391465294)
@@ -48,7 +48,7 @@ REF_H_NEAREST = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.0069
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
     """Return whether the gradient of a KL alone is computed from softmax(x), a whole row at a time;
-    else forward saves the sums with which backward computes parts of a row.
+    otherwise forward saves sums, and backward computes parts of a row.
     """
     return logits.shape[-1] <= LONGEST_16_BIT_ROW or logits.dtype == torch.float32
 
@@ -183,7 +183,7 @@ def _centre(
 
 
 def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
-    """Compute the sums of a block; both: ref_h and the log-sum-exp of Q too."""
+    """Compute the sums of a block; both: also ref_h and the log-sum-exp of Q."""
     x, y, tokens, scale = block
     x = wide(x, room("x", x.shape))
     work = room("work", x.shape)
@@ -203,7 +203,7 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     mean = dot(e, d, work)
     ref_weight = ref_largest = ref_top = ref_token = None
     if both:
-        # Sum Q itself: beside a near-certain token 1 - q needs the digits of that sum.
+        # Sum Q directly: with a near-certain token, 1 - q needs the digits of this sum.
         wide_y = wide(y, room("part of e", x.shape))
         ref_top = wide_y.amax(-1, keepdim=True)
         q = softmax(wide_y, scale, room("part of d", x.shape), work)
@@ -321,5 +321,5 @@ def _finish_pair(
 
 
 def _log_sum(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Compute log S, S = weight/largest, from S - 1: beside a near-certain token S rounds to 1."""
+    """Compute log S, S = weight/largest, from S - 1: with a near-certain token S rounds to 1."""
     return ((weight - largest) / largest).log1p()

@@ -1,12 +1,12 @@
-"""Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered
+"""Choose how an op runs: a plain autograd.Function in eager mode, which is fast; a registered
 custom op when a compiler, tracer, dispatch mode or subclass must see it.
 
 The path through torch.library is always correct, but with few rows it costs more than the rest of
-the call. Eager mode with plain tensors, which is nearly every call, goes through a Function over
-the same code, and so do torch.func's transforms, whose grad does not take such an op.
-torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors),
-functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMode
-(torch.set_default_device installs one) sees neither.
+the call. Eager mode with plain tensors, nearly every call, uses a Function over the same code; so
+do torch.func's transforms, because torch.func.grad does not accept such an op. torch.compile,
+torch.export, tracers, dispatch modes (selective checkpointing, fake tensors), functionalize, tensor
+subclasses and meta tensors get the op. A TorchFunctionMode (as set by torch.set_default_device)
+sees neither.
 """
 
 import functools
@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 
 from .. import _checks, _modes
 
-# A copy of the package under another name, as a kernel from the Hub, registers ops of its own.
+# A copy of the package under another name, such as a kernel from the Hub, registers its own ops.
 NAMESPACE = __name__.removesuffix(".ops.dual_op").replace(".", "_")
 Outputs = TypeVar("Outputs")
 # The type of a NamedTuple's field in an op's schema.
@@ -43,8 +43,8 @@ class Rules(NamedTuple):
     backward: as in torch.autograd.Function.
     setup_context(ctx, groups, outputs): likewise. `ctx.eager` exists in eager mode, where only the
     caller and autograd hold the outputs.
-    rowwise: whether all tensors share their leading dimensions, so that a vmap is one call with one
-    dimension more; otherwise it is a call per sample.
+    rowwise: whether all tensors share their leading dimensions, so that a vmap is one call with an
+    extra dimension; otherwise one call per sample.
     flops(*groups with shapes in place of tensors): floating-point operations of the GEMMs, for
     torch.utils.flop_counter; None for none.
     """
@@ -58,8 +58,7 @@ class Rules(NamedTuple):
 class DualOp(Generic[Outputs]):
     """A computation with a gradient rule, called by the fastest path that is correct.
 
-    `.op` is its custom op, NAMESPACE::name, whose arguments are the fields of all groups one after
-    the other.
+    `.op` is the custom op NAMESPACE::name; its arguments are the fields of all groups, in order.
 
     groups: NamedTuples of the arguments; the first field of the first is a tensor.
     compute(*groups), fake(*groups): the outputs, with and without values: a tensor, or a tuple with
@@ -84,7 +83,7 @@ class DualOp(Generic[Outputs]):
         self._name, self._groups, self._compute = name, groups, compute
         kinds = [kind for each in groups for kind in get_type_hints(each).values()]
         tensors = torch.Tensor, torch.Tensor | None
-        # Of all arguments those that may be tensors, of which every op has several.
+        # The arguments that may be tensors; every op has several.
         self._tensors = operator.itemgetter(*[i for i, k in enumerate(kinds) if k in tensors])
         backward, setup_context, rowwise, self._flops = rules
         group = self._group
@@ -109,9 +108,9 @@ class DualOp(Generic[Outputs]):
             return results if returned is None else results[:returned]
 
         self.op.register_vmap(functools.partial(_vmap, self.op, rowwise))
-        # Call the C++ apply of Function's base class. At every call Function.apply looks for
-        # transforms and their wrappers, which __call__ has ruled out, and inspects the signature of
-        # a setup_context.
+        # Call the C++ apply of Function's base class. Function.apply would look for transforms and
+        # their wrappers at each call, which __call__ has ruled out, and inspect the signature of
+        # setup_context.
         eager: Any = super(
             torch.autograd.Function, _function(name, forward=forward, backward=backward)
         )
@@ -164,7 +163,7 @@ class DualOp(Generic[Outputs]):
             return compute(*groups)
 
     def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the arguments as NamedTuples again."""
+        """Return the arguments repacked as NamedTuples."""
         if len(self._groups) == 1:
             return (self._groups[0](*inputs),)
         rest = iter(inputs)
@@ -197,7 +196,7 @@ def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:
     """Call ctx.save_for_backward, for inference tensors too (reference logits often are): with an
     alias, because they have no version counter.
 
-    Changes of them in place before backward go undetected.
+    In-place changes to them before backward go undetected.
     """
     ctx.save_for_backward(
         *[

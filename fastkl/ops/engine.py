@@ -1,6 +1,6 @@
 """The two engines that compute row statistics and their gradients: the kernels and the reference.
 
-Both take logits of any leading shape and strides, and write into tensors of the caller's. Row
+Both take logits of any leading shape and strides, and write into the caller's tensors. Row
 gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
@@ -24,7 +24,7 @@ from .problems import (
 class Engine(abc.ABC):
     """Row statistics and gradients of one implementation.
 
-    checks_values: whether values of tensors are checked: free on a CPU, a synchronisation on a GPU.
+    checks_values: whether tensor values are checked: cheap on a CPU, a synchronisation on a GPU.
     """
 
     checks_values: bool
@@ -44,13 +44,13 @@ class Engine(abc.ABC):
     ) -> None:
         """Fill the gradients ([N, V], both with the same row stride) from upstream ones [N].
 
-        They may overwrite the logits, except for the gradient of ref_kl to Q, for which a fallback
-        row is read once more.
+        They may overwrite the logits, except if the gradient of ref_kl to Q is requested: fallback
+        rows are then read again.
         """
 
     @abc.abstractmethod
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
-        """Return whether one pass gives a KL and its gradient to P, [N, V] or of P's shape."""
+        """Return whether one pass computes a KL and its gradient to P, [N, V] or of P's shape."""
 
     @abc.abstractmethod
     def together(
@@ -97,7 +97,7 @@ class Engine(abc.ABC):
     ) -> None:
         """Fill the gradient [N, V] of Σ upstream·log_sum; its entries at the ids are unspecified.
 
-        others: as `outside` filled them, possibly with another peak.
+        others: as filled by `outside`, possibly with another peak.
         """
 
     @abc.abstractmethod
@@ -198,7 +198,7 @@ class Kernels(Engine):
 def _forward(
     divergence: Divergence, problem: Any, outputs: dict[str, torch.Tensor], saved: torch.Tensor
 ) -> None:
-    """Fill the fields of a problem; "kl" is that of the divergence."""
+    """Fill the fields of a problem; "kl" holds the divergence."""
     if divergence.kind == "jeffreys":
         value = outputs["kl"]
         ref_kl = torch.empty_like(value)

@@ -1,4 +1,4 @@
-"""The vocabulary of row statistics: fields, saved values, and the arguments that each row has."""
+"""The vocabulary of row statistics: fields, saved values, per-row arguments."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,8 +17,8 @@ Values = TypeVar("Values", torch.Tensor, torch.Tensor | None, torch.Tensor | flo
 SAVED = reference.SAVED  # values per row saved for backward, the same number on either backend
 
 
-# The fields of a policy alone or with its reference, without or with token ids, joined by commas;
-# a table, because a compiler warns of a cached function.
+# Fields of a policy alone or with its reference, without or with token ids, joined by commas. A
+# table, because compilers warn about a cached function.
 FIELDS_OF = {
     (reference, tokens): ",".join(
         name
@@ -56,8 +56,8 @@ class Scaling(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """The divergence that field "kl" holds: a kind of f_divergences.py or "kl", and its alpha or
-    beta (0 if it has none).
+    """The divergence in field "kl": a kind of f_divergences.py or "kl", and its alpha or beta (0 if
+    it has none).
     """
 
     kind: str = "kl"
@@ -65,11 +65,11 @@ class Divergence(NamedTuple):
 
 
 class RowArgs(NamedTuple):
-    """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
+    """Logits [..., V] of N rows and per-row arguments; vectors are [N] and contiguous.
 
-    q, tokens, mask: None if absent. temperature: a number or a vector. divergence: for another one
-    than the KL, "kl" is the only field. cut: where the logits lie in a split vocabulary; token ids
-    then refer to the whole one.
+    q, tokens, mask: None if absent. temperature: a number or a vector. divergence: if not the KL,
+    "kl" is the only field. cut: position of the logits in a split vocabulary; token ids then refer
+    to the whole vocabulary.
     """
 
     p: torch.Tensor
@@ -99,12 +99,12 @@ class RowArgs(NamedTuple):
 
 
 class Outside(NamedTuple):
-    """The log-sum-exp of N rows over the entries that a list of ids leaves out, relative to a peak.
+    """The log-sum-exp of N rows over the entries not in a list of ids, relative to a peak.
 
-    log_sum [N]: log Σ exp((x - peak)/T) of soft-capped logits x, -inf without entries. peak [N]: as
-    Engine.outside fills it, the largest of these entries; as topk_op leaves it, the largest listed
-    one, 0 if that is -inf; of a masked row undefined. Both are float64. saved [N, SAVED]: values
-    for Engine.outside_gradient.
+    log_sum [N]: log Σ exp((x - peak)/T) of soft-capped logits x, -inf without entries. peak [N]:
+    from Engine.outside, the largest of these entries; after topk_op, the largest listed one, or 0
+    if that is -inf; undefined in a masked row. Both are float64. saved [N, SAVED]: values for
+    Engine.outside_gradient.
     """
 
     log_sum: torch.Tensor

@@ -1,16 +1,16 @@
-"""The matrix products of an lm_head, one torch call each, with float32 sums and without operands
-copied to a wider type.
+"""The GEMMs of an lm_head, one torch call each, with float32 accumulation and without widening
+whole operands.
 
-On a GPU every product is one cuBLAS call on the operands as they lie in memory, which writes to the
-result. A CPU has no product of 16-bit operands with a float32 result: there the weight is widened a
-block at a time, and a block of its gradient is rounded to 16 bits before it is added to the sum.
+On a GPU each product is one cuBLAS call on the operands in place, written directly to the result.
+On a CPU torch has no product of 16-bit operands with a float32 result: the weight is widened a
+block at a time, and each block of its gradient is rounded to 16 bits before it is added to the sum.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-# Elements of a block that a CPU holds in another type at a time.
+# Elements per block that a CPU converts at a time.
 BLOCK_ELEMENTS = 1 << 20
 # Devices on which torch multiplies 16-bit operands into a float32 result (addmm: torch ≥ 2.10,
 # pytorch/pytorch#167931); "meta" checks the call without data.
@@ -62,7 +62,7 @@ def add_weight_gradient(
 
 def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: bool) -> None:
     """Compute total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
-    # On a CPU sum(dtype=…) widens its whole input: go by blocks.
+    # On a CPU sum(dtype=…) widens its whole input, so sum by blocks.
     step = (
         total.shape[0]
         if grad_logits.device.type in WIDE_PRODUCTS

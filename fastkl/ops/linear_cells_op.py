@@ -1,4 +1,4 @@
-"""topk_op.cells from hidden states: K listed logits and the log-sum-exp of all others, and their
+"""topk_op.cells from hidden states: K listed logits, the log-sum-exp of all others, and their
 gradients, a chunk of tokens at a time.
 """
 
@@ -45,7 +45,7 @@ from .topk_op import (
 
 class ListInputs(NamedTuple):
     """Further arguments of linear_cells: ids [..., K] as in topk_op.CellInputs, whether to return
-    all logits, which spares backward a GEMM, and whether the log-sum-exp of the others is needed.
+    all logits, which saves backward a GEMM, and whether the log-sum-exp of the others is needed.
     """
 
     ids: Tensor
@@ -53,13 +53,15 @@ class ListInputs(NamedTuple):
     rest: bool
 
     def by_rows(self, vocabulary: int) -> bool:
-        """Return whether rows of the weight are read in place of all logits, from shapes alone."""
+        """Return whether rows of the weight are read instead of computing all logits, from shapes
+        alone.
+        """
         return not self.rest and self.ids.shape[-1] * SMALL_PART <= vocabulary
 
 
 class ListGradientInputs(NamedTuple):
-    """Further arguments of linear_cell_gradients, beside CellUpstream: ids, logits of linear_cells
-    (None where they were not kept), and names as in linear_op.GradientInputs.
+    """Further arguments of linear_cell_gradients, in addition to CellUpstream: ids, logits of
+    linear_cells (None if not kept), and names as in linear_op.GradientInputs.
     """
 
     ids: Tensor
@@ -70,7 +72,7 @@ class ListGradientInputs(NamedTuple):
 
 def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     """Compute (listed, *Outside) as topk_op.cells does for the lm_head's logits, and with `keep`
-    those logits, as linear_statistics returns them.
+    the logits too, as returned by linear_statistics.
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
     ids = heads.taken(matrix(request.ids))

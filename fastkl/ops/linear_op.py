@@ -29,15 +29,15 @@ from .row_op import (
 
 
 class LinearInputs(NamedTuple):
-    """Arguments of every op on hidden states: the six tensors of both heads (beside ref_hidden,
-    ref_weight None stands for weight), tensors with one entry per token [...], the scaling of the
-    raw logits as in fields.Scaling, and options.
+    """Arguments of every op on hidden states: the six tensors of both heads (with ref_hidden,
+    ref_weight None means weight), tensors with one entry per token [...], the scaling of the raw
+    logits as in fields.Scaling, and options.
 
     temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
     place of the second model; with given_first they are P's, and the lm_head's are Q's.
-    logits_dtype: the type that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a
-    default. divergence, share: as in fields.Divergence. group to ranks: the fields of
-    parallel.Cut; weights and given logits are a shard.
+    logits_dtype: dtype of a GEMM's logits. chunk_size: tokens per chunk, None for the default.
+    divergence, share: as in fields.Divergence. group to ranks: the fields of parallel.Cut; weights
+    and given logits are a shard.
     """
 
     hidden: Tensor
@@ -114,7 +114,7 @@ TENSORS: Final = 10
 
 class StatisticsInputs(NamedTuple):
     """Further arguments of linear_statistics: token ids [...], the requested fields in one string,
-    separated by commas, and whether to return all logits, which spares backward a GEMM.
+    separated by commas, and whether to return all logits, which saves backward a GEMM.
     """
 
     tokens: Tensor | None
@@ -123,8 +123,9 @@ class StatisticsInputs(NamedTuple):
 
 
 class GradientInputs(NamedTuple):
-    """Further arguments of linear_gradients, beside RowUpstream: token ids, logits (or None) from
-    linear_statistics, and the names of the tensors to differentiate by, separated by commas.
+    """Further arguments of linear_gradients, in addition to RowUpstream: token ids, logits (or
+    None) from linear_statistics, and the names of the tensors to differentiate by, separated by
+    commas.
     """
 
     tokens: Tensor | None
@@ -138,7 +139,7 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     the heads' logits.
 
     logits, ref_logits: with `keep` those of the tokens computed, which come first, [..., V padded
-    to a cache line]; else None.
+    to a cache line]; otherwise None.
     """
     leading, kept = inputs.hidden.shape[:-1], kept_logits(inputs, request.keep)
     found = inputs.heads(request.tokens).forward(wanted(request.fields), kept)
@@ -169,7 +170,7 @@ def _gradients(
     upstream = {name: flat(value) for name, value in given.by_field.items()}
     saved = given.saved.reshape(-1, SAVED).contiguous()
     kept, wrt = (request.logits, request.ref_logits), wanted(request.wrt)
-    # Hold no heads: they hold the sums, which in_their_types frees.
+    # Keep no reference to the heads: they hold the sums, which in_their_types frees.
     found = inputs.heads(request.tokens).backward(saved, upstream, wrt, kept, overwrite)
     return in_their_types(inputs, found, wrt)
 
@@ -183,7 +184,7 @@ def in_their_types(
     """Return the gradients in the order of the six tensors, each float32 sum freed once it is
     rounded; zeros without an upstream gradient.
 
-    wide: the type of tensors whose sums over tokens stay in float32.
+    wide: dtype of the tensors whose sums over tokens stay in float32.
     """
     return tuple(
         [
@@ -222,8 +223,8 @@ def returned(gradients: dict[str, Tensor | None], request: type[tuple[Any, ...]]
 
 
 def overwriting(ctx: Any, gradients: Callable[..., Outputs]) -> Callable[..., Outputs] | None:
-    """Return a function of gradients as one that overwrites kept logits, which it notes in ctx;
-    None where it must not.
+    """Wrap a function of gradients to overwrite kept logits and record it in ctx; None if it must
+    not overwrite.
     """
 
     def run(*groups: Any) -> Outputs:
@@ -263,7 +264,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     *tensors, tokens, saved, logits, ref_logits = ctx.saved_tensors
     inputs, g_fields = LinearInputs(*tensors, *ctx.settings), upstream[: len(FIELDS)]
     fields = {name for name, value in zip(FIELDS, g_fields, strict=True) if value is not None}
-    # Skip zero gradients: log-probs of the reference do not depend on the policy.
+    # Skip zero gradients: the reference's log-probs do not depend on the policy.
     names = [
         name
         for name in itertools.compress(SIX, ctx.needs_input_grad)

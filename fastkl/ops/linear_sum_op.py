@@ -24,7 +24,7 @@ from .row_op import (
     wanted,
 )
 
-# Elements that `scaled` multiplies at once on a CPU.
+# Elements that `scaled` multiplies at a time on a CPU.
 SCALED_AT_ONCE = 1 << 20
 
 
@@ -48,8 +48,8 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     by `unit`, None if not requested).
 
     unit is the inverse loss scale: 1, or for float16 inputs a power of two below the largest
-    weight, because a gradient of 1/N per token would underflow. Their weight and bias gradients
-    stay in float32.
+    weight, because a gradient of 1/N per token would underflow. Weight and bias gradients of
+    float16 inputs stay in float32.
     """
     weights, wrt, ref_hidden = request.weights.contiguous(), wanted(request.wrt), inputs.ref_hidden
     unit = weights.new_ones(())
@@ -64,7 +64,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
         upstream = (weights / unit).view(-1)
         kl, gradients = inputs.heads(None).forward_and_backward(upstream, wrt)
     kl = kl.view(weights.shape)
-    # A token of weight 0 adds 0, also for an infinite KL.
+    # A token of weight 0 adds 0, even if its KL is infinite.
     total = torch.where(weights == 0, 0.0, weights * kl).sum()
     return total, kl, unit, *in_their_types(inputs, gradients, wrt, wide=torch.float16)
 
@@ -76,14 +76,14 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
     # A saved-tensor hook may return a non-contiguous tensor.
     gradient, factor = inputs.gradient.contiguous(), inputs.factor.reshape(1)
     result = torch.empty_like(gradient, dtype=inputs.dtype)
-    # On a CPU torch.mul copies its operands to the common type: go by parts.
+    # On a CPU torch.mul copies its operands to the common dtype, so multiply in parts.
     step = SCALED_AT_ONCE if gradient.device.type == "cpu" else max(1, gradient.numel())
     for part, out in zip(gradient.view(-1).split(step), result.view(-1).split(step), strict=True):
         torch.mul(part, factor, out=out)
     return result
 
 
-# The form without a gradient that comes with the value.
+# The alternative that does not compute the gradient with the value.
 PER_TOKEN = "fastkl.linear_kl_divergence or fastkl.linear_divergence with reduction='none'"
 
 

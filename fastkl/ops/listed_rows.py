@@ -1,5 +1,5 @@
-"""Logits of a few ids per token from the rows of an lm_head's weight, without those of all others,
-and their gradients: GEMMs of K rows a token in place of the whole weight.
+"""Logits of a few ids per token and their gradients, without computing the other logits: GEMMs with
+K rows of the lm_head's weight per token instead of the whole weight.
 """
 
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from torch import Tensor
 from .chunks import WORKSPACE, WORKSPACE_ON_A_GPU, ChunkedHead
 from .fields import result_dtype
 
-# Reading K rows of the weight costs less than all logits up to this part of the vocabulary: on a
-# GPU a logit of a GEMM takes about 1/300 of the time of a row read, on a CPU 1/15.
+# Reading K rows of the weight is cheaper than all logits up to K = V / SMALL_PART: one logit of a
+# GEMM takes about 1/300 of the time of a row read on a GPU, 1/15 on a CPU.
 SMALL_PART = 256
 
 
 class Listed(NamedTuple):
-    """An lm_head and ids [N, K] in 0 … V-1; mask [N]: None or which tokens count."""
+    """An lm_head and ids [N, K] in 0 … V-1; mask [N]: the tokens that count, None for all."""
 
     head: ChunkedHead
     ids: Tensor
@@ -27,19 +27,19 @@ class Listed(NamedTuple):
         """Yield (tokens, their hidden states [c, H], rows of the weight [c, K, H])."""
         hidden, weight = self.head.hidden, self.head.weight
         workspace = WORKSPACE.get(hidden.device.type, WORKSPACE_ON_A_GPU)
-        # A row, its gradient in float32, and sums of such gradients.
+        # A row, its gradient in float32, and the sum of its gradients.
         row_bytes = weight.shape[1] * (weight.itemsize + 8)
         step = max(1, workspace // (self.ids.shape[-1] * row_bytes))
         for start in range(0, len(hidden), step):
             tokens = slice(start, start + step)
             states = hidden[tokens]
             if self.mask is not None:
-                # 0·NaN in a GEMM would spread.
+                # Zero masked states: 0·NaN in a GEMM would spread.
                 states = torch.where(self.mask[tokens][:, None], states, 0)
             yield tokens, states, weight[self.ids[tokens]]
 
     def logits(self) -> Tensor:
-        """Compute the logits [N, K] in the head's type of logits."""
+        """Compute the logits [N, K] in the head's logits_dtype."""
         head = self.head
         found = head.hidden.new_empty(self.ids.shape, dtype=head.logits_dtype)
         for tokens, states, rows in self.chunks():

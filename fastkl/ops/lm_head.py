@@ -1,7 +1,7 @@
-"""Computes logits from hidden states a chunk of tokens at a time: one GEMM for the logits of each
+"""Compute logits from hidden states a chunk of tokens at a time: one GEMM for the logits of each
 model, then the engine, then the GEMMs of backward.
 
-A chunk's logits lie in a reused buffer, or are a part of all logits if forward kept them.
+A chunk's logits are in a reused buffer, or a slice of all logits if forward kept them.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -13,8 +13,8 @@ from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
 
-# Hidden states, weight and bias of the policy, and of the reference, whose weight may be None
-# beside hidden states: the policy's.
+# Hidden states, weight and bias of the policy and of the reference; with ref_hidden, a ref_weight
+# of None means the policy's.
 Six = tuple[
     torch.Tensor,
     torch.Tensor,
@@ -73,8 +73,8 @@ class ChunkedHeads:
     ) -> dict[str, torch.Tensor]:
         """Return {field: [N]} and "saved" [N, SAVED]: one GEMM for each head.
 
-        keep: memory for all logits of each head, [..., at least V] in padded rows; none: only a
-        chunk of logits exists at a time.
+        keep: memory for all logits of each head, [..., at least V] in padded rows; without it only
+        a chunk of logits exists at a time.
         """
         states = self.all[0].hidden
         saved = states.new_empty(len(states), SAVED, dtype=result_dtype(states))
@@ -106,10 +106,11 @@ class ChunkedHeads:
         overwrite: bool,
     ) -> dict[str, torch.Tensor]:
         """Return {name: gradient} of the six named in `wrt`, for upstream gradients [N] per field
-        and forward's saved values; without those of no upstream gradient or token.
+        and forward's saved values; empty without an upstream gradient or a token.
 
-        One GEMM for each logits that forward did not keep and each gradient; the reference's logits
-        only if an upstream gradient needs them. overwrite: gradients may overwrite kept logits.
+        One GEMM for each model's logits that forward did not keep, and for each gradient; the
+        reference's logits only if an upstream gradient needs them. overwrite: gradients may
+        overwrite kept logits.
         """
         self.reuse(kept, overwrite)
         if self.index is not None:
@@ -138,7 +139,9 @@ class ChunkedHeads:
         return self.of_all({"kl": kl})["kl"], gradients
 
     def reuse(self, kept: Sequence[torch.Tensor | None], overwrite: bool) -> None:
-        """Use the logits that forward kept, None for a head without; as in backward."""
+        """Use the logits that forward kept, None for a head without them; overwrite: as in
+        backward.
+        """
         for head, logits in zip(self.all, kept, strict=False):
             if logits is not None:
                 head.keep(logits, filled=True, free=overwrite)
@@ -148,7 +151,7 @@ class ChunkedHeads:
         return values if self.index is None else values[self.index]
 
     def of_all(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return results of the tokens computed as those of all, 0 for the others."""
+        """Return results of the tokens computed as results of all tokens, 0 for the others."""
         if self.index is None:
             return values
         found = {}
@@ -199,7 +202,7 @@ class ChunkedHeads:
     ) -> None:
         """Call engine(rows, their arguments, memory for gradients to p and to q) for each chunk.
 
-        lengths: tokens of a chunk and of a window.
+        lengths: tokens per chunk and per window.
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
         # Disable the caller's autocast: the dtypes here are already chosen.

@@ -1,4 +1,4 @@
-"""The polynomials by which kernels compute an f-divergence near P = Q."""
+"""Polynomials for the kernels' f-divergences near P = Q."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from .. import f_divergences
 from .fields import Divergence
 from .problems import series
 
-# The kernels' variable is 2·d, and their polynomials hold for |d| < 1.
+# The kernels' variable is 2·d; the polynomials are valid for |d| < 1.
 FACTOR = 2.0
 
 
@@ -29,7 +29,7 @@ def near_series(divergence: Divergence) -> Any:
     curvature = {"js": share * rest, "skew_kl": rest * rest, "total_variation": 0.0}[kind]
 
     def fit(number: int, name: str) -> list[float]:
-        # 0.45 in place of 0.5: at a node of 0 a term of second order would have no digits.
+        # 0.45 instead of 0.5 avoids a node at 0, where a second-order term would have no digits.
         numbers = torch.arange(number, dtype=torch.float64, device="cpu")
         nodes = numbers.add(0.45).mul(math.pi / number).cos()
         # With p = 1 an entry's terms are f, u and e^d·v.

@@ -1,4 +1,4 @@
-"""Describes logits of any leading shape and strides as kernels.launch.Problems."""
+"""Describe logits of any leading shape and strides as kernels.launch.Problems."""
 
 import functools
 import importlib
@@ -15,8 +15,8 @@ Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 def _described(
     shape: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...], *rest: Any
 ) -> Any:
-    """Return the kernels.launch.Layout of logits whose leading dimensions merge into two in both
-    tensors, else None.
+    """Return the kernels.launch.Layout of logits if the leading dimensions of both tensors merge
+    into two, otherwise None.
 
     rest: further arguments of kernels.launch.layout.
     """
@@ -36,7 +36,7 @@ def _described(
 
 def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     """Return pairs (rows, kernels.launch.Problem): one Problem for all rows (None) if the leading
-    dimensions merge into two; otherwise those of each index of the first dimension.
+    dimensions merge into two; otherwise Problems for each index of the first dimension.
     """
     p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio), *_ = args
     launch, other = launchers(), p if q is None else q
@@ -74,7 +74,7 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     return parts
 
 
-# Functions without arguments that return their module of fastkl.kernels, which needs Triton.
+# Functions without arguments that return a module of fastkl.kernels; the import needs Triton.
 launchers, outside_launchers, fused_launchers, series = (
     functools.cache(functools.partial(importlib.import_module, f"..kernels.{name}", __package__))
     for name in ("launch", "launch_outside", "launch_fused", "series")

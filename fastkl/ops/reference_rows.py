@@ -1,4 +1,4 @@
-"""Runs the reference on logits of any shape: cpu_rows.py, and reference.py in float64 for fallback
+"""Run the reference on logits of any shape: cpu_rows.py, and reference.py in float64 for fallback
 rows, for which float32 does not suffice.
 """
 
@@ -16,7 +16,7 @@ from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
 
-    cpu_rows computes nearly every row of a KL, _by_reference the rest.
+    cpu_rows computes nearly all rows of a KL, _by_reference the rest.
     """
     p, mask = args.p, args.mask
     if mask is not None:
@@ -47,7 +47,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
 
 
 def computes_together(args: RowArgs, grad_p: torch.Tensor) -> bool:
-    """Return whether one pass over the rows gives a KL and its gradient to P."""
+    """Return whether one pass over the rows computes a KL and its gradient to P."""
     p = args.p
     return (
         p.device.type == "cpu"
@@ -76,7 +76,7 @@ def kl_and_gradient(
     factors = -weights[:, None] * scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
-    # All at once but under a mask, of which a gap would cut them into single blocks.
+    # All rows at once, except under a mask, whose gaps would cut them into single blocks.
     most = p.numel() if mask is None else row_blocks.ROWS_AT_ONCE
     for rows, x, y in row_blocks.blocks(p, q, mask, most):
         gathered = isinstance(rows, torch.Tensor)
@@ -114,7 +114,7 @@ def outside(
     for value in others:
         value.zero_()
     for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, 0):
-        # A column more takes the absent ids.
+        # An extra column takes the absent ids.
         padded = x.new_empty(len(x), x.shape[-1] + 1, dtype=reference_dtype)
         padded[:, :-1] = reference.soft_cap(x, args.scaling.softcap)
         padded[:, -1] = -math.inf
@@ -131,7 +131,7 @@ def outside_gradient(
     args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor
 ) -> None:
     """Fill the gradient [N, V] of Σ upstream·log_sum, as Engine.outside_gradient."""
-    active = upstream != 0  # it is 0 where log_sum is -inf
+    active = upstream != 0  # it is 0 if log_sum is -inf
     if args.mask is not None:
         active &= args.mask
     if not bool(active.all()):
@@ -172,8 +172,8 @@ def _fallback_rows(
 def _by_reference(
     args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor, numbers: torch.Tensor
 ) -> None:
-    """Fill the rows `numbers` of outputs and saved in float64: by reference.py, a divergence other
-    than the KL by f_divergences.py. Float32 `saved` gets 0: backward computes it again.
+    """Fill the rows `numbers` of outputs and saved in float64: the KL by reference.py, other
+    divergences by f_divergences.py. Float32 `saved` gets 0: backward recomputes it.
     """
     if args.divergence.kind != "kl":
         outputs["kl"][numbers] = f_divergences.divergence(*_log_probs(args), *args.divergence).to(

@@ -1,4 +1,4 @@
-"""Cuts logits of any leading shape and strides into blocks of rows that stay in a CPU's cache."""
+"""Cut logits of any leading shape and strides into blocks of rows that stay in a CPU's cache."""
 
 from collections.abc import Iterator
 
@@ -6,24 +6,23 @@ import torch
 
 from . import cpu_rows
 
-# Elements of a block of rows, for each thread: small enough for its cache, large enough to keep
-# torch's overhead down. Up to four times as many if the block's buffers are still small beside the
-# tensors.
+# Elements per block and thread: small enough for its cache, large enough to keep torch's overhead
+# low. Up to four times as many if the block's buffers are still small compared with the tensors.
 BLOCK_ELEMENTS = 1 << 16
-# Rows that are finished together: the finishing step costs a few scalars a row.
+# Rows finished together: the finishing step takes a few scalars per row.
 ROWS_AT_ONCE = 256
 
 
 def statistics_elements(logits: torch.Tensor) -> int:
-    """Return the elements of a block of statistics, at least a row: its up to four float32 buffers
-    take no more memory than one of the tensors.
+    """Return the elements per block for statistics, at least a row: up to four float32 buffers take
+    no more memory than one of the tensors.
     """
     return max(logits.shape[-1], min(_block(4, logits.nbytes // 16), logits.numel()))
 
 
 def gradient_elements(logits: torch.Tensor) -> int:
-    """Return the elements of a block of gradients, which may be a part of a long row: two buffers
-    take 5 % of the memory of one of the tensors.
+    """Return the elements per block for gradients, possibly part of a long row: two buffers take 5
+    % of the memory of one of the tensors.
     """
     whole = logits.shape[-1] if cpu_rows.takes_whole_rows(logits) else 256
     return max(whole, _block(4, logits.nbytes // 40) // 2)
@@ -37,7 +36,7 @@ def _block(most: int, elements: int) -> int:
 
 
 def rows_per_block(logits: torch.Tensor) -> int:
-    """Return the rows of a block, at least one."""
+    """Return the rows per block, at least one."""
     return max(1, BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[-1])
 
 
@@ -65,7 +64,7 @@ def blocks(
             yield from blocks(p[i], y, mask, most, start + i * count)
         return
     step = rows_per_block(p)
-    # On the CPU, whatever the default device: the numbers are read, and become slices.
+    # On the CPU, whatever the default device: the numbers are read on the host and become slices.
     rows = (
         torch.arange(len(x), device="cpu")
         if mask is None
@@ -82,7 +81,7 @@ def blocks(
 
 def _runs(rows: torch.Tensor, most: int, step: int) -> Iterator[slice | torch.Tensor]:
     """Yield increasing row numbers: up to `most` as a slice if they are consecutive (logits[slice]
-    is a view), else up to `step`.
+    is a view), otherwise up to `step`.
     """
     for part in rows.split(most) if rows.numel() else ():
         first, last = int(part[0]), int(part[-1])

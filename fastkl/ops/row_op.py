@@ -17,7 +17,7 @@ from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result_dtype, row_args
 
-# The outputs of an op; schemas have no optional ones, see DualOp.
+# The outputs of an op; schemas have no optional outputs, see DualOp.
 Outputs = tuple[Any, ...]
 Upstream = tuple[Tensor | None, ...]
 
@@ -53,7 +53,7 @@ _NO_GRADIENTS = (None,) * (len(RowInputs._fields) - 2)
 
 class RowUpstream(NamedTuple):
     """Further arguments of row_gradients and of linear_gradients: the values that forward saved,
-    and the upstream gradient of each of FIELDS. wrt_p, wrt_q: which gradients are requested, of
+    and the upstream gradient of each of FIELDS. wrt_p, wrt_q: the gradients requested of
     row_gradients; linear_gradients has `wrt`.
     """
 
@@ -89,7 +89,7 @@ def wanted(names: str) -> tuple[str, ...]:
 
 @functools.lru_cache
 def positions(fields: str) -> tuple[int, ...]:
-    """Return where in FIELDS the names of a comma-separated string are."""
+    """Return the positions in FIELDS of the names in a comma-separated string."""
     return tuple([FIELDS.index(name) for name in wanted(fields)])
 
 
@@ -160,7 +160,7 @@ def mark_constant(ctx: Any, output: Outputs, fields: str, policy: bool, referenc
     """Mark a field non-differentiable if it was not requested, or if it depends on no model that
     needs a gradient.
 
-    policy, reference: whether that model needs one.
+    policy, reference: whether the model needs a gradient.
     """
     constant = [output[at] for at in _constant(len(output), fields, policy, reference)]
     ctx.mark_non_differentiable(*[value for value in constant if value is not None])
@@ -169,8 +169,8 @@ def mark_constant(ctx: Any, output: Outputs, fields: str, policy: bool, referenc
 
 @functools.lru_cache
 def _constant(outputs: int, fields: str, policy: bool, reference: bool) -> tuple[int, ...]:
-    """Return the positions of outputs without gradient: those after the fields, fields that were
-    not requested, and those that depend on no model that needs one.
+    """Return the positions of outputs without gradient: outputs after the fields, fields not
+    requested, and fields that depend on no model that needs a gradient.
     """
     moved = {*(POLICY_FIELDS if policy else ()), *(REFERENCE_FIELDS if reference else ())}
     moving = {at for at in positions(fields) if FIELDS[at] in moved}
@@ -206,7 +206,7 @@ def refuse_temperature_gradient(requested: bool) -> None:
 
 
 def refuse_forward_mode(upstream: Upstream) -> None:
-    """Refuse a tangent of an upstream gradient, which kernels would lose."""
+    """Refuse a tangent of an upstream gradient, which kernels would drop."""
     if forward_ad._current_level >= 0:
         for value in (value for value in upstream if value is not None):
             _checks.not_forward_mode("upstream gradient", value)

@@ -1,6 +1,7 @@
-"""Rows whose vocabulary is split over processes. The kernels' states, and the parts of fallback
-rows, are gathered and merged on every rank; divergences that have no states to merge gather all
-logits. Backward needs no communication, but for the reference, which gathers all logits again.
+"""Rows whose vocabulary is split over processes. The kernels' states and the parts of fallback rows
+are all-gathered and merged on every rank; divergences without mergeable states all-gather the
+logits. Backward needs no communication, except on the reference, which all-gathers the logits
+again.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from .problems import launchers, problems
 
 
 def local(args: RowArgs) -> RowArgs:
-    """Return the arguments of this process's columns without padding, with token ids relative to
-    them, -1 for others.
+    """Return the arguments for this process's columns without padding, with token ids relative to
+    them, -1 for tokens elsewhere.
     """
     columns = args.cut.columns(args.p.shape[-1])
     tokens = args.tokens
@@ -37,8 +38,8 @@ def whole(args: RowArgs) -> RowArgs:
 
 
 def zero_padding(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
-    """Set the gradient [N, width] of padding columns to 0, and return views of the other columns,
-    those of `local`.
+    """Set the gradient [N, width] of padding columns to 0, and return views of the columns of
+    `local`.
     """
     count = args.p.shape[-1]
     for grad in grads:
@@ -82,7 +83,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             at_token = logits.gather(-1, index).view(-1)
             values.copy_(torch.where(own.tokens < 0, 0.0, at_token.float()))
     gathered = parallel.all_gather(states, cut.group, cut.ranks)
-    # One rank has each token's logit, the others have 0.
+    # One rank has a token's logit, the others have 0.
     p, q = gathered[:, -2 * rows :].sum(0).view(2, rows, 1)
     of_tokens = args._replace(
         p=p.to(args.p.dtype), q=None if args.q is None else q.to(args.q.dtype)

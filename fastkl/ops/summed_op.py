@@ -1,7 +1,7 @@
-"""Computes a summed KL and its gradient to P together: every row's weight is known in forward.
+"""Compute a summed KL and its gradient to P together: every row's weight is known in forward.
 
 A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) if kernels.config
-enables it. The gradient, N·V in the logits' type, is kept until backward, beside 40 bytes per row.
+enables it. The gradient, N·V in the logits' dtype, is kept until backward, with 40 bytes per row.
 An upstream gradient other than 1 costs a read and a write of N·V: pass beta and the normalizer in
 the call. The comparison with 1 is made on the device.
 """
@@ -22,7 +22,7 @@ class SummedInputs(NamedTuple):
     """Logits [..., V], mask and temperature [...] (or a number), and the divisor of the sum, a
     number or a scalar tensor.
 
-    beta: None for 1, or a scalar tensor; 0 gives 0 for an infinite KL too.
+    beta: None for 1, or a scalar tensor; 0 gives 0 even if the KL is infinite.
     """
 
     p: torch.Tensor
@@ -35,15 +35,15 @@ class SummedInputs(NamedTuple):
 
     @property
     def args(self) -> RowArgs:
-        """The arguments in the form that engines take."""
+        """The arguments in the engines' form."""
         return row_args(self.p, self.q, None, self.mask, *per_token(self.temperature))
 
 
 def empty_gradient(
     inputs: SummedInputs, normalizer: float | torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Allocate the gradient if it is computed with the KL: to P alone, in eager mode; else return
-    None.
+    """Allocate the gradient if it is computed with the KL (to P only, in eager mode); otherwise
+    return None.
 
     The divisor of `inputs` is not read; the normalizer, a number or a tensor, must require no
     gradient.
@@ -54,7 +54,7 @@ def empty_gradient(
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         return None
     if p.dtype == torch.float16:
-        # The stored gradient may overflow where the gradient scaled by an upstream one does not.
+        # The stored gradient may overflow although the gradient times the upstream one does not.
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         # A captured backward may be replayed more often than its forward, and would scale its
@@ -72,13 +72,13 @@ _NO_GRADIENTS = (None,) * (len(SummedInputs._fields) - 1)
 
 
 class SummedKL(torch.autograd.Function):
-    """Computes (beta·Σ kl / divisor, kl [...])."""
+    """Compute (beta·Σ kl / divisor, kl [...])."""
 
     @staticmethod
     def forward(
         ctx: Any, gradient: torch.Tensor, *inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill `gradient`, as empty_gradient returned it; the others are SummedInputs."""
+        """Fill `gradient`, which empty_gradient returned; inputs: the fields of SummedInputs."""
         packed = SummedInputs(*inputs)
         p, beta, divisor = packed.p, packed.beta, packed.divisor
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)

@@ -1,5 +1,5 @@
-"""A row of logits as K listed entries and the log-sum-exp of all others, both relative to the
-largest listed one, from one read.
+"""Reduce a row of logits to K listed entries and the log-sum-exp of all others, both relative to
+the largest listed entry, in one read.
 """
 
 import math
@@ -17,9 +17,9 @@ from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temper
 
 
 class CellInputs(NamedTuple):
-    """Arguments of cells: logits [..., V], int64 ids [..., K], each row's sorted, mask and
+    """Arguments of cells: logits [..., V], int64 ids [..., K], sorted in each row, mask and
     temperature as in row_op.RowInputs, dtype as in Engine.outside, and the fields of parallel.Cut.
-    V of the whole vocabulary, and all but the first of equal ids, stand for absent entries.
+    An id equal to the whole vocabulary's V, and every repeat of an id, is an absent entry.
     """
 
     logits: Tensor
@@ -37,8 +37,8 @@ class CellInputs(NamedTuple):
 
 
 class CellUpstream(NamedTuple):
-    """Further arguments of cell_gradients and of linear_cell_gradients: the result and the saved
-    values of forward, and upstream gradients.
+    """Further arguments of cell_gradients and of linear_cell_gradients: forward's result and saved
+    values, and upstream gradients.
     """
 
     log_sum: Tensor
@@ -117,7 +117,7 @@ def fill_cell_gradients(
     absent = absent_entries(ids, args.p.shape[-1])
     if args.mask is not None:
         absent |= ~args.mask[:, None]
-    # An absent id repeats the row's first one; a row without any keeps its first entry.
+    # Replace an absent id by the row's first one; a row without ids uses entry 0.
     none = absent[:, :1]
     ids = torch.where(absent, ids[:, :1], ids).masked_fill(none, 0)
     value = torch.zeros_like(ids, dtype=torch.float64)

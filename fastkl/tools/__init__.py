@@ -1,1 +1,1 @@
-"""The command line `fastkl` and what its sub-commands run."""
+"""The command line `fastkl` and its sub-commands."""

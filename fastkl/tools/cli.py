@@ -1,10 +1,9 @@
 """The command line: `fastkl <sub-command>`, or `python -m fastkl.tools.cli <sub-command>`.
 
-Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something
-missing that an extra installs), 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP, 141 a
-closed pipe.
+Exit codes: 0 success, 1 failure while running, 2 wrong use (a bad option, a missing package of an
+extra), 130 interrupted, 143 SIGTERM, 129 SIGHUP, 141 closed pipe.
 
-Imports the standard library alone until a command is known to be right, so that it starts fast.
+Imports only the standard library until the command line has been checked, for a fast start.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from .files import check_uses, check_writable, find_texts
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal's encoding lacks becomes "?".
+        # Characters missing from the terminal's encoding become "?".
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         try:
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given = build_parser().parse_args(argv)
                 return int(given.run(given))
         finally:
-            sys.stdout.flush()  # here, where a failure is told, and not at exit
+            sys.stdout.flush()  # report a failure here, not at exit
     except UseError as error:
         print(f"fastkl {given.command}: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        with contextlib.suppress(OSError):  # Python must not try again at exit
+        with contextlib.suppress(OSError):  # keep Python from flushing again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
@@ -53,26 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _exits_on_signals() -> Iterator[None]:
-    """Exit by an exception on SIGTERM and SIGHUP, so that files and processes are removed.
+    """Raise SystemExit on SIGTERM and SIGHUP, so that files and processes are cleaned up.
 
-    A signal that is ignored, as under nohup, or has a handler already, keeps it.
+    A signal that is ignored (nohup) or already has a handler is left alone.
     """
 
     def end(number: int, frame: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the tidying
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise SystemExit(128 + number)
 
     with contextlib.ExitStack() as restored:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) == signal.SIG_DFL:
-                with contextlib.suppress(ValueError):  # in a thread
+                with contextlib.suppress(ValueError):  # not in the main thread
                     signal.signal(number, end)
                     restored.callback(signal.signal, number, signal.SIG_DFL)
         yield
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; a sub-command sets `command`, and `run`, a function of its options."""
+    """Build the parser; a sub-command sets `command` and `run`, a function of its options."""
     parser = argparse.ArgumentParser(
         prog="fastkl", description="Exact KL divergence for LLM training."
     )
@@ -188,7 +187,7 @@ def _run_doctor(given: argparse.Namespace) -> int:
 
 
 def _load(extra: str, name: str) -> ModuleType:
-    """Import a module of the tools, which needs the packages of an extra."""
+    """Import a module of the tools that needs the packages of an extra."""
     with told(
         "packages",
         f"those of the extra {extra!r}",
@@ -199,7 +198,7 @@ def _load(extra: str, name: str) -> ModuleType:
 
 
 def _choose_device(text: str) -> str:
-    """Return a device that this machine has, by its name in torch."""
+    """Return the torch name of an available device."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,6 +1,6 @@
-"""`fastkl doctor`: checks that fastkl is right on this machine, one line per check.
+"""`fastkl doctor`: verifies fastkl's results on this machine, one line per check.
 
-Checks run in a process of their own: a crash or a hang costs one check and not the report.
+Checks run in a separate process: a crash or hang fails one check and not the report.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ import fastkl
 from .. import f_divergences, testing
 from .files import STDOUT, json_text, write_whole
 
-# Seconds of a check before it is taken for a hang; crashes and hangs before the rest is left out.
+# Timeout of a check, in seconds; crashes and timeouts after which the rest is skipped.
 HANG, CRASHES = 120.0, 4
-STDERR = 2  # the descriptor, whatever sys.stderr is
-# Variables that change what runs, and those among them that cost time or precision.
+STDERR = 2  # the file descriptor, even if sys.stderr is replaced
+# Variables that affect the run, and those that cost time or precision.
 VARIABLES = r"TRITON_|FASTKL_|(CUDA|HIP|ROCR)_VISIBLE|CUDA_LAUNCH|PYTORCH_|DISABLE_PTXAS|.*TF32"
 COSTLY = (
     r"(TRITON_(INTERPRET|ALWAYS|DEBUG|KERNEL_OVERRIDE)|CUDA_LAUNCH|DISABLE_PTXAS|.*TF32).*=[^0]"
 )
-# Limits of a gradient's error over its norm: of a row of logits, as its type rounds; of hidden
-# states and weight, from products that may be TF32. The most used type comes first.
+# Limits of a gradient's relative L2 error: for a row of logits, the dtype's rounding; for hidden
+# states and weight, GEMMs that may be TF32. The most used dtype comes first.
 LIMITS = {"bfloat16": (4e-3, 2e-2), "float32": (1e-5, 2e-3), "float16": (1e-3, 5e-3)}
-# Above the vocabularies that have a configuration of their own, and not a multiple of a tile.
+# VOCABULARY is above the sizes with a configuration of their own, and not a multiple of a tile.
 VOCABULARY, LARGE_VOCABULARY = 5000, 128256
-# Standard deviations of the difference between the logits of each row: KL from 5e-4 to 4 nats.
+# Standard deviations of each row's logit differences: KL from 5e-4 to 4 nats.
 SIZES = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0)
 MIX = {
     "kl": 1.1,
@@ -65,7 +65,7 @@ Pair = Sequence[torch.Tensor]
 
 
 class Outcome(NamedTuple):
-    """Result of a check: ok, warning, skipped or FAIL, in words and figures."""
+    """Result of a check: ok, warning, skipped or FAIL, with text and figures."""
 
     status: str
     text: str
@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 def check_machine(device: torch.device) -> Outcome:
-    """Report versions, GPU, implementation and variables; figures: torch.utils.collect_env's."""
+    """Report versions, GPU, backend and variables; the figures are torch.utils.collect_env's."""
     installed = {each.name: each.version for each in importlib.metadata.distributions()}
     versions = {name: installed.get(name, "none") for name in ("torch", "triton")}
     variables = [f"{n}={v}" for n, v in sorted(os.environ.items()) if re.match(VARIABLES, n)]
@@ -102,7 +102,7 @@ def check_machine(device: torch.device) -> Outcome:
     )
 
 
-# ---- beside float64
+# ---- comparison with float64
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None = None) -> Fields:
@@ -110,13 +110,13 @@ def _kl(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None = None) -> F
 
 
 def _weights(p: torch.Tensor) -> torch.Tensor:
-    """Return weights of both signs; for float16 as large as a GradScaler makes them."""
+    """Return weights of both signs, at a GradScaler's magnitude for float16."""
     values = torch.linspace(-1.5, 2.0, p[..., 0].numel(), device=p.device)
     return values.view(p.shape[:-1]) * (4096.0 if p.dtype == torch.float16 else 1.0)
 
 
 def _results(function: Function, inputs: Pair, upstream: Fields) -> Fields:
-    """Return fields, and the gradients of Σ upstream·fields to both inputs."""
+    """Return fields, and the gradients of Σ upstream·fields to the inputs."""
     leaves = [testing.leaf(value) for value in inputs]
     fields = function(*leaves)
     sums = [(upstream[name].to(fields[name]) * fields[name]).sum() for name in upstream]
@@ -132,7 +132,7 @@ def _compare(
         {name: each[name] for name in MIX if name in results} for each in (results, exact)
     )
     error = testing.assert_stats(fields, wanted)
-    # The absolute tolerance of divergences would hide an error of one near 1e-6.
+    # The absolute tolerance of divergences would hide an error in a KL near 1e-6.
     testing.assert_near(results["kl"], exact["kl"], 1e-4, 0.0, "kl")
     worst = max(
         testing.assert_gradient(results[n], exact[n], n, limit) for n in SIDES[: len(inputs)]
@@ -145,7 +145,7 @@ def _compare(
 
 
 def _strided(dtype: torch.dtype) -> Pair:
-    """Return views that start in the middle of a block, of rows that do not merge."""
+    """Return misaligned views whose leading dimensions do not merge."""
     bases = testing.pair("normal3", 120, 503, 0.3, dtype=dtype)
     view = testing.LAYOUTS["time without the first"]
     return [view(base.view(4, 5, 6, 503))[..., 1:] for base in bases]
@@ -158,7 +158,7 @@ _small = partial(testing.pair, "normal1", len(SIZES), VOCABULARY, 1.5e-3)
 def check_agreement(
     make: Callable[..., Pair], device: torch.device, dtype: str, names: Sequence[str] = ("kl",)
 ) -> Outcome:
-    """Compare kl_divergence, or fields of token_stats, and the gradients of their mix."""
+    """Compare kl_divergence, or fields of token_stats, and gradients of their weighted sum."""
     pair = [side.to(device) for side in make(dtype=getattr(torch, dtype))]
     tokens, weights = torch.full(pair[0].shape[:-1], 17, device=device), _weights(pair[0])
     upstream = {name: MIX[name] * weights for name in names}
@@ -168,7 +168,7 @@ def check_agreement(
 
 
 def check_family(device: torch.device, dtype: str) -> Outcome:
-    """Compare the divergences beside the KL; return the least accurate."""
+    """Compare the divergences other than the KL; return the least accurate result."""
     pair = [side.to(device) for side in _ordinary(VOCABULARY, getattr(torch, dtype))]
     found = []
     for (kind, share), function in FAMILY.items():
@@ -199,7 +199,7 @@ def check_topk(device: torch.device, dtype: str) -> Outcome:
 
 def check_linear(device: torch.device, dtype: str) -> Outcome:
     """Compare linear_kl_divergence, and its gradients to hidden states and weight."""
-    # Of -1, 0, 1 and eighths, so that every element type holds the logits.
+    # Draw from -1, 0, 1 and eighths, so that the logits are exact in every dtype.
     draw = partial(torch.randint, generator=torch.Generator().manual_seed(3))
     drawn = (draw(-1, 2, (6, 64)), draw(-4, 5, (VOCABULARY, 64)) / 8, draw(-1, 2, (6, 64)))
     hidden, weight, other = (value.to(device, getattr(torch, dtype)) for value in drawn)
@@ -210,7 +210,7 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
     truth = lambda x, w: {  # noqa: E731
         "kl": scale.double() @ testing.truth(x.view(6, 64) @ w.view(-1, 64).T, ref).kl
     }
-    # Flat, so that a gradient counts as a whole.
+    # Flatten the inputs, so that each gradient is compared as one row.
     return _compare(
         ours,
         truth,
@@ -221,11 +221,11 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
 
 
 def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outcome:
-    """Compare a sum and its gradient to P alone; Triton's from one launch, whose programs wait for
-    one another.
+    """Compare a sum and its gradient to P only; with Triton in one launch, whose programs wait for
+    each other.
     """
     p, q = testing.pair("normal3", *shape, 0.3, dtype=getattr(torch, dtype), device=device)
-    # A float16 gradient is made when its scale is known.
+    # A float16 gradient is computed in backward, when its scale is known.
     together = fastkl.explain(p).backend == "triton" and dtype != "float16"
     if together:
         from fastkl.kernels import config
@@ -263,7 +263,7 @@ def check_bits(device: torch.device, dtype: str) -> Outcome:
 
 
 def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
-    """List the checks by their names, in the order in which they run."""
+    """Return the checks by name, in the order in which they run."""
     everyday = partial(_ordinary, VOCABULARY)
     runs: dict[str, Callable[..., Outcome]] = {
         "kl_divergence": partial(check_agreement, everyday),
@@ -289,12 +289,12 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
 
 
 def run_check(device: str, key: str) -> Outcome:
-    """Run a check; an exception is a FAIL with its first and last line, a hang ends the process."""
+    """Run a check; report an exception as FAIL with its first and last line; exit on a timeout."""
     faulthandler.dump_traceback_later(HANG, exit=True, file=STDERR)
     try:
         outcome = all_checks()[key](torch.device(device))
         if device.startswith("cuda"):
-            torch.cuda.synchronize(device)  # shows a kernel's error
+            torch.cuda.synchronize(device)  # surface errors of kernels
         return outcome
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -307,18 +307,18 @@ def run_check(device: str, key: str) -> Outcome:
 
 
 def run_checks(device: str, keys: Sequence[str], send: Connection) -> None:
-    """Run checks in this process, the first of its group, and send their outcomes."""
+    """Run checks in this process, as leader of a new process group, and send their outcomes."""
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # so that its compilers end with it
+        os.setpgrp()  # so that its compilers are killed with it
     faulthandler.enable(STDERR)
     for key in keys:
         send.send(run_check(device, key))
 
 
 def outcomes(device: str, keys: Sequence[str]) -> Generator[Outcome, None, None]:
-    """Run checks in another process, whatever happens to it, and yield their outcomes.
+    """Run checks in a child process and yield their outcomes, even if it crashes.
 
-    After a check that failed there is a new one: it may have lost the GPU.
+    A failed check may have lost the GPU, so a new process runs the remaining checks.
     """
     spawn = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
     done = crashes = 0
@@ -349,7 +349,7 @@ def outcomes(device: str, keys: Sequence[str]) -> Generator[Outcome, None, None]
 
 
 def run_doctor(device: str, json_to: Path | None = None) -> int:
-    """Run and print all checks, write them as JSON to a file or STDOUT; return 1 if one failed."""
+    """Run and print all checks, write them as JSON to a file or STDOUT; return 1 if any failed."""
     out = sys.stderr if json_to == STDOUT else sys.stdout
     checks, rows = all_checks(), []
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute\n", file=out)

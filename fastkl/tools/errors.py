@@ -1,4 +1,4 @@
-"""Errors of use, each one line: the argument, what was expected, what came, what to do."""
+"""Usage errors, one line each: `argument: expected X, got Y; remedy`."""
 
 import contextlib
 import textwrap
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 
 class UseError(Exception):
-    """A wrong argument, file or machine; the command line prints it and exits with 2."""
+    """A wrong argument, file or machine; the command line prints the message and exits with 2."""
 
     def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
-        super().__init__(argument, expected, got, remedy)  # another process makes it of these
+        super().__init__(argument, expected, got, remedy)  # unpickling needs these
 
     def __str__(self) -> str:
         return " ".join("{}: expected {}, got {}; remedy: {}".format(*self.args).split())

@@ -1,4 +1,4 @@
-"""Files of tools: found and checked, written whole or not at all, and strict JSON."""
+"""Find and check files, write them atomically, and format strict JSON."""
 
 import contextlib
 import errno
@@ -18,14 +18,14 @@ STDIN = STDOUT = Path("-")
 
 
 def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """List the files that paths, folders and patterns stand for, each group sorted by name.
+    """List the files matched by paths, folders and patterns, sorted by name within each.
 
-    A folder stands for the files directly in it that are not hidden.
+    A folder matches the files directly in it, without hidden ones.
     """
     found: list[Path] = []
     for path in paths:
         group = [path]
-        # os.path returns False where pathlib raises, as for a name that is too long.
+        # os.path returns False where pathlib raises, for example on a name that is too long.
         if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
             pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
             names = glob.glob(pattern, recursive=True)
@@ -42,7 +42,7 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> None:
-    """Refuse outputs, by their options, that cannot be written, and a file with two uses."""
+    """Refuse an output that cannot be written, and a file with two uses; `written`: by option."""
     seen: set[object] = set()
     outputs = [(f"--{name.replace('_', '-')}", path) for name, path in written.items() if path]
     for option, path in [*(("--text", path) for path in texts), *outputs]:
@@ -58,13 +58,13 @@ def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> Non
 def write_whole(
     path: Path, content: bytes | Iterable[bytes | str] | Callable[[str], object]
 ) -> None:
-    """Write a file, text in UTF-8, in full or not at all: beside it, then renamed to it.
+    """Write a file atomically, text in UTF-8: write a temporary file in its folder, then rename it.
 
-    content: bytes, pieces of it, or a function that writes a file of the name that it is given.
+    content: bytes, an iterable of pieces, or a function that writes to a file name.
 
-    A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is
-    there and is no regular file, such as a pipe or a terminal, cannot be replaced and is written to
-    as it is, piece by piece; so is standard output, for STDOUT. Raises OSError.
+    A symbolic link is followed, and an existing file keeps its mode. An existing path that is not a
+    regular file, such as a pipe or a terminal, is written to directly, piece by piece; so is
+    standard output, for STDOUT. Raises OSError.
     """
     pieces = [content] if isinstance(content, bytes) else () if callable(content) else content
     encoded = (piece.encode() if isinstance(piece, str) else piece for piece in pieces)
@@ -83,9 +83,9 @@ def write_whole(
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError for what write_whole cannot write, before there is something to write.
+    """Raise OSError in advance if write_whole could not write to a path.
 
-    What is there stays as it is.
+    An existing file is not changed.
     """
     if _mode(path) is not None:
         with _part(os.path.realpath(path)):
@@ -96,13 +96,13 @@ def check_writable(path: Path) -> None:
 
 
 def json_text(data: object) -> str:
-    """Return JSON in the order given; a number that is not finite becomes null."""
+    """Return JSON in the given order, with null for a number that is not finite."""
     finite = json.loads(json.dumps(data), parse_constant=lambda name: None)
     return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
 
 
 def _mode(path: Path) -> int | None:
-    """Return the mode of the file to be, or None for what cannot be replaced by a file."""
+    """Return the mode of the file to write, or None if the path cannot be replaced by a file."""
     try:
         found = os.stat(path).st_mode
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def _mode(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _part(target: str) -> Iterator[IO[bytes]]:
-    """Open a new file beside the target, private, removed at the end unless it was renamed."""
+    """Open a private temporary file in the target's folder, removed at the end unless renamed."""
     file = tempfile.NamedTemporaryFile(
         prefix=".", suffix=".part", dir=os.path.dirname(target), delete=False
     )

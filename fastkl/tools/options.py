@@ -1,4 +1,4 @@
-"""The options of the command line: their texts, types and defaults."""
+"""Options of the command line: texts, types and defaults."""
 
 import argparse
 import contextlib
@@ -11,9 +11,9 @@ from typing import Any
 from .demo import DISTILL, QUICK, Settings
 from .files import STDOUT
 
-# Arguments of add_argument, by option: its help, and the rest.
+# Arguments of add_argument, by option: help text, other arguments.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
-# Suffixes of pictures, which choose their format.
+# Suffixes of pictures; the suffix chooses the format.
 PICTURES = (".png", ".svg", ".pdf")
 TEXTS: dict[str, dict[str, Any]] = {
     "demo": dict(
@@ -83,7 +83,7 @@ error then (2); with auto the CPU is checked in its place.""",
 def checked(
     convert: Callable[[str], Any], expected: str, holds: Callable[[Any], object]
 ) -> Callable[[str], Any]:
-    """Return a type of argument: convert(text) of which holds(value) is true."""
+    """Return an argument type: convert(text), refused unless holds(value)."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -95,12 +95,12 @@ def checked(
 
 
 def at_least(least: int) -> Callable[[str], Any]:
-    """Return the type of a whole number with a lower limit."""
+    """Return the argument type of an integer with a lower limit."""
     return checked(int, f"a whole number of at least {least}", lambda value: value >= least)
 
 
 def named(*suffixes: str) -> Callable[[str], Any]:
-    """Return the type of a file whose suffix says its form."""
+    """Return the argument type of a file with one of the suffixes."""
     expected = f"a name that ends in {' or '.join(suffixes)}"
     return checked(Path, expected, lambda path: path.suffix.lower() in suffixes)
 

@@ -1,4 +1,4 @@
-"""`fastkl plot`: the picture of runs from the files that KLMonitor wrote."""
+"""`fastkl plot`: a plot of runs from KLMonitor's files."""
 
 import io
 import itertools
@@ -21,7 +21,7 @@ from fastkl.rl import read_jsonl
 from .errors import expect, told
 from .files import write_whole
 
-# Figures by their names in the file: the title of their axis, and its relative height.
+# Figures by name in the file: axis title, relative height.
 PANELS = {
     "reward": ("reward", 2.4),
     "kl/mean": ("KL (nats per token)", 3.8),
@@ -29,8 +29,8 @@ PANELS = {
     "beta": ("beta", 1.6),
 }
 PROFILE_HEIGHT = 2.8
-# Of Petroff, Accessible Color Sequences for Data Visualization (2021), the lightest last: told
-# apart with a red-green or blue-yellow deficiency too.
+# From Petroff, Accessible Color Sequences for Data Visualization (2021), lightest last:
+# distinguishable with red-green and blue-yellow colour deficiency too.
 COLOURS = (
     *("#1845fb", "#ff5e02", "#656364", "#c849a9"),
     *("#c91f16", "#578dff", "#adad7d", "#86c8dd"),
@@ -38,27 +38,27 @@ COLOURS = (
 GREY = "#555555"
 TITLE: dict[str, Any] = {"size": 13, "weight": "bold"}
 SMALL: dict[str, Any] = {"frameon": False, "fontsize": 9}
-# Each step of a run of so many is marked by a dot.
+# Up to this many steps, each is marked by a dot.
 FEW_STEPS = 100
-# The logarithmic axis of the KL reaches at most so far down from its largest figure.
+# Largest ratio of maximum to lower edge on the KL's logarithmic axis.
 SPAN = 1e5
 QUANTILES = ("kl/p50", "kl/p95", "kl/p99")
 TARGET, POSITION = "kl/target", "kl/position_"
 DRAWN = (*PANELS, *QUANTILES, TARGET, "kl/spike")
-# A float does not tell larger steps from the next; an axis has no room for larger figures.
+# Larger steps are not distinct in float64; larger figures do not fit an axis.
 LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
 WROTE = "a file that KLMonitor(jsonl=...) wrote"
-# Without a date the same runs give the same bytes.
+# No date, so that the same runs give the same bytes.
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 Run = dict[str, np.ndarray]
 
 
 def plot_runs(sources: Sequence[Path], out: Path) -> str:
-    """Draw the runs of some files, write the picture whole or not at all, in the format of its
-    suffix, and return its name and a sentence on each run.
+    """Draw the runs of some files, write the picture atomically in the format of its suffix, and
+    return its name and a sentence on each run.
 
-    Raises UseError for a file with no run in it and for too many files, OSError for an `out` that
-    cannot be written.
+    Raises UseError for a file without a run and for too many files, OSError if `out` cannot be
+    written.
     """
     expect(
         len(sources) <= len(COLOURS),
@@ -78,8 +78,8 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
 
 
 def run_names(sources: Sequence[Path]) -> list[str]:
-    """Name runs by their files, from the folder that has them all."""
-    # A file's name may have bytes that are no text.
+    """Name runs by their paths relative to the common folder."""
+    # File names need not be valid text.
     paths = [Path(os.fsencode(path.absolute()).decode(errors="replace")) for path in sources]
     base = os.path.commonpath([path.parent for path in paths])
     names = [str(path.relative_to(base)).removesuffix(".jsonl") for path in paths]
@@ -94,11 +94,11 @@ def run_names(sources: Sequence[Path]) -> list[str]:
 
 
 def read_run(source: Path) -> Run:
-    """Read figures by name, one per step, NaN where a step has none, and under "spikes" the steps
-    at which the alarm rang.
+    """Read figures by name, one per step, NaN for a step without one; "spikes" has the steps with
+    an alarm.
 
-    Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
-    from there on are those that follow.
+    If the file goes back to an earlier step, as after resuming from a checkpoint, the later lines
+    replace the steps from there on.
     """
     with told("RUN.jsonl", WROTE, repr(str(source)), "number its steps from 0, or pass another"):
         steps: dict[float, dict[str, float]] = {}
@@ -130,7 +130,7 @@ def _has(run: Run, name: str) -> bool:
 
 
 def describe(run: Run) -> str:
-    """Say in one sentence what the run did."""
+    """Summarise a run in one sentence."""
     finite, spikes = np.isfinite(run["kl/mean"]), [f"{step:.0f}" for step in run["spikes"]]
     kl = run["kl/mean"][finite]
     text = f"{len(finite):,} steps; KL {kl[-1]:.3g} at the end, {kl.max():.3g} at most"
@@ -146,9 +146,9 @@ def picture(
     levels: Mapping[str, Mapping[str, float]] | None = None,
     form: str = "png",
 ) -> bytes:
-    """Draw the figures of up to eight runs, by their names, one above the other.
+    """Draw the figures of up to eight named runs, one panel above the other.
 
-    levels: for a figure, horizontal lines by their names. form: "png", "svg" or "pdf".
+    levels: named horizontal lines for a figure. form: "png", "svg" or "pdf".
     """
     names = [name for name in PANELS if any(_has(run, name) for run in runs.values())]
     profiled = any(_has(run, f"{POSITION}1") for run in runs.values())
@@ -178,7 +178,7 @@ def picture(
         axes.spines[["top", "right"]].set_visible(False)
         labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if labels:
-            # Above the axes: inside, it would cover one run or the other.
+            # Place the legend above the axes: inside, it would cover a run.
             legend = axes.legend(
                 [*labels.values()],
                 [*labels],
@@ -225,7 +225,7 @@ def rendered(figure: Figure, form: str) -> bytes:
 
 
 def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
-    """Make the axis logarithmic, where there is a KL above 0."""
+    """Make the axis logarithmic if there is a KL above 0."""
     names = ("kl/mean", TARGET, *(QUANTILES if len(runs) == 1 else ()))
     values = np.concatenate([run[name] for run in runs.values() for name in names if name in run])
     drawn = np.sort(values[values > 0])
@@ -235,15 +235,15 @@ def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
 
 
 def _draw(axes: Axes, run: Run, name: str, colour: str, alone: bool) -> None:
-    """Draw one figure of one run, and a line at each spike; of a run alone also its last value, and
-    the quantiles of the KL.
+    """Draw one figure of one run, and a line at each spike; for a single run also the last value
+    and the quantiles of the KL.
     """
     steps, values = run["step"], run[name]
     label = "spike" if name == "kl/mean" else None
     for step in run["spikes"]:
         axes.axvline(step, color=colour, alpha=0.35, linewidth=1.0, zorder=0.5, label=label)
     if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run and alone:
-        # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
+        # Clamp to the axis's lower edge: a quantile of 0 has no logarithm.
         edge = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
         low, high = (np.maximum(run[quantile], edge) for quantile in QUANTILES[:2])
         axes.fill_between(
@@ -259,7 +259,7 @@ def _draw(axes: Axes, run: Run, name: str, colour: str, alone: bool) -> None:
         axes.plot(steps, run["kl/p99"], color=colour, linewidth=0.6, label="p99")
     if name == "kl/mean" and _has(run, TARGET):
         axes.plot(steps, run[TARGET], color=colour, linestyle="--", linewidth=1.2, label="target")
-    # A point between two gaps has no line.
+    # A point between two gaps has no line, so draw markers.
     size = 4 if len(steps) <= FEW_STEPS else 1.5
     label = "mean" if name == "kl/mean" and alone else None
     axes.plot(steps, values, ".-", color=colour, markersize=size, linewidth=1.2, label=label)
@@ -277,8 +277,8 @@ def _draw(axes: Axes, run: Run, name: str, colour: str, alone: bool) -> None:
 
 
 def _draw_profiles(axes: Axes, runs: Mapping[str, Run]) -> None:
-    """Draw the KL against the position in the sequence: its mean over the last tenth of each run's
-    steps, and where there is one run, over the first tenth.
+    """Draw the KL against the position in the sequence, averaged over the last tenth of each run's
+    steps and, for a single run, over the first tenth.
     """
     for run, colour in zip(runs.values(), COLOURS, strict=False):
         parts = [values for name, values in run.items() if name.startswith(POSITION)]

@@ -1,4 +1,4 @@
-"""Several candidates beside one base: their table, paired differences, a picture, single tokens."""
+"""Several candidates against one base: table, paired differences, plot, values per token."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from .report import fill, intervals_line, model_line, size, text_line, visible, 
 
 
 def overview(base: dict[str, Any], found: Sequence[Any], floor: Any) -> dict[str, Any]:
-    """Put the reports together, by rising mean KL, with the difference of each from the next."""
+    """Combine the reports, sorted by mean KL, with the difference of each from the next."""
     ranked = sorted(found, key=lambda each: float(each.report["summary"]["kl_ab"]["mean"]))
     return {
         "base": base,
@@ -103,12 +103,12 @@ def table_of_tokens(found: Sequence[Any], path: Path) -> Iterator[bytes | str]:
     parts = (
         each.tokens.assign(candidate=each.report["models"][1]["name"])
         .reset_index()
-        .astype(dict.fromkeys(("window", "top_a", "top_b"), "Int64"))  # floats for NaN's sake
+        .astype(dict.fromkeys(("window", "top_a", "top_b"), "Int64"))  # floats because of NaN
         for each in found
     )
     if path.suffix.lower() == ".jsonl":
         for part in parts:
-            # 15 digits behind the point, for a KL of 1e-9 has some.
+            # 15 decimals keep the digits of a KL of 1e-9.
             yield part.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
     else:
         content = io.BytesIO()

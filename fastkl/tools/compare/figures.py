@@ -1,4 +1,4 @@
-"""Figures of a comparison: means with their intervals, quantiles, bins, the worst, differences."""
+"""Statistics of a comparison: means with intervals, quantiles, bins, worst tokens, differences."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,16 @@ MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 # Lower ends of the buckets of the base's largest probability.
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99)
-# Fewest documents to draw; below it windows are drawn, and below it nothing is.
+# Fewest units to resample: with fewer documents windows are resampled, with fewer windows none.
 LEAST_UNITS = 10
 MOST_UNITS = 1000
 DRAWS = 2000
-# The histogram's bin of this KL has all lower ones, too.
+# The histogram's lowest bin begins here and includes everything below.
 LOWEST_BIN = 1e-8
 
 
 def scored_of(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the tokens without values."""
+    """Drop the tokens without values."""
     return tokens[tokens["kl_ab"].notna()]
 
 
@@ -52,14 +52,14 @@ def summarise(tokens: pd.DataFrame) -> dict[str, Any]:
 
 
 def unit_of(scored: pd.DataFrame) -> str:
-    """Choose what is drawn for intervals: documents, or windows where these are few."""
+    """Choose the bootstrap's unit: documents, or windows if there are few documents."""
     return "document" if scored["document"].nunique() >= LEAST_UNITS else "window"
 
 
 def sums_of(scored: pd.DataFrame, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the sums [n, names] and token counts [n] of units.
+    """Compute sums [n, names] and token counts [n] per unit.
 
-    More than MOST_UNITS are joined with their neighbours.
+    Neighbouring units are merged if there are more than MOST_UNITS.
     """
     groups = scored.groupby(unit_of(scored), sort=False)
     sums, counts = groups[names].sum().to_numpy(), groups.size().to_numpy()
@@ -70,8 +70,8 @@ def sums_of(scored: pd.DataFrame, names: list[str]) -> tuple[np.ndarray, np.ndar
 def intervals(scored: pd.DataFrame, names: list[str]) -> dict[str, list[float]]:
     """Compute a 95 % interval of each finite mean over tokens, by a bootstrap over units.
 
-    Tokens of a unit depend on each other; units are drawn with replacement, DRAWS times. Deviations
-    are widened as for few units they must be. Empty below LEAST_UNITS.
+    Tokens within a unit are dependent, so units are drawn with replacement, DRAWS times. Deviations
+    are widened by a small-sample correction. Empty below LEAST_UNITS.
     """
     names = [name for name in names if np.isfinite(scored[name]).all()]
     sums, counts = sums_of(scored, names)
@@ -82,13 +82,13 @@ def intervals(scored: pd.DataFrame, names: list[str]) -> dict[str, list[float]]:
     means, mean = [(times @ sums) / (times @ counts) for times in drawn], sums.sum(0) / counts.sum()
     off = np.quantile(means, [0.025, 0.975], axis=0) - mean
     free = len(counts) - 1
-    # Student's t beside the normal, by Fisher's expansion, and the variance of n values.
+    # Ratio of Student's t to the normal quantile (Fisher's expansion), and the unbiased variance.
     ends = mean + off * (1 + 1.21 / free + 1.44 / free**2) * math.sqrt((free + 1) / free)
     return dict(zip(names, ends.T.tolist(), strict=True))
 
 
 def buckets(tokens: pd.DataFrame) -> list[dict[str, float]]:
-    """Compute means over tokens by the base's largest probability."""
+    """Compute means over tokens, bucketed by the base's largest probability."""
     scored = scored_of(tokens)
     edges = [*CONFIDENCE, math.inf]
     bucket = pd.cut(np.exp(scored["top_logprob_a"]), edges, right=False, labels=False)
@@ -120,8 +120,8 @@ def histogram(tokens: pd.DataFrame) -> list[dict[str, float]]:
 
 
 def positions(tokens: pd.DataFrame) -> list[dict[str, float]]:
-    """Compute the mean KL(A‖B) by position in the document, from 0; each bin has twice the tokens
-    of the one before.
+    """Compute the mean KL(A‖B) by position in the document, from 0; each bin is twice as wide as
+    the one before.
     """
     scored = scored_of(tokens.assign(position=tokens.groupby("document", sort=False).cumcount()))
     groups = scored.groupby(np.floor(np.log2(scored["position"])).astype(int))
@@ -135,11 +135,11 @@ def positions(tokens: pd.DataFrame) -> list[dict[str, float]]:
 
 
 def difference(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    """Compare two candidates' KL(A‖·) of the same tokens: the mean of one minus that of the other.
+    """Compare two candidates' KL(A‖·) on the same tokens: the mean of one minus that of the other.
 
-    interval: by the bootstrap of `intervals`, of both at once. p: two-sided, of a sign-flip test
-    over the same units: how often random signs of the units' sums make as large a difference. Both
-    are None for fewer than LEAST_UNITS, and where a KL is infinite.
+    interval: by the paired bootstrap of `intervals`. p: two-sided, from a sign-flip test over the
+    same units: how often random signs of the units' sums give a difference at least as large. Both
+    are None below LEAST_UNITS units, or if a KL is infinite.
     """
     paired = scored_of(one)
     paired = paired.assign(change=paired["kl_ab"] - scored_of(other)["kl_ab"])
@@ -149,16 +149,16 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
         sums = sums_of(paired, ["change"])[0][:, 0]
         generator = np.random.default_rng(0)
         drawn = [generator.choice((-1.0, 1.0), len(sums)) @ sums for _ in range(DRAWS)]
-        as_large = np.abs(drawn) >= abs(sums.sum()) * (1 - 1e-12)  # the sum's own rounding
+        as_large = np.abs(drawn) >= abs(sums.sum()) * (1 - 1e-12)  # slack for the sum's rounding
         found["p"] = (1 + int(as_large.sum())) / (1 + DRAWS)
     return found
 
 
-# ---- the worst
+# ---- worst units and tokens
 
 
 def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any]]:
-    """List units by falling mean KL(A‖B): every document, or the `limit` worst lines."""
+    """List units by descending mean KL(A‖B): every document, or the `limit` worst lines."""
     keys = ["document", "line"] if by == "line" else ["document"]
     texts = tokens.groupby(keys, sort=False)["text"].agg("".join).str.strip().str[:80]
     groups = scored_of(tokens).reset_index().groupby(keys, sort=False)
@@ -178,9 +178,9 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
 def worst_tokens(
     tokens: pd.DataFrame, limit: int, label: Callable[[int], str], around: int = 24
 ) -> list[dict[str, Any]]:
-    """Describe the tokens with the largest KL(A‖B), in falling order, the earlier of equals first.
+    """Describe the tokens with the largest KL(A‖B), in descending order; ties keep text order.
 
-    An entry has the text around the token, its values, and the token that each model expects there.
+    Each entry has the text around the token, its values, and each model's most likely token there.
     """
     scored = scored_of(tokens)
     entries = []

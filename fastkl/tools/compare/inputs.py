@@ -1,4 +1,4 @@
-"""Texts to tokens: the documents of the files that --text names, and the tokenizers' ids."""
+"""Texts to tokens: the documents in the --text files, and their token ids."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ..
 
 
 class Document(NamedTuple):
-    """A text to compare on: its file, its name, and whether a chat template wrote it."""
+    """A text to compare on: its file, its name, and whether a chat template produced it."""
 
     file: str
     name: str
@@ -31,7 +31,7 @@ class Document(NamedTuple):
 
 
 def documents_of(paths: Sequence[Path], tokenizer: Any) -> list[Document]:
-    """Read files: a document is a whole file, or a line of a .jsonl file."""
+    """Read documents: one per file, or one per line of a .jsonl file."""
     base = os.path.commonpath([p.absolute().parent for p in paths if p != STDIN] or [Path()])
     found = []
     for path in paths:
@@ -88,7 +88,7 @@ def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
 
 
 class TextTokenizer:
-    """A tokenizer's ids, the text of each token, and the special tokens that begin a text."""
+    """A tokenizer: its ids, the text of each token, and the special tokens put before a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.own, self.ids = tokenizer, tokenizer.get_vocab()
@@ -99,10 +99,10 @@ class TextTokenizer:
     def encode(
         self, text: str, before: Sequence[int] = ()
     ) -> tuple[list[int], list[str], list[int]]:
-        """Return (ids, the text of each, the offset where each begins).
+        """Return (ids, the text of each, the start offset of each).
 
-        The texts put together are the whole, whatever the tokenizer drops; of tokens that share a
-        character the first has it. before: ids in front, which have no text.
+        The texts concatenate to the input even if the tokenizer drops characters; a character
+        shared by several tokens goes to the first. before: ids put in front, with empty text.
         """
         options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         encoded = self.own(text, **options)
@@ -113,15 +113,16 @@ class TextTokenizer:
         return [*before, *ids], [""] * len(before) + texts, starts
 
     def label(self, token: int) -> str:
-        """Return a token as it reads; a part of a character as the tokenizer spells it."""
+        """Return a token's text, or the tokenizer's spelling for part of a character."""
         text = self.own.decode([token])
         return str(self.own.convert_ids_to_tokens(token) if "�" in text or not text else text)
 
 
 class Vocabulary(NamedTuple):
-    """The tokens that are compared: the first `size` ids without `unshared`.
+    """The compared tokens: the first `size` ids without `unshared`.
 
-    alone: for each letter the ids and names of tokens that the other model lacks or has elsewhere.
+    alone: for each letter the ids and names of tokens missing from the other model, or with another
+    id there.
     """
 
     size: int
@@ -132,11 +133,11 @@ class Vocabulary(NamedTuple):
 def shared_vocabulary(
     tokenizers: dict[str, TextTokenizer], rows: dict[str, int | None]
 ) -> Vocabulary:
-    """Choose the tokens with the same id in every tokenizer; one alone is taken for all models.
+    """Choose the tokens with the same id in every tokenizer; a lone tokenizer serves all models.
 
-    rows: of each lm_head, by the model's letter. Tokens of a lone tokenizer for which another
-    lm_head has no rows are left out. Raises UseError where a token that was not added to all
-    tokenizers has two ids.
+    rows: of each lm_head, by the model's letter. With a lone tokenizer, tokens beyond another
+    lm_head's rows are left out. Raises UseError if two tokenizers give a token different ids,
+    unless it is an added token of both.
     """
     ids = {letter: tokenizer.ids for letter, tokenizer in tokenizers.items()}
     for letter in [letter for letter in rows if letter not in ids]:
@@ -174,14 +175,14 @@ def _another(letter: str, got: str) -> UseError:
 def read_document(
     document: Document, tokenizers: dict[str, TextTokenizer], vocabulary: Vocabulary
 ) -> pd.DataFrame:
-    """Return a table with a row for each token of a document, special ones in front included.
+    """Return a table with a row for each token of a document, including leading special tokens.
 
-    Columns: document, its name; id; line, from 1; text, which put together are the document;
-    scored, False for tokens that no window can score. An error where the tokenizers differ on it,
-    or a model lacks one of its tokens.
+    Columns: document, its name; id; line, from 1; text, which concatenates to the document; scored,
+    False for tokens that no window can score. Raises UseError if the tokenizers disagree on the
+    document, or a model lacks one of its tokens.
     """
     _, name, text, chat = document
-    # A chat template writes the special tokens, or none.
+    # A chat template adds its own special tokens, if any.
     encoded = {
         letter: tokenizer.encode(text, [] if chat else tokenizer.prefix)
         for letter, tokenizer in tokenizers.items()
@@ -240,5 +241,5 @@ def read(
 
 
 def readable(name: str | os.PathLike[str]) -> str:
-    """Make text to print of a file's name, whose bytes need not be UTF-8."""
+    """Make a file name printable; its bytes need not be UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""llama.cpp's logits base files, read, and the table of its --kl-divergence, printed.
+"""Read llama.cpp's logits base files, and print the table of its --kl-divergence.
 
 Definitions: tools/perplexity/perplexity.cpp of llama.cpp, functions perplexity (which writes the
 file with --kl-divergence-base) and kl_divergence.
@@ -22,25 +22,24 @@ from .reference import Text
 from .windows import Scheme, Window
 
 MAGIC = b"_logits_"
-# Log-probs from here down are not in the tool's KLD.
+# Log-probs at or below this are not in the tool's KLD.
 LOWEST = -16.0
-# Entries of a row before its codes: two float32.
+# uint16 entries before a row's codes: two float32.
 HEADER = 4
 
 
 def is_base_file(name: str) -> bool:
-    """Tell a logits base file by its first bytes."""
+    """Recognise a logits base file by its first bytes."""
     return os.path.isfile(name) and np.fromfile(name, np.uint8, len(MAGIC)).tobytes() == MAGIC
 
 
 class LogitsFile:
-    """A base model by the log-probs that llama.cpp wrote of a text, as Checkpoint by its folder.
+    """A base model given by llama.cpp's log-probs of a text; the counterpart of Checkpoint.
 
     Layout: MAGIC; int32 n_ctx, n_vocab, n_chunk; int32 tokens [n_chunk, n_ctx]; for each chunk the
     n_ctx - 1 - n_ctx // 2 rows that score its second half, of uint16: scale and minimum, each a
-    float32, then n_vocab codes, then one more where n_vocab is odd. A log-prob is scale · code +
-    minimum, in steps of up to 16 / 65535 = 2.4e-4 nats; values more than 16 below the largest have
-    code 0.
+    float32, then n_vocab codes, padded to an even number. A log-prob is scale · code + minimum, in
+    steps of up to 16 / 65535 = 2.4e-4 nats; values more than 16 below the largest have code 0.
     """
 
     def __init__(self, letter: str, name: str) -> None:
@@ -70,7 +69,7 @@ class LogitsFile:
             f"{self.tokens.min()} to {self.tokens.max()} in {name!r}",
             "write it anew",
         )
-        # Copy on write: torch takes no memory that cannot be written to.
+        # Copy on write: torch requires writable memory.
         self.codes = np.memmap(name, "<i2", "c", start + 4 * context * chunks, shape)
         self.about: dict[str, Any] = {
             "name": readable(name),
@@ -85,7 +84,7 @@ class LogitsFile:
         self.text = Text([self.about["name"]], [], Scheme(context, context, "second-half"))
 
     def tables(self, tokenizer: TextTokenizer) -> list[pd.DataFrame]:
-        """Make a document of each chunk, with the texts that a tokenizer has for its tokens."""
+        """Make one document per chunk, with the tokenizer's text for each token."""
         name = os.path.basename(self.about["name"])
         return [
             pd.DataFrame(
@@ -101,7 +100,7 @@ class LogitsFile:
         ]
 
     def load(self, dtype: str, device: str) -> "LogitsFile":
-        """Note the device on which rows are decoded."""
+        """Set the device on which rows are decoded."""
         self.device = device
         return self
 
@@ -119,13 +118,13 @@ class LogitsFile:
     def values(
         self, log_p: torch.Tensor, logits_b: torch.Tensor, tokens: torch.Tensor
     ) -> pd.DataFrame:
-        """Compute columns of values from decoded log-probs and logits [n, V].
+        """Compute columns of values from the decoded log-probs of A and the logits of B, [n, V].
 
-        Divergences and entropies are those of the tokens whose log-prob in the file is above
-        LOWEST, over which both models are normalised: rounded probabilities add up to 1 within
-        about 1e-4 only, and the KL would carry that error. Log-probs of the text and expected
-        tokens are those of the whole vocabulary. Two columns more: kld, as llama.cpp adds it up
-        over the same tokens without normalising; outside, B's probability of the others.
+        Divergences and entropies cover the tokens whose log-prob in the file is above LOWEST, with
+        both models normalised over them: rounded probabilities add up to 1 only within about 1e-4,
+        an error that the KL would inherit. Log-probs of the text and expected tokens cover the
+        whole vocabulary. Two more columns: kld, llama.cpp's sum over the same tokens without
+        normalising; outside, B's probability of the other tokens.
         """
         kept = log_p > LOWEST
         values = block_values(
@@ -147,7 +146,7 @@ class LogitsFile:
         return values.assign(**{name: each.double().cpu().numpy() for name, each in whole.items()})
 
     def note(self, scored: pd.DataFrame) -> str:
-        """Say what the file's rounding does to the figures."""
+        """Describe the effect of the file's rounding on the figures."""
         return (
             "A's log-probs are rounded to steps of up to 2.4e-4 nats. llama.cpp's KLD adds them up "
             f"as they are, without those of {LOWEST:g} and below, where B has "
@@ -169,10 +168,10 @@ NAMED = {100.0: "Maximum", 50.0: "Median ", 0.0: "Minimum"}
 
 @np.errstate(all="ignore")  # a single token has no error; the perplexity may be infinite
 def llama_table(scored: pd.DataFrame) -> str:
-    """Print the table of llama.cpp's --kl-divergence of the tokens with values.
+    """Format the table of llama.cpp's --kl-divergence over the tokens with values.
 
-    Errors are those of a mean of independent tokens, sqrt(var / (n - 1)); Q is B. The KLD of two
-    models is the exact KL(A‖B), that of a base file as the tool adds it up.
+    Errors are standard errors of a mean of independent tokens, sqrt(var / (n - 1)); Q is B. The KLD
+    of two models is the exact KL(A‖B); with a base file it is the sum that llama.cpp computes.
     """
     nll_q, nll_base = -scored["logprob_b"].to_numpy(), -scored["logprob_a"].to_numpy()
     kld = scored["kld" if "kld" in scored else "kl_ab"].to_numpy()

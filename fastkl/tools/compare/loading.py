@@ -1,7 +1,7 @@
-"""Checkpoints to last hidden states, and to a head that makes the model's own logits of them.
+"""Checkpoints to last hidden states, and to a head that reproduces the model's logits from them.
 
 A PEFT adapter is not merged into 16-bit weights, which would round a small change away: the layers
-compute with the adapter beside them, and the lm_head is widened to float32 with it.
+run with the adapter unmerged, and an lm_head with an adapter is merged in float32.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from ..errors import expect, told
 from .inputs import TextTokenizer, readable
 from .windows import Window
 
-# Elements of a 16-bit weight that are widened to float32 at a time.
+# Elements of a 16-bit weight widened to float32 at a time.
 WIDENED = 1 << 24
-# Tokens that show whether a model looks ahead, and the difference between hidden states, relative
-# to the largest, which rounding does not reach.
+# Tokens used to detect a model that looks ahead, and the limit on the difference between hidden
+# states, relative to the largest, which rounding stays below.
 CHECKED_TOKENS, ROUNDING = 64, 1 / 8
-# Files of a whole model.
+# Weight files of a whole model.
 WEIGHTS = [
     f"{name}{end}"
     for name in ("model.safetensors", "pytorch_model.bin")
     for end in ("", ".index.json")
 ]
-# Tensors of an adapter's file with a row for each token.
+# Tensors in an adapter's file with one row per token.
 ROWS = (
     *("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"),
     *("lm_head.lora_B.weight", "embed_tokens.base_layer.weight", "lm_head.base_layer.weight"),
@@ -49,10 +49,10 @@ ROWS = (
 
 
 def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Compute [n, vocabulary] float32 logits of hidden [n, H] for the first rows of the head, on
-    its device.
+    """Compute float32 logits [n, vocabulary] of hidden [n, H] for the head's first rows, on its
+    device.
 
-    16-bit operands are widened, so each product is exact.
+    16-bit operands are widened to float32, so each elementwise product is exact.
     """
     hidden = hidden.to(head.weight.device).float()
     step = max(1, WIDENED // hidden.shape[1])
@@ -68,8 +68,8 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
 def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
     """Return the float32 head of a layer with an adapter.
 
-    A linear layer is determined by its outputs for unit vectors, whichever adapter it has. saved:
-    the layer's tensors in the adapter's file, which may be wider than the base's type.
+    The layer is evaluated on unit vectors, which determines a linear map for any kind of adapter.
+    saved: the layer's tensors in the adapter's file, which may be wider than the base's dtype.
     """
     layer = copy.deepcopy(layer).float().eval()
     for own in (layer, *getattr(layer, "modules_to_save", {}).values()):
@@ -88,10 +88,10 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 
 
 class Model:
-    """A loaded causal language model, and its head, which gives the model's own logits.
+    """A loaded causal language model and a head that reproduces its logits.
 
-    about: for the report, its class, type, the form of its head and the bytes of its files. logits:
-    of hidden states, without the layers.
+    about: class, dtype, form of the head and bytes of the files, for the report. logits: computes
+    logits from hidden states.
     """
 
     def __init__(self, checkpoint: "Checkpoint | InMemory", model: Any) -> None:
@@ -108,12 +108,12 @@ class Model:
         own = getattr(output, "base_layer", None) or getattr(output, "original_module", output)
         with contextlib.ExitStack() as restored:
             if model.base_model is model and hasattr(model, "get_decoder"):
-                # Llama 4's classes name a part that they do not have.
+                # Llama 4's classes name a submodule that they lack.
                 model = getattr(model, "language_model", model)
                 restored.callback(setattr, model, "base_model_prefix", model.base_model_prefix)
                 model.base_model_prefix = "model"
             if own is not output:
-                # The base's layer shows what follows the product, which an adapter does not change.
+                # Probe with the base layer: an adapter does not change the steps after the GEMM.
                 restored.callback(model.set_output_embeddings, output)
                 model.set_output_embeddings(own)
             restored.enter_context(
@@ -141,17 +141,17 @@ class Model:
         """Compute the last hidden states [n, H] of tokens [n]."""
         ids, more = ids[None].to(self.device), {}
         if self.checkpoint.config.model_type == "paligemma":
-            # It reads a prompt from both sides and, marked by 1, its own text from left to right.
+            # Attention is bidirectional over the prompt and causal over tokens marked 1.
             more["token_type_ids"] = torch.ones_like(ids)
         output = self.backbone(input_ids=ids, use_cache=False, **more)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def states(self, windows: Sequence[Window], title: str) -> Iterator[torch.Tensor]:
-        """Compute the last hidden states that score tokens, of each window, on the CPU."""
+        """Compute each window's last hidden states that score tokens, on the CPU."""
         if windows:
             self.check(windows[0].ids)
         for each in progress(windows, title):
-            # A copy: a slice would keep the whole window's.
+            # Copy: a slice would keep the whole window alive.
             yield self.hidden(each.ids)[each.skip :].to("cpu", copy=True)
 
     def check(self, ids: torch.Tensor) -> None:
@@ -171,15 +171,15 @@ class Model:
 
 
 class Checkpoint:
-    """A checkpoint by its folder or hub name, before anything large is loaded.
+    """A checkpoint given by folder or hub name, before anything large is loaded.
 
-    letter: of the model in reports, the base's is A. source: where the model's weights are, for an
-    adapter its base's. config: the model's. rows: of its lm_head, where the files say so. adapter:
-    its kind and base, or None. saved: the tensors of the adapter's file.
+    letter: the model's in reports; A is the base. source: the folder or name with the model's
+    weights, for an adapter those of its base. config: the model's. rows: of its lm_head, or None if
+    unknown. adapter: its kind and base, or None. saved: the tensors in the adapter's file.
     """
 
     def __init__(self, letter: str, name: str) -> None:
-        # This tool says itself what matters.
+        # The tool prints its own messages.
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         argument = f"MODEL_{letter}"
@@ -194,7 +194,7 @@ class Checkpoint:
         ):
             if os.path.isfile(name):
                 raise ValueError("it is a file; a file with a base's values is MODEL_A alone")
-            # A whole model may have an adapter beside it.
+            # A whole model's folder may also hold an adapter.
             whole = any(has_file(name, each) for each in WEIGHTS)
             if not whole and find_adapter_config_file(name) is not None:
                 import peft
@@ -214,7 +214,7 @@ class Checkpoint:
         )
 
     def tokenizer(self) -> TextTokenizer:
-        """Load the model's tokenizer; an adapter without one has that of its base."""
+        """Load the model's tokenizer; an adapter without one uses its base's."""
         with told(
             self.argument,
             "a fast tokenizer that can be loaded",
@@ -226,7 +226,7 @@ class Checkpoint:
             return TextTokenizer(auto.from_pretrained(name, trust_remote_code=False))
 
     def bytes(self) -> int:
-        """Sum the sizes of the files with weights, an adapter's beside its base's."""
+        """Sum the sizes of the weight files; an adapter's count includes its base."""
         whole = Path(cached_file(self.source, "config.json")).parent
         found = [*whole.glob("model*.safetensors")] or [*whole.glob("pytorch_model*.bin")]
         if self.adapter:
@@ -237,8 +237,8 @@ class Checkpoint:
         return sum(file.stat().st_size for file in found)
 
     def load(self, dtype: str, device: str) -> Model:
-        """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
-        # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
+        """Load the model, in `dtype` or the dtype of its weights, with any adapter unmerged."""
+        # Multimodal models are causal LMs; encoder-decoders have the same suffix and are not.
         images = (self.config.architectures or [""])[0].endswith("ForConditionalGeneration")
         kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
         with told(self.argument, "a causal LM", repr(self.source), "choose a ...ForCausalLM"):
@@ -248,7 +248,7 @@ class Checkpoint:
             lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
             if lacking:
                 raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
-        if self.adapter:  # beside the layers, unmerged
+        if self.adapter:  # unmerged
             with (
                 told(
                     self.argument,
@@ -270,7 +270,7 @@ class Checkpoint:
 
 
 class InMemory:
-    """A model that the caller has loaded, with its tokenizer, as Checkpoint is one on disk."""
+    """A model already loaded by the caller, with its tokenizer; the counterpart of Checkpoint."""
 
     def __init__(self, letter: str, model: Any, tokenizer: Any) -> None:
         self.letter, self.argument, self._tokenizer = letter, f"MODEL_{letter}", tokenizer
@@ -302,5 +302,5 @@ class InMemory:
         return sum(each.nbytes for each in self.model.parameters())
 
     def load(self, dtype: str, device: str) -> Model:
-        """Wrap the model as it is, where it is."""
+        """Wrap the model unchanged, on its device."""
         return Model(self, self.model)

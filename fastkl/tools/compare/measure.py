@@ -1,4 +1,4 @@
-"""The values of every token: of each candidate beside the base, window by window."""
+"""Values of every token, for each candidate against the base, window by window."""
 
 import gc
 import math
@@ -15,7 +15,7 @@ from ..errors import expect
 from .inputs import Vocabulary
 from .windows import Window
 
-# Logits of one model in a block: about five tensors of this many float32 are alive at a time.
+# Logits of one model in a block; about five float32 tensors of this size are alive at a time.
 BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
@@ -28,11 +28,12 @@ def measure(
     settings: Namespace,
     save: Callable[[Any, Sequence[torch.Tensor]], None],
 ) -> tuple[list[list[pd.DataFrame]], list[dict[str, Any]]]:
-    """Compute the values of the tokens of each window, of every candidate; describe the models.
+    """Compute the values of each window's tokens for every candidate; describe the models.
 
-    One model is loaded after the other. The base's hidden states wait on the CPU, and only its head
-    stays in memory. The base among the candidates is loaded in another type: bfloat16, or float32
-    where it is bfloat16 itself. save: gets the base and its states, with settings.save_reference.
+    Models are loaded one at a time. The base's hidden states are kept on the CPU, and only its head
+    stays loaded. If the base is also a candidate, it is loaded again in another dtype: bfloat16, or
+    float32 if the base is bfloat16. save: called with the base and its states if
+    settings.save_reference is set.
     """
     model = base.load(settings.dtype, settings.device)
     states, logits, about = [*model.states(windows, "model A")], model.logits, [model.about]
@@ -42,7 +43,7 @@ def measure(
     found: list[list[pd.DataFrame]] = []
     block = BLOCK_LOGITS.get(torch.device(settings.device).type, BLOCK_LOGITS["cuda"])
     for candidate in candidates:
-        model = None  # its memory is the next one's
+        model = None  # free its memory for the next one
         gc.collect()
         torch.cuda.empty_cache()
         other = "float32" if about[0]["dtype"] == "bfloat16" else "bfloat16"
@@ -76,12 +77,11 @@ def token_values(
     block: int,
     values_of: Callable[..., pd.DataFrame],
 ) -> pd.DataFrame:
-    """Compute columns of values from the states [n, …] of A and B and the tokens [n] after them, on
-    any device.
+    """Compute columns of values from the states [n, …] of A and B and the tokens [n] that follow.
 
-    The logits are float32 for 16-bit models, too (linear_token_stats' logits_dtype=torch.float32),
-    and are made once, at most `block` of each model at a time: all values read the same ones.
-    Tokens that are not compared have probability 0.
+    Any device. The logits are float32 for 16-bit models too, as with linear_token_stats'
+    logits_dtype=torch.float32. They are computed once, at most `block` of each model at a time, and
+    shared by all values. Tokens that are not compared have probability 0.
     """
     step = max(1, block // vocabulary.size)
     none, blocks = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long), []
@@ -115,6 +115,6 @@ def block_values(
         "top_b": top_b,
         "same_top1": top_a == top_b,
     }
-    # One copy from the device; float64 holds a token's id as well.
+    # A single copy from the device; float64 represents token ids exactly.
     stacked = torch.stack([column.double() for column in columns.values()]).cpu().numpy()
     return pd.DataFrame(dict(zip(columns, stacked, strict=True)))

@@ -1,4 +1,4 @@
-"""The page of a comparison: its tables, two charts, and every token coloured by its KL."""
+"""The HTML page of a comparison: its tables, two charts, and every token coloured by its KL."""
 
 import math
 from bisect import bisect_left
@@ -10,10 +10,10 @@ import pandas as pd
 
 from .report import expected, location, model_line, notes, tables, text_line
 
-# Tokens are coloured from level 1 to this; level 0 has no colour.
+# Number of colour levels; level 0 has no colour.
 LEVELS = 8
-# Control characters have no place in HTML; each has a picture in Unicode. Those that change the
-# direction of a text would change that of what follows.
+# HTML does not allow control characters; Unicode has a picture for each. Bidirectional controls
+# would also reorder the text after them.
 CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
     **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
     127: 0x2421,
@@ -48,7 +48,7 @@ pointer-events:none;max-width:min(28rem,90vw);z-index:9}
 """
 
 
-# From pale yellow to red, over white and over black.
+# Pale yellow to red, on a white or black background.
 STYLE = "".join(
     f".k{level}{{background:hsl({56 - 7 * level} 95% 45%/{level / LEVELS:.2f})}}"
     for level in range(1, LEVELS + 1)
@@ -71,7 +71,7 @@ SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entrop
 
 
 def bounds_of(summary: dict[str, Any]) -> list[float]:
-    """List the KL above which each level begins: from the median in equal ratios to the largest."""
+    """List the KL at which each level begins: geometric steps from the median to the maximum."""
     high = min(summary["kl_ab"]["max"], 1e3)
     low, count = max(summary["kl_ab"]["p50"], high / 1e3), LEVELS
     return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
@@ -80,7 +80,7 @@ def bounds_of(summary: dict[str, Any]) -> list[float]:
 def page(
     report: dict[str, Any], tokens: pd.DataFrame, label: Callable[[int], str]
 ) -> Iterator[str]:
-    """Yield the page, part after part; label: a token's id as text."""
+    """Yield the page in parts; label: turns a token's id into text."""
     bounds = bounds_of(report["summary"])
     steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
     yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
@@ -117,7 +117,7 @@ def page(
 
 
 def html_table(title: str, align: str, rows: Sequence[Sequence[str]]) -> str:
-    """Write a table, whose head is the first row."""
+    """Write a table; the first row is the head."""
     sides = ['class="r"' if way == ">" else "" for way in align]
     lines = [
         "".join(
@@ -130,7 +130,7 @@ def html_table(title: str, align: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def bars(title: str, values: Sequence[tuple[float, float]], height: int = 150) -> str:
-    """Draw bars from 0, each with the lower end of its bin, and the largest finite value."""
+    """Draw bars from 0, labelled with the lower ends of their bins and the largest finite value."""
     most = max((value for _, value in values if value < math.inf), default=0.0)
     step = 380 / len(values)
     parts = []
@@ -155,7 +155,7 @@ def clean(text: str) -> str:
 
 
 def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[int], str]) -> str:
-    """Format a token, coloured, with its numbers as a tooltip."""
+    """Format a coloured token with its values as a tooltip."""
     if math.isnan(row.kl_ab):
         return f'<b class="u">{clean(row.text)}</b>' if row.text else ""
     mark = " n" if "\n" in row.text else "" if clean(row.text) else " e"

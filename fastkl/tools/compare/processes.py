@@ -1,4 +1,4 @@
-"""The processes that torchrun started: each has a share of the work, the first all results."""
+"""Split the work over torchrun's processes, and gather all results on the first."""
 
 import datetime
 import os
@@ -13,11 +13,12 @@ from ..errors import UseError, expect
 
 
 def gathered(run: Callable[[int, int], tuple[Any, Any]]) -> tuple[list[Any], Any]:
-    """Call run(rank, processes) on every process of torchrun, or run(0, 1); return (what each has
-    shared, own).
+    """Call run(rank, processes) on every process of torchrun, or run(0, 1); return (shared of each
+    process, own).
 
-    run: returns (shared, own); shared begins with a digest of the text, which must be the same on
-    all. The first process alone returns and prints: the others exit. What one raises, all raise.
+    run: returns (shared, own); shared begins with a digest of the text, which must be equal on all
+    processes. Only the first process returns and prints; the others exit. An exception on one
+    process is raised on all.
     """
     rank, count = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
     if count < 2 or "RANK" not in os.environ:
@@ -27,7 +28,7 @@ def gathered(run: Callable[[int, int], tuple[Any, Any]]) -> tuple[list[Any], Any
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     opened = not dist.is_initialized()
     if opened:
-        # Shares take unequal times; the end of a process is noticed at once, however it ends.
+        # Shares take unequal times, hence the long timeout; a process that ends is noticed at once.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     try:
         found, own = run(rank, count)

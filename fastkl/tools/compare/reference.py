@@ -1,4 +1,4 @@
-"""Files of a base model's last hidden states, against which candidates are compared without it."""
+"""Files with a base model's last hidden states, to compare candidates without loading the base."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from .inputs import Document, TextTokenizer
 from .loading import Model, head_logits
 from .windows import Scheme, Window
 
-# An entry of the file's metadata: what it is, and in which version.
+# Metadata entry: the file's format and version.
 FORMAT = {"fastkl.reference": "1"}
 
 
@@ -41,9 +41,7 @@ def save_reference(
     model: Model,
     states: Sequence[torch.Tensor],
 ) -> None:
-    """Write a base's hidden states of all windows, its head, tokenizer and text, whole or not at
-    all.
-    """
+    """Write a base's hidden states of all windows, its head, tokenizer and text, atomically."""
     tensors = {
         "hidden": torch.cat([*states]),
         "rows": torch.cat([each.first + torch.arange(len(each.tokens)) for each in windows]),
@@ -63,7 +61,7 @@ def save_reference(
 
 
 class ReferenceFile:
-    """A base model by the file that save_reference wrote, as Checkpoint is one by its folder."""
+    """A base model given by a file of save_reference; the counterpart of Checkpoint."""
 
     def __init__(self, letter: str, name: str) -> None:
         self.letter, self.argument, self.name = letter, f"MODEL_{letter}", name
@@ -90,7 +88,7 @@ class ReferenceFile:
         return TextTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
 
     def load(self, dtype: str, device: str) -> "ReferenceFile":
-        """Put the head on the device."""
+        """Move the head to the device."""
         self.logits = partial(
             head_logits,
             Head(

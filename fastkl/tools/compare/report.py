@@ -1,4 +1,4 @@
-"""Figures to text: the report of a comparison, as a terminal shows it."""
+"""Format a comparison's figures as a text report for the terminal."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ import numpy as np
 from ..console import percent, table
 from .figures import CONFIDENCE
 
-# Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
+# Upper bound of the mean KL(A‖B), nats per token, for each word; above the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
 NAMES = {"kl_ab": "KL(A‖B)", "kl_ba": "KL(B‖A)", "jsd": "JSD"}
-# Left-out tokens that are named, each model's.
+# Left-out tokens named per model, at most.
 NAMED = 8
 
 
@@ -20,18 +20,18 @@ NAMED = 8
 
 
 def visible(text: str) -> str:
-    """Put a text on one line, safe to print: characters that a terminal obeys are shown instead."""
+    """Make a text printable on one line, with control characters escaped."""
     shown = text.translate({ord("\n"): "↵", ord("\t"): "⇥"})
     return "".join(each if each.isprintable() else "·" for each in shown)
 
 
 def quoted(token: str) -> str:
-    """Put a token between quotes, so that its spaces can be seen."""
+    """Quote a token, so that its spaces are visible."""
     return f"'{visible(token)[:24]}'"
 
 
 def expected(token: str, probability: float) -> str:
-    """Format the most likely token somewhere, and its probability."""
+    """Format a most likely token and its probability."""
     return f"{quoted(token)} {percent(probability)}"
 
 
@@ -41,7 +41,7 @@ def location(entry: dict[str, Any]) -> str:
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """Say how different the two are, and where; and where rounding may hide an adapter."""
+    """State how much the models differ, and where; say if rounding may hide an adapter."""
     summary, b = report["summary"], report["letter"]
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
@@ -64,13 +64,13 @@ def sentence(report: dict[str, Any]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Count names, and show the first ones."""
+    """Format the number of names and the first ones."""
     shown = ", ".join([*map(visible, names[:NAMED]), *["…"] * (len(names) > NAMED)])
     return f"{len(names):,} ({shown})" if names else ""
 
 
 def text_line(report: dict[str, Any]) -> str:
-    """Say what was read, and how."""
+    """Describe the text that was read, and how."""
     text = report["text"]
     named = {
         f"tokens left out of {letter}": listed([quoted(entry["token"]) for entry in tokens])
@@ -97,19 +97,19 @@ def text_line(report: dict[str, Any]) -> str:
 
 
 def size(number: int) -> str:
-    """Format bytes."""
+    """Format a number of bytes."""
     return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
 
 
 def model_line(letter: str, model: dict[str, Any]) -> str:
-    """Say what a model is."""
+    """Describe a model."""
     on = "{kind} adapter on {base}, ".format(**model["adapter"]) if model["adapter"] else ""
     kind = f"{on}{model['class']}, {model['dtype']}, {size(model['bytes'])}"
     return visible(f"{letter:5} {model['name']} ({kind})")
 
 
 def fill(text: str, width: int, indent: int = 6) -> list[str]:
-    """Break a text into lines, indented from the second on."""
+    """Wrap a text, with lines after the first indented."""
     return textwrap.wrap(
         text,
         width=min(width, 110),
@@ -120,7 +120,7 @@ def fill(text: str, width: int, indent: int = 6) -> list[str]:
 
 
 def within(summary: dict[str, Any], name: str) -> str:
-    """Format the 95 % interval of a mean; the divergences in nats, the shares in percent."""
+    """Format the 95 % interval of a mean: divergences in nats, shares in percent."""
     bounds = summary["intervals"].get(name)
     if not bounds:
         return ""
@@ -133,7 +133,7 @@ def within(summary: dict[str, Any], name: str) -> str:
 
 
 def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]:
-    """Yield the report's tables: a title, < or > for each column, and rows, the head first."""
+    """Yield the report's tables: title, alignment of each column (< or >), and rows, head first."""
     summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
     keys = ("mean", "p50", "p95", "p99", "p999", "max")
     nats = [
@@ -196,7 +196,7 @@ def notes(report: dict[str, Any]) -> Iterator[str]:
 
 
 def intervals_line(summary: dict[str, Any]) -> str:
-    """Say where the intervals come from."""
+    """State how the intervals were computed."""
     over = "{units:,} {unit}s".format(**summary["bootstrap"])
     if summary["intervals"]:
         return f"95 % intervals of means: a bootstrap over {over}."

@@ -1,4 +1,4 @@
-"""The comparison from arguments to report: models and text, shares of processes, files."""
+"""Run a comparison from arguments to report: models, text, processes, files."""
 
 import contextlib
 import itertools
@@ -31,10 +31,11 @@ from .windows import Window, choose_scheme, longest, windows_of
 
 
 class Comparison(NamedTuple):
-    """A base beside one candidate.
+    """Comparison of a base with one candidate.
 
-    report: every figure, as `fastkl compare --json` writes it. tokens: a table of all tokens, NaN
-    where one has no values. tokenizer: whose tokens they are. Its str is the report as text.
+    report: every figure, as written by `fastkl compare --json`. tokens: a table of all tokens, NaN
+    for a token without values. tokenizer: the tokenizer of these tokens. str() gives the report as
+    text.
     """
 
     report: dict[str, Any]
@@ -45,7 +46,7 @@ class Comparison(NamedTuple):
         return report.text_report(self.report, 110)
 
     def llama_table(self) -> str:
-        """Return the table that llama.cpp's --kl-divergence prints, field by field."""
+        """Return the table of llama.cpp's --kl-divergence, with the same fields."""
         return llama_table(figures.scored_of(self.tokens))
 
 
@@ -53,10 +54,10 @@ class Comparison(NamedTuple):
 
 
 def open_models(settings: Namespace) -> tuple[Any, list[Any]]:
-    """Open the base and the candidates by their names, before anything large is loaded.
+    """Open the base and the candidates by name, before anything large is loaded.
 
-    A base has letter, name, rows, tokenizer() and load(dtype, device), which returns about, states
-    and logits. With settings.floor the base itself is the last candidate.
+    A base has letter, name, rows, tokenizer() and load(dtype, device), which returns an object with
+    about, states and logits. With settings.floor the base itself is the last candidate.
     """
     name = settings.model_a
     kind: Any = (
@@ -85,7 +86,7 @@ def open_models(settings: Namespace) -> tuple[Any, list[Any]]:
 
 
 class Read(NamedTuple):
-    """A text in tokens: its tables, the windows, and what the report says of it."""
+    """A tokenized text: its tables, its windows, and its description for the report."""
 
     tables: list[pd.DataFrame]
     windows: list[Window]
@@ -96,7 +97,7 @@ class Read(NamedTuple):
 
 
 def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
-    """Read the text with the models' tokenizers, and cut it into windows."""
+    """Tokenize the text with the models' tokenizers, and cut it into windows."""
     models = {each.letter: each for each in (base, *others)}
     coded = isinstance(base, LogitsFile)
     letters = [settings.tokenizer] if settings.tokenizer else [*models][coded:]
@@ -145,8 +146,8 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
 
 # ---- shares of processes
 
-# What compare_share returns: the digest of the text and each candidate's values of each window;
-# the text and what each model is.
+# Result of compare_share: (text digest, values by candidate and window), (text, descriptions of the
+# models).
 Share = tuple[tuple[int, list[list[pd.DataFrame]]], tuple[Read, list[dict[str, Any]]]]
 
 
@@ -181,7 +182,7 @@ def compare_share(
 def join(
     settings: Namespace, base: Any, others: Sequence[Any], shared: Sequence[Any], own: Any
 ) -> tuple[list[Comparison], dict[str, Any]]:
-    """Join the shares; return each candidate's comparison, and what the base and the text are."""
+    """Join the shares; return each candidate's comparison, and a description of base and text."""
     read, about = own
     table = pd.concat(read.tables, ignore_index=True)
     scored = {table["document"].iat[window.first] for window in read.windows}
@@ -232,7 +233,7 @@ def join(
 def compare(
     settings: Namespace, base: Any, others: Sequence[Any]
 ) -> tuple[list[Comparison], dict[str, Any]]:
-    """Compare on all processes of torchrun; the first alone returns."""
+    """Compare on all processes of torchrun; only the first returns."""
     return join(settings, base, others, *gathered(partial(compare_share, settings, base, others)))
 
 
@@ -242,8 +243,8 @@ def compare(
 def run_compare(settings: Namespace) -> int:
     """Compare, print the report and write the files asked for; return the exit code.
 
-    With a file on stdout, the report goes to stderr. Of the processes of torchrun the first alone
-    does it. Raises UseError for what cannot be compared.
+    If a file is written to stdout, the report goes to stderr. Under torchrun only the first process
+    prints and writes. Raises UseError if the models or the text cannot be compared.
     """
     start = time.perf_counter()
     found, base = compare(settings, *open_models(settings))
@@ -297,22 +298,22 @@ def compare_models(  # noqa: PLR0913
     by: str = "document",
     top: int = 10,
 ) -> Comparison:
-    """Compare two causal language models in memory on texts, as `fastkl compare` does files.
+    """Compare two causal language models in memory, as `fastkl compare` does for files.
 
     Args:
-        model_a, model_b: of transformers, PEFT models too, on any device and in any mode: they run
-            in eval() and are left as they were.
+        model_a, model_b: models of transformers or PEFT, on any device and in any mode: they run in
+            eval() and are left as they were.
         texts: the documents.
-        tokenizer: a fast tokenizer, whose ids both models read.
-        window, stride, score, by, top: the options of the command of these names.
+        tokenizer: a fast tokenizer; both models take its ids.
+        window, stride, score, by, top: the command's options of the same names.
 
     Returns:
         A Comparison: print it, or take `report`, a dictionary of all figures, and `tokens`, a
         pandas.DataFrame of the values of every token.
 
-    In a distributed job it is a call of this process alone.
+    In a distributed job, only the calling process takes part.
 
-    Raises fastkl.tools.errors.UseError for what cannot be compared.
+    Raises fastkl.tools.errors.UseError if the models or texts cannot be compared.
     """
     expect(
         isinstance(texts, list | tuple) and texts and all(isinstance(x, str) for x in texts),
@@ -352,7 +353,7 @@ def compare_models(  # noqa: PLR0913
             other.model.eval()
             alone, own = compare_share(settings, base, [other], 0, 1)
     except UseError as error:
-        # Its argument is one of this function, which the command line spells in another way.
+        # Name this function's argument instead of the command line's option.
         name, *rest = error.args
         raise UseError(name.removeprefix("--").lower(), *rest) from None
     return join(settings, base, [other], [alone], own)[0][0]

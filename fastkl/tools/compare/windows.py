@@ -1,4 +1,4 @@
-"""Windows: what the models read at a time, and which tokens each scores."""
+"""Windows: the tokens that a model reads at a time, and the tokens that each window scores."""
 
 import math
 from argparse import Namespace
@@ -10,12 +10,12 @@ import torch
 
 from ..errors import expect
 
-# Tokens of a window where --window is left out, by what is scored.
+# Default of --window, in tokens, by --score.
 WINDOWS = {"all": 1024, "second-half": 512}
 
 
 class Scheme(NamedTuple):
-    """How a text is cut: tokens per window, tokens between the starts of two, what is scored."""
+    """How a text is cut: tokens per window, stride between window starts, tokens scored."""
 
     window: int
     stride: int
@@ -23,11 +23,11 @@ class Scheme(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Tokens that a model reads at once, and those that it scores.
+    """Tokens that a model reads at once, and the tokens scored.
 
-    ids: [n], read. skip: how many of its states, from the first, score nothing. tokens: [n - skip],
-    the tokens that follow the other states. first: the place of the first of these in the table of
-    all tokens, where they lie one behind the other.
+    ids: [n], the tokens read. skip: leading states that score nothing. tokens: [n - skip], the
+    tokens that follow the other states. first: row of tokens[0] in the table of all tokens, where
+    the scored tokens are consecutive.
     """
 
     ids: torch.Tensor
@@ -37,7 +37,7 @@ class Window(NamedTuple):
 
 
 def longest(configs: Iterable[Any]) -> int:
-    """Return how many tokens all of the models can read at once."""
+    """Return the number of tokens that every model can read at once."""
     limits = [
         getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs
     ]
@@ -45,7 +45,7 @@ def longest(configs: Iterable[Any]) -> int:
 
 
 def choose_scheme(settings: Namespace, limit: int) -> Scheme:
-    """Choose window, stride and what is scored; limit: tokens that all models can read at once."""
+    """Choose window, stride and tokens scored; limit: tokens that every model can read at once."""
     score = settings.score or ("second-half" if settings.format == "llama.cpp" else "all")
     window = settings.window or min(WINDOWS[score], limit)
     if score == "all":
@@ -69,8 +69,8 @@ def cut(first: int, count: int, scheme: Scheme) -> Iterator[tuple[int, int, int]
     """Yield (start, first, last): reading start … last - 2 gives distributions of first … last - 1.
 
     "all": every token from `first` to `count` - 1 is scored in exactly one window, with at least
-    window - stride tokens before it where there are as many. "second-half": windows of full length,
-    of which the tokens behind the middle are scored.
+    window - stride tokens before it, if there are that many. "second-half": windows of full length,
+    with the tokens after the middle scored.
     """
     window, stride, score = scheme
     if score == "second-half":
@@ -89,8 +89,7 @@ def windows_of(
 ) -> list[Window]:
     """Cut documents into windows.
 
-    A "second-half" window begins with the first token of `prefix`, where there is one, in place of
-    its own.
+    In a "second-half" window the first token is replaced by the first token of `prefix`, if any.
     """
     found, place = [], 0
     for document in documents:

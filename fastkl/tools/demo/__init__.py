@@ -1,10 +1,10 @@
-"""Settings of `fastkl demo`: RLHF in small, on real text.
+"""Settings of `fastkl demo`: small-scale RLHF on real text.
 
-A small transformer learns the source code of Python's standard library: the reference. PPO then
-raises a reward that is easy to hack, once without and once with the exact KL penalty;
-`fastkl.rl.PIDBeta` moves the penalty's weight, `fastkl.rl.KLMonitor` watches both runs. The report
-shows what the penalty is for. With `--algorithm distill` the reference is the teacher of a smaller
-model instead, by three divergences side by side.
+A small transformer, the reference, is trained on the source code of Python's standard library. PPO
+then maximises a reward that is easy to hack, once without and once with the exact KL penalty;
+`fastkl.rl.PIDBeta` adapts the penalty's weight, `fastkl.rl.KLMonitor` monitors both runs. The
+report shows the effect of the penalty. With `--algorithm distill` the reference is instead the
+teacher of a smaller model, with three divergences compared.
 
 In reading order: this file, corpus, model, training, distill, report.
 """
@@ -15,16 +15,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes and rates of one run; the defaults are PPO in the full size, minutes on a CPU.
+    """Sizes and rates of one run; the defaults are full-size PPO, which takes minutes on a CPU.
 
-    Of distillation only the sizes of corpus, reference and evaluation are read, and steps.
+    Distillation reads only the sizes of corpus, reference and evaluation, and the steps.
     """
 
     algorithm: str = "ppo"
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
-    # The vocabulary is the large dimension, as in the models that the kernels are for.
+    # The vocabulary is the largest dimension, as in the kernels' target models.
     corpus_characters: int = 6_000_000
     vocabulary: int = 16_384
     width: int = 128
@@ -42,15 +42,15 @@ class Settings:
     temperature: float = 0.7
     policy_rate: float = 3e-4
     discount: float = 0.5
-    # Weight of the penalty; None: a controller holds target_kl, nats per token.
+    # Weight of the penalty; None: a controller tracks target_kl, nats per token.
     beta: float | None = None
     initial_beta: float = 0.5
     target_kl: float = 0.12
-    # SpikeDetector's ratio, recent and floor: every run starts at 0, so a KL may grow up to about
-    # the floor, nats per token, without alarm. The first recent + 16 steps are silent.
+    # SpikeDetector's ratio, recent and floor. Every run starts at a KL of 0, so there is no alarm
+    # up to about the floor, nats per token. The first recent + 16 steps are silent.
     alarm: tuple[float, int, float] = (2.0, 5, 0.5)
     save_models: bool = False
-    # Evaluate on prompts from files that training never saw.
+    # Evaluate on prompts from held-out files.
     evaluation_samples: int = 64
 
 
@@ -69,7 +69,7 @@ QUICK: dict[str, Any] = dict(
     evaluation_samples=16,
 )
 
-# A CPU computes the JSD in float64: a smaller vocabulary.
+# Smaller vocabulary: a CPU computes the JSD in float64.
 DISTILL: dict[str, Any] = dict(
     corpus_characters=3_000_000,
     vocabulary=4_096,
@@ -80,6 +80,6 @@ DISTILL: dict[str, Any] = dict(
 
 
 def choose_settings(*, quick: bool, **given: Any) -> Settings:
-    """Combine the algorithm's and the size's settings with given ones; None keeps a default."""
+    """Combine the settings of algorithm and size with the given ones; None keeps a default."""
     chosen = QUICK if quick else DISTILL if given.get("algorithm") == "distill" else {}
     return Settings(**chosen | {name: x for name, x in given.items() if x is not None})

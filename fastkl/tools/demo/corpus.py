@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from ..console import progress
 from . import Settings
 
-# Tests, other people's packages and generated tables are not the prose of the library.
+# Skip tests, third-party packages and generated tables.
 SKIPPED_FOLDERS = set(
     "test tests idle_test site-packages dist-packages lib2to3 ensurepip turtledemo pydoc_data"
     " encodings idlelib __pycache__".split()
@@ -23,23 +23,23 @@ LEAST_FILES = 40
 HELD_OUT = 0.05
 END_OF_FILE = "<|endoftext|>"
 REWARDED_WORD = "self"
-# Nearly all docstrings and comments: a small model learns code alone sooner than code and English.
+# Matches nearly all docstrings and comments: a small model learns code faster without English.
 REMOVED = (
     (r"^[ \t]*[rRuU]?(\"\"\"|''')[\s\S]*?\1[ \t]*\n", ""),
     (r"^[ \t]*#.*\n", ""),
     (r"[ ]+# .*", ""),
     (r"\n{3,}", "\n\n"),
 )
-# Pieces that no token crosses: a line break with the indentation after it, a word, other signs,
-# other white space.
+# Tokens do not cross these pieces: a line break with its indentation, a word, punctuation, other
+# white space.
 PIECES = r"\n[ ]*| ?\w+| ?[^\s\w]+|\s+"
 
 
 class Corpus(NamedTuple):
     """Token streams [n] int64 on the CPU: texts of files in a fixed order, END_OF_FILE after each.
 
-    held_out comes from other files than train. rewarded, new_line: bool [V], True for tokens that
-    the reward counts, and for tokens that begin a line.
+    held_out and train come from different files. rewarded, new_line: bool [V], True for tokens
+    counted by the reward, and for tokens that begin a line.
     """
 
     tokenizer: Tokenizer
@@ -56,7 +56,7 @@ class Corpus(NamedTuple):
 
 
 def build_corpus(settings: Settings) -> Corpus:
-    """Read the standard library, train the tokenizer on it and encode it."""
+    """Read the standard library, train a tokenizer on it and encode it."""
     texts = load_texts(settings.corpus_characters)
     tokenizer = train_tokenizer(texts, settings.vocabulary)
     vocabulary = tokenizer.get_vocab_size()
@@ -66,7 +66,7 @@ def build_corpus(settings: Settings) -> Corpus:
         torch.tensor([*itertools.chain(*part)]) for part in (streams[:split], streams[split:])
     )
     words = [tokenizer.decode([token], skip_special_tokens=False) for token in range(vocabulary)]
-    # A naive proxy for object-oriented code: how often does a sample say `self`?
+    # A naive proxy for object-oriented code: the frequency of `self` in a sample.
     rewarded = torch.tensor([word.strip() == REWARDED_WORD for word in words])
     new_line = torch.tensor([word.startswith("\n") for word in words])
     return Corpus(tokenizer, vocabulary, texts, train, held_out, rewarded, new_line)
@@ -86,8 +86,8 @@ def load_texts(characters: int) -> list[str]:
             f"standard library: expected at least {LEAST_FILES} source files, got {len(paths)} in "
             f"{root}; remedy: run the demo with a Python that was installed with its sources"
         )
-    # Shuffled, so that the cap keeps a mixture and held-out files resemble the rest; with a seed of
-    # its own, so that --seed does not change the corpus.
+    # Shuffle, so that the cap keeps a mixture and held-out files resemble the rest. The seed is
+    # fixed, so that --seed does not change the corpus.
     random.Random(0).shuffle(paths)
     texts: list[str] = []
     for path in paths:

@@ -1,7 +1,7 @@
-"""`fastkl demo --algorithm distill`: the reference is the teacher of students too small for it.
+"""`fastkl demo --algorithm distill`: distil the reference into students of too little capacity.
 
-Three students start alike and read the same text, each with another divergence. What each gives up
-is the lesson.
+Three students start equal and read the same text, each with a different divergence. The report
+shows the probability that each student misses and invents.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from . import Settings
 from .corpus import Corpus, windows
 from .model import LanguageModel, train_reference
 
-# Divergences by their names here: that of fastkl.linear_divergence, and whether the teacher is P.
+# Divergence by label: its name in fastkl.linear_divergence, and whether the teacher is P.
 LOSSES: dict[str, tuple[Any, bool]] = {
     "forward KL": ("kl", True),
     "reverse KL": ("kl", False),
@@ -40,7 +40,7 @@ JSD is at most log 2 either way: its student is between."""
 def divergence(
     teacher: LanguageModel, student: LanguageModel, tokens: torch.Tensor, name: str
 ) -> torch.Tensor:
-    """Compute the mean over tokens [B, T] of one of LOSSES, from hidden states."""
+    """Compute the mean of a divergence in LOSSES over tokens [B, T], from hidden states."""
     p, q = (teacher, student) if LOSSES[name][1] else (student, teacher)
     return linear_divergence(
         p.hidden(tokens),
@@ -56,7 +56,7 @@ def divergence(
 
 @torch.no_grad()
 def masses(teacher: LanguageModel, student: LanguageModel, tokens: torch.Tensor) -> list[float]:
-    """Return the probability that the student misses, and that it invents, as LESSON says."""
+    """Return the probability that the student misses, and that it invents, as defined in LESSON."""
     p, q = (model.lm_head(model.hidden(tokens)).softmax(-1) for model in (teacher, student))
     return [(a * (a > 10.0 * b)).sum(-1).mean().item() for a, b in ((p, q), (q, p))]
 
@@ -93,7 +93,7 @@ def distill(
 
 
 def picture(curves: dict[str, list[list[float]]]) -> bytes:
-    """Draw what the students miss and what they invent over their steps, as PNG."""
+    """Draw the probability that the students miss and invent, against the step, as PNG."""
     figure = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained")
     for at, axes in enumerate(figure.subplots(1, 2)):
         for name, curve in curves.items():

@@ -1,4 +1,4 @@
-"""A small transformer: its training on the corpus, samples from it, and its checkpoint."""
+"""A small transformer: training on the corpus, sampling, checkpoint."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from ..files import json_text
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, windows
 
-# Keys and values of the positions so far, by layer.
+# Keys and values of past positions, by layer.
 Cache = dict[int, tuple[torch.Tensor, torch.Tensor]]
 ROTARY_BASE = 10_000.0
 WARM_UP_STEPS = 10
-# Learning rate of the blocks, which start as the identity, over that of embedding and head.
+# Ratio of the blocks' learning rate to that of embedding and head; blocks start as the identity.
 BLOCK_RATE = 3.0
 BIGRAM_SMOOTHING = 5.0
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer with GPT-J's architecture and names: transformers reads it.
+    """A decoder-only transformer with GPT-J's architecture and names, so transformers can load it.
 
-    Most of its parameters are the vocabulary's.
+    Most parameters are in the embedding and the lm_head.
     """
 
     def __init__(self, vocabulary: int, settings: Settings) -> None:
@@ -42,14 +42,16 @@ class LanguageModel(nn.Module):
             )
         )
         self.lm_head = nn.Linear(width, vocabulary)
-        # e^(i·angle) for each position and pair of neighbouring entries.
+        # e^(i·angle) for each position and pair of adjacent entries.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
         angle = torch.arange(settings.context).float()[:, None] * frequency
         rotation = torch.polar(torch.ones_like(angle), angle)
         self.register_buffer("rotation", rotation, persistent=False)
 
     def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Return hidden states [B, T, H] of tokens [B, T] after those in the cache, which grows."""
+        """Return hidden states [B, T, H] of tokens [B, T] that follow the cache; append to the
+        cache.
+        """
         past = cache[0][0].shape[2] if cache else 0
         rotation = self.get_buffer("rotation")[past : past + tokens.shape[1]]
         stream = self.transformer["wte"](tokens)
@@ -58,7 +60,7 @@ class LanguageModel(nn.Module):
         return cast(torch.Tensor, self.transformer["ln_f"](stream))
 
     def response_hidden(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
-        """Return hidden states [B, length, H] that predict the last tokens of tokens [B, T]."""
+        """Return hidden states [B, length, H] that predict the last `length` of tokens [B, T]."""
         return self.hidden(tokens[:, :-1])[:, -length:]
 
 
@@ -79,14 +81,14 @@ class Block(nn.Module):
                 fc_out=nn.Linear(4 * width, width),
             )
         )
-        # Each block starts as the identity: the model starts as its embedding and head alone.
+        # Each block starts as the identity, so the model starts as embedding and head only.
         for name in ("attn.out_proj.weight", "mlp.fc_out.weight", "mlp.fc_out.bias"):
             nn.init.zeros_(self.get_parameter(name))
 
     def forward(
         self, stream: torch.Tensor, rotation: torch.Tensor, cache: Cache | None, layer: int
     ) -> torch.Tensor:
-        """Return the residual stream [B, T, H] after this block; rotation: of the T positions."""
+        """Return the residual stream [B, T, H] after this block; rotation: for the T positions."""
         normal, attn = self.ln_1(stream), self.attn
         q, k, v = (
             attn[name](normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -97,7 +99,7 @@ class Block(nn.Module):
             if layer in cache:
                 k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
             cache[layer] = k, v
-        # With a cache, every call but the first has one token, which sees all before it.
+        # With a cache, every call after the first has one token, which attends to all positions.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=stream.shape[1] > 1)
         mixed = attn["out_proj"](attended.transpose(1, 2).flatten(2))
         return cast(torch.Tensor, stream + mixed + self.mlp(normal))
@@ -117,11 +119,11 @@ def sample(
     tokens, cache, step = [prompts], Cache(), prompts
     for _ in range(settings.response_length):
         logits = model.lm_head(model.hidden(step, cache)[:, -1])
-        # Inverse transform sampling: 20 times faster on a CPU than multinomial.
+        # Inverse transform sampling is 20 times faster than multinomial on a CPU.
         cumulative = (logits / settings.temperature).softmax(-1).cumsum(-1)
         level = torch.rand(len(logits), 1, generator=draw, device=logits.device)
         step = torch.searchsorted(cumulative, level * cumulative[:, -1:], right=True)
-        # Rounding may put the level at the very top, where searchsorted would answer V.
+        # A level rounded up to the total would make searchsorted return V.
         tokens.append(step.clamp_(max=logits.shape[-1] - 1))
     return torch.cat(tokens, 1)
 
@@ -140,8 +142,8 @@ def train_reference(
     loss_of: Callable[[LanguageModel, torch.Tensor], torch.Tensor] = cross_entropy,
     title: str = "reference",
 ) -> tuple[LanguageModel, list[float]]:
-    """Train by loss_of(model, excerpts [B, T + 1]) on random excerpts of the corpus; return (model,
-    loss of each step, nats per token).
+    """Minimise loss_of(model, excerpts [B, T + 1]) on random excerpts of the corpus; return (model,
+    loss of each step in nats per token).
     """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -174,7 +176,7 @@ def train_reference(
 
 @torch.no_grad()
 def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
-    """Set embedding and head to the best low-rank bigram model of tokens [n], to save training.
+    """Initialise embedding and head to the best low-rank bigram model of tokens [n].
 
     head(norm(embedding[i]))[j] ≈ log p(j) + log(1 + n_ij / (n_i p(j))), by a singular value
     decomposition weighted by how often i and j occur.
@@ -192,7 +194,7 @@ def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
     left, values, right = torch.svd_lowrank(table.coalesce(), q=width, niter=2)
     rows = left * values.sqrt() / row_weight[:, None]
     columns = right * values.sqrt() / column_weight[:, None]
-    # The LayerNorm before the head normalises each row: keep the mean scale in the head.
+    # The LayerNorm before the head normalises each row; move the mean scale into the head.
     scale = (rows.pow(2).mean(-1).sqrt() * counts).sum() / counts.sum()
     embedding.copy_(rows / scale)
     head.weight.copy_(columns * scale)
@@ -200,7 +202,7 @@ def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
 
 
 def checkpoint_files(model: LanguageModel, corpus: Corpus, settings: Settings) -> dict[str, bytes]:
-    """Return config.json, model.safetensors and the tokenizer's files, by their names."""
+    """Return config.json, model.safetensors and the tokenizer's files, by name."""
     end = corpus.tokenizer.token_to_id(END_OF_FILE)
     config = dict(
         architectures=["GPTJForCausalLM"],

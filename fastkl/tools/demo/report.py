@@ -1,4 +1,4 @@
-"""The run from corpus to report: its figures, its picture, and what it says of them."""
+"""The run from corpus to report: figures, plot, conclusions."""
 
 import dataclasses
 import math
@@ -24,12 +24,12 @@ from .model import LanguageModel, checkpoint_files, sample, train_reference
 from .training import fine_tune
 
 Figures = dict[str, Any]
-# Names of the files of a run.
+# File name stems of a run.
 STEMS = {"no penalty": "no-penalty", "with KL penalty": "with-penalty"}
-# Steps at the end of a run over which its KL is averaged.
+# Steps at the end of a run over which the KL is averaged.
 LAST_STEPS = 8
 TEXT_WIDTH = 110
-# Tokens of the text beside the saved models.
+# Tokens of the text saved with the models.
 HELD_OUT_TOKENS = 20_000
 COLUMNS = {
     "reward": ("reward", 'share of "self"', ".3f"),
@@ -43,11 +43,11 @@ COLUMNS = {
 def run_demo(settings: Settings, out: Path) -> int:
     """Run every stage, print the report, and write the files into the folder `out`.
 
-    These are curves.png, report.txt, report.json and those of the algorithm; each whole or not at
-    all, when every stage is done. Returns the exit code.
+    The files are curves.png, report.txt, report.json and those of the algorithm, each written
+    atomically after the last stage. Returns the exit code.
     """
-    # One CPU thread gives the same numbers on any number of cores; on a busy machine more are
-    # slower, because they synchronise after every small operation.
+    # One CPU thread gives the same numbers on any number of cores; several are slower on a busy
+    # machine, because they synchronise after every small operation.
     torch.set_num_threads(1)
     start = time.perf_counter()
     corpus = build_corpus(settings)
@@ -92,9 +92,9 @@ def ppo(
     `numbers`.
 
     The files are curves.png, the monitors' no-penalty.jsonl and with-penalty.jsonl, and with
-    settings.save_models the models, and a text that none was trained on.
+    settings.save_models the models and a held-out text.
     """
-    # The KL reacts to beta many steps later; the derivative term prevents overshoot.
+    # The KL responds to beta after many steps; the derivative term prevents overshoot.
     steered = PIDBeta(settings.initial_beta, settings.target_kl, kp=0.4, ki=0.03, kd=1.5)
     penalised = steered if settings.beta is None else FixedBeta(settings.beta)
     policies, files, drawn = {"reference": reference}, {}, {}
@@ -129,7 +129,9 @@ def ppo(
 
 
 def watched(series: dict[str, list[float]], summary: dict[str, float]) -> Figures:
-    """Sum up what the monitor saw: its summary, and steps, from 1, at which something happened."""
+    """Return the monitor's summary with the steps, from 1, of alarms and of the largest jump, and
+    the KL at the end.
+    """
     kl, alarm = series["kl/mean"], series["kl/spike"]
     return summary | {
         "alarms": [step for step, rang in enumerate(alarm, 1) if rang],
@@ -142,11 +144,11 @@ def watched(series: dict[str, list[float]], summary: dict[str, float]) -> Figure
 def evaluate(
     policy: LanguageModel, reference: LanguageModel, corpus: Corpus, settings: Settings
 ) -> Figures:
-    """Measure a policy's samples for prompts from held-out files, the same for every policy.
+    """Evaluate a policy's samples on held-out prompts, the same for every policy.
 
-    reward: share of tokens that are rewarded; kl: exact KL(policy‖reference), nats per token;
-    perplexity: of the samples under the reference; entropy: of the policy, nats; distinct: distinct
-    tokens / tokens of a sample.
+    reward: share of rewarded tokens; kl: exact KL(policy‖reference), nats per token; perplexity: of
+    the samples under the reference; entropy: of the policy, nats; distinct: distinct tokens /
+    tokens of a sample.
     """
     count, length = settings.evaluation_samples, settings.response_length
     choose = torch.Generator().manual_seed(settings.seed + 1)
@@ -167,7 +169,7 @@ def evaluate(
 
 
 def report(numbers: Figures, settings: Settings) -> str:
-    """Say in words and tables what the numbers are."""
+    """Format the numbers as text and tables."""
     corpus, final, reference = numbers["corpus"], numbers["final"], numbers["reference"]
     parts = [
         f"corpus:    {corpus['files']} files of Python's standard library, "
@@ -196,7 +198,7 @@ def report(numbers: Figures, settings: Settings) -> str:
 
 
 def conclusion(before: Figures, without: Figures, penalised: Figures) -> str:
-    """Say what the penalty did; give the verdict only where the figures bear it out."""
+    """State the effect of the penalty; give a verdict only if the figures support it."""
     text = (
         f'The reward counts the word "self" and can be hacked. It starts at {before["reward"]:.3f}.'
     )
@@ -220,7 +222,7 @@ def conclusion(before: Figures, without: Figures, penalised: Figures) -> str:
 
 
 def watch(numbers: Figures, settings: Settings) -> str:
-    """Say what the monitor saw and what held the policy."""
+    """Describe the monitor's events and how the policy was constrained."""
     text = ""
     for name, run in numbers["monitor"].items():
         series = numbers["series"][name]

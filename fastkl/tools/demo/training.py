@@ -1,6 +1,6 @@
 """Fine-tuning by PPO on a reward that can be hacked, with the exact KL in the loss.
 
-It maximises the reward minus beta times KL(policy‖reference) per token.
+The objective is the reward minus beta times KL(policy‖reference) per token.
 """
 
 import copy
@@ -19,7 +19,7 @@ from .model import LanguageModel, sample
 
 
 def advantages_of(rewards: Tensor, discount: float) -> Tensor:
-    """Return the discounted reward from each token on, less its mean over the batch; [B, T]."""
+    """Return the discounted reward from each token on minus its mean over the batch, [B, T]."""
     returns = rewards.clone()
     for t in range(rewards.shape[1] - 2, -1, -1):
         returns[:, t] += discount * returns[:, t + 1]
@@ -34,10 +34,10 @@ def fine_tune(
     title: str,
     jsonl: Path | None = None,
 ) -> tuple[LanguageModel, dict[str, list[float]], dict[str, float]]:
-    """Maximise the reward minus beta times the KL, from the reference; return the policy, the
-    monitor's figures, each a number per step, and its summary.
+    """Maximise the reward minus beta times the KL, starting from the reference; return the policy,
+    the monitor's figures per step, and its summary.
 
-    FixedBeta(0) only measures the KL. jsonl: a file for the monitor's figures, a line per step.
+    FixedBeta(0) only measures the KL. jsonl: a file for the monitor's figures, one line per step.
     """
     device, length, temperature = settings.device, settings.response_length, settings.temperature
     policy = copy.deepcopy(reference).requires_grad_(True)
@@ -60,7 +60,7 @@ def fine_tune(
         logits, ref = (
             model.lm_head(model.response_hidden(tokens, length)) for model in (policy, reference)
         )
-        # Before the update; its KL is for the monitor.
+        # Computed before the update; the KL is for the monitor.
         stats = fastkl.token_stats(logits, response, ref, temperature=temperature)
         loss = ppo_loss(stats.logprob, None, advantages_of(rewards, settings.discount))
         loss = loss + penalty(logits, ref)
@@ -68,7 +68,7 @@ def fine_tune(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        # One transfer from the device for all figures of the step.
+        # All figures of the step take one transfer from the device.
         figures = monitor.update(
             stats.kl, entropy=stats.entropy, reward=rewards, beta=beta, step=step
         )
