@@ -132,9 +132,8 @@ def _run_compare(given: argparse.Namespace) -> int:
         )
     outputs = ("html", "json", "plot", "tokens", "save_reference")
     models = [Path(name) for name in {given.model_a, *given.candidates}]
-    read = [*given.text, *(path for path in models if path.is_file())]
-    read += [file for path in models if path.is_dir() for file in path.iterdir()]
-    check_uses(read, {name: getattr(given, name) for name in outputs})
+    models += [file for path in models if path.is_dir() for file in path.iterdir()]
+    check_uses(given.text, {name: getattr(given, name) for name in outputs}, models)
     if given.plot:
         _load("plots", ".plot")
     if given.tokens and given.tokens.suffix.lower() == ".parquet":

@@ -41,14 +41,21 @@ def find_texts(paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def check_uses(texts: Iterable[Path], written: Mapping[str, Path | None]) -> None:
-    """Refuse an output that cannot be written, and a file with two uses; `written`: by option."""
+def check_uses(
+    texts: Iterable[Path], written: Mapping[str, Path | None], models: Iterable[Path] = ()
+) -> None:
+    """Refuse an output that cannot be written, and a file with two uses; `written`: by option.
+
+    models: files that may be shared or be texts as well, but not written.
+    """
     seen: set[object] = set()
+    kept = {os.path.realpath(path) for path in models}
     outputs = [(f"--{name.replace('_', '-')}", path) for name, path in written.items() if path]
     for option, path in [*(("--text", path) for path in texts), *outputs]:
         place = (option == "--text") if path == STDIN else os.path.realpath(path)
         got, remedy = repr(str(path)), "choose another name"
-        expect(place not in seen, option, "a file that has no other use", got, remedy)
+        free = place not in seen and (option == "--text" or place not in kept)
+        expect(free, option, "a file that has no other use", got, remedy)
         seen.add(place)
         if option != "--text" and path != STDOUT:
             with told(option, "a file in a folder that can be written to", got, remedy):

@@ -90,11 +90,22 @@ def test_tokens_that_a_third_model_added_are_named(files, tmp_path, capsys):
     assert "differences of mean KL" in shown and "p = " not in shown  # one window
 
 
+TEXT = ("--text", "-")
+
+
 def test_a_file_in_as_place_and_an_output_are_two(files, near, tmp_path, capsys):
     path = tmp_path / "base.safetensors"
     run(capsys, files.a, "--text", near[1], "--save-reference", path)
     before = path.read_bytes()
     refused(capsys, "--json: expected a file that has no other use", path, files.b, "--json", path)
+    # Checkpoints may share files, and have a text to compare on.
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for file in (files.folder / "b").iterdir():
+        (shared / file.name).symlink_to(file)
+    config = shared / "config.json"
+    run(capsys, files.b, shared, "--text", config)
+    refused(capsys, "--json: expected a file that has", files.b, shared, "--json", config, *TEXT)
     short = tmp_path / "short"
     model = transformers.AutoModelForCausalLM.from_pretrained(files.b)
     model.config.max_position_embeddings = 64
