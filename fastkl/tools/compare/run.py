@@ -134,7 +134,7 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
         "--window",
         f"at most {limit} (max_position_embeddings)",
         str(text.scheme.window),
-        f"--window {limit} or less, for a file as MODEL_A a new one",
+        f"--window {limit} or less; a file as MODEL_A keeps its window",
     )
     if coded:
         tables, skipped = base.tables(tokenizer), list[str]()
