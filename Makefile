@@ -83,7 +83,7 @@ lint: $(INSTALLED) $(LINTER)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
-# What a release uploads, in dist, and tests of the public functions on the wheel. pytest, not python -m pytest, keeps the checkout off the path.
+# Build the sdist and wheel of a release into dist, and test the public functions on the wheel. pytest, not python -m pytest, keeps the checkout off the path.
 dist: $(INSTALLED)
 	rm -rf dist build/lib build/wheel
 	$(VENV)/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist"); build_meta.build_wheel("dist")'

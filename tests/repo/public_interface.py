@@ -75,7 +75,7 @@ def surface():
 
 
 def complaints(old, new, changelog):
-    # What is missing beside a changed surface: a higher version, words in the changelog.
+    # Complaints about a changed surface: no higher version, no words in the changelog.
     before, after = old["names"], new["names"]
     broken = sorted(name for name in before if after.get(name) != before[name])
     changed = broken + sorted(after.keys() - before.keys())

@@ -185,7 +185,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def public_names() -> set[str]:
-    # What users may import; of modules without __all__, what they define without an underscore.
+    # Names that users may import; a module without __all__ exports its names without an underscore.
     names = {f"fastkl.{name}" for name in fastkl.__all__ if name != "rl"}
     names |= {f"fastkl.rl.{name}" for name in fastkl.rl.__all__}
     for path in (ROOT / "fastkl" / "testing.py", *ROOT.glob("fastkl/integrations/[!_]*.py")):
