@@ -83,7 +83,11 @@ def _shards(name, where, asked):
         shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
         split = launch.forward_plan(where, *asked, shard)
         yield f"{name}.fallback_{stage}", split.fallback
-    yield f"{name}.merge", split.forward
+    if name == "js":
+        yield "js.log_sums", split.log_sums
+        yield "js.merge", split.second
+    else:
+        yield f"{name}.merge", split.forward
 
 
 def _divergences(where, stride, gradient):
@@ -92,13 +96,13 @@ def _divergences(where, stride, gradient):
 
     stride, gradient: rows and (type, address) of gradients to P and Q.
     """
-    for kind, number in KINDS.items():
-        constants = (("KIND", number), ("SMALL_REST", False))
-        chosen = launch.forward_plan(where, False, False, False, constants, ())
-        if kind == "kl":
-            continue
-        if kind == "renyi":
-            yield "renyi.fallback", chosen.fallback
+    for kind in [kind for kind in KINDS if kind != "kl"]:
+        constants = (("KIND", KINDS[kind]), ("SMALL_REST", False))
+        asked = False, False, False, constants, ()
+        chosen = launch.forward_plan(where, *asked)
+        if kind in ("renyi", "js"):
+            yield f"{kind}.fallback", chosen.fallback
+            yield from _shards(kind, where, asked)
         forward = chosen.forward if kind == "renyi" else chosen.second
         yield f"{kind}.forward", forward, chosen.segment
         for side, wrt in {"p": (1, 0), "q": (0, 1), "both": (1, 1)}.items():

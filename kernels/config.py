@@ -152,14 +152,14 @@ def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries, so that an
     equal share of the vocabulary holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are
-    cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments; if they
-    are segments of the unsplit vocabulary, the bits are the same.
+    cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments; a split
+    vocabulary has eight segments or more, so that the bits are the same on one to eight ranks.
     """
-    parts = 16
+    parts, fewest = 16, 8 if width else 1
     while vocabulary > parts * LONGEST_SEGMENT:
         parts *= 2
     part = max(8, -(-vocabulary // (8 * parts)) * 8)
-    while parts > 1 and 2 * part <= preferred and not width % (2 * part):
+    while parts > fewest and 2 * part <= preferred and not width % (2 * part):
         part, parts = 2 * part, parts // 2
     return part
 

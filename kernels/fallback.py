@@ -37,6 +37,14 @@ Fallback = namedtuple(
 )
 
 
+# Float64 sums of a divergence other than the KL: Σ p·f, Σ p·u, Σ q·v (divergence_math.py), and Σ p
+# and Σ q, which are 1 but for the errors of the log-sum-exps.
+#
+# Rényi's: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and the number of
+# entries with p ≠ q.
+Sums = namedtuple("Sums", "value u v p q")
+
+
 @triton.jit
 def load_entries(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
     """Load capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
@@ -153,6 +161,13 @@ def fallback_statistics(
 
 
 @triton.jit
+def fallback_log_sums(stats, scale, q_scale):
+    """Return the log-sum-exps of x/T and y/T."""
+    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
+    return stats.x_peak * scale + stats.log_sum, ref_lse
+
+
+@triton.jit
 def fallback_kl(stats, scale, q_scale):
     """Return KL(P‖Q) and KL(Q‖P), never negative; +inf also if the peak of one has no probability
     under the other, which would give (-inf) - (-inf).
@@ -216,26 +231,32 @@ def is_fallback(saved_ptr):
 
 
 @triton.jit
-def fallback_divergence(
-    row,
-    stats,
-    saved_ptr,
-    kl,
-    formula,
-    BLOCK: tl.constexpr,
-    kind: tl.constexpr,
-    reading: tl.constexpr,
+def empty_sums(zeros, kind: tl.constexpr):
+    """Return the Sums of no entries."""
+    return Sums(zeros, zeros - (1.0e300 if kind.name == RENYI else 0.0), zeros, zeros, zeros)
+
+
+@triton.jit
+def add_sums(sums, kind: tl.constexpr):
+    """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
+    value = sums.value
+    if kind.name == RENYI:
+        u = tl.max(sums.u, 0)
+        value *= tl.exp(sums.u - u)
+    else:
+        u = tl.sum(sums.u, 0)
+    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0))
+
+
+@triton.jit
+def divergence_sums(
+    row, stats, formula, BLOCK: tl.constexpr, kind: tl.constexpr, reading: tl.constexpr
 ):
-    """Return a divergence other than the KL, and write the means of its gradients, or log Z, as hi
-    and lo in place of the KL's means.
-    """
+    """Return the Sums of a row for a divergence other than the KL."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     formula = double_formula(formula)
-    value = tl.zeros([BLOCK], tl.float64)
-    # Largest exponent, for Rényi's divergence.
-    u = value - (1.0e300 if kind.name == RENYI else 0.0)
-    v = value
+    value, u, v, sum_p, sum_q = empty_sums(tl.zeros([BLOCK], tl.float64), kind)
     for start in range(0, row.V, BLOCK):
         log_p = log_probability_p(
             load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, scale
@@ -248,23 +269,34 @@ def fallback_divergence(
             largest = tl.maximum(u, exponent)
             value = value * tl.exp(u - largest) + tl.exp(exponent - largest)
             u = largest
+            v += tl.where(log_p == log_q, 0.0, 1.0)
         else:
             terms = double_terms(log_p, log_q, formula, kind)
             value += terms.value
             u += terms.to_p
             v += terms.to_q
+        sum_p += tl.exp(log_p)
+        sum_q += tl.exp(log_q)
+    return add_sums(Sums(value, u, v, sum_p, sum_q), kind)
+
+
+@triton.jit
+def store_divergence(saved_ptr, sums, formula, kind: tl.constexpr):
+    """Return a divergence from its Sums, and write the means of its gradients, or log Z, as hi and
+    lo in place of the KL's means.
+    """
+    value = sums.value
+    # On a peaked row the gradient is the remainder u - E_p[u]: Σ p has to cancel.
+    mean_u = sums.u / sums.p
     if kind.name == RENYI:
-        largest = tl.max(u, 0)
-        log_z = largest + tl.log(tl.sum(value * tl.exp(u - largest), 0))
+        formula = double_formula(formula)
+        log_z = sums.u + tl.log(value) - formula.share * tl.log(sums.p)
         # For equal rows log Z is exactly 0, without the sum's rounding error.
-        mean_u = tl.where(kl == 0.0, 0.0, log_z)
-        total = -mean_u / formula.rest
-    else:
-        total = tl.sum(value, 0)
-        mean_u = tl.sum(u, 0)
+        mean_u = tl.where(sums.v == 0.0, 0.0, log_z - formula.rest * tl.log(sums.q))
+        value = -mean_u / formula.rest
     store_hi_lo(saved_ptr + MEAN_U, mean_u)
-    store_hi_lo(saved_ptr + MEAN_V, tl.sum(v, 0))
-    return tl.where(total <= 0.0, 0.0, total)
+    store_hi_lo(saved_ptr + MEAN_V, sums.v / sums.q)
+    return tl.where(value <= 0.0, 0.0, value)
 
 
 @triton.jit
@@ -298,19 +330,19 @@ def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
 
 
 @triton.jit
-def store_fallback(
-    out, row, stats, formula, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr
-):
-    """Write a row's saved values and fields from its Fallback."""
+def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: tl.constexpr):
+    """Write a row's saved values and fields from its Fallback; for a divergence other than the KL
+    also from its Sums.
+    """
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     save_stats(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     if want.kind.name > OF_KL:
-        kl = fallback_divergence(row, stats, out.saved, kl, formula, BLOCK, want.kind, reading)
+        kl = store_divergence(out.saved, sums, formula, want.kind)
     store_fields(out, stats.entropy, kl, ref_kl, want)
-    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
-    store_lse(out, stats.x_peak * scale + stats.log_sum, ref_lse, want)
+    lse, ref_lse = fallback_log_sums(stats, scale, q_scale)
+    store_lse(out, lse, ref_lse, want)
     if reading.tokens:
         x, y = token_logits(row, want, reading)
         log_p = log_probability_p(x.to(tl.float64), stats, scale)

@@ -1,18 +1,32 @@
 """Fallback rows whose vocabulary is split over processes: each process computes the Fallback of its
 part, and every process merges all parts.
+
+Other divergences than the KL need the log-sum-exps of the whole row first. They are gathered with
+the states, for each segment, since only merging shows which rows take the fallback.
 """
 
 import triton
 import triton.language as tl
 
-from .fallback import Fallback, peak_ratios
+from .fallback import (
+    Fallback,
+    Sums,
+    add_sums,
+    empty_sums,
+    fallback_log_sums,
+    fallback_statistics,
+    peak_ratios,
+)
+from .row_finish import Row, load_states, row_statistics
+from .row_load import Reading, row_offset, row_ratio, row_scale
+from .row_math import LOG2E, STATE, Kind, Want
 
 
 @triton.jit
-def store_part(part_ptr, stats):
-    """Write the Fallback of a part of a row, [9] float64."""
-    for i in tl.static_range(9):
-        tl.store(part_ptr + i, stats[i])
+def store_part(part_ptr, values, COUNT: tl.constexpr):
+    """Write the Fallback [9] or the Sums [5] of a part of a row."""
+    for i in tl.static_range(COUNT):
+        tl.store(part_ptr + i, values[i])
 
 
 @triton.jit
@@ -28,6 +42,136 @@ def load_parts(part_ptr, mask):
         tl.load(part_ptr + 6, mask=mask, other=float("-inf")),
         tl.load(part_ptr + 7, mask=mask, other=0.0),
         tl.load(part_ptr + 8, mask=mask, other=0.0),
+    )
+
+
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "V",
+        "segment",
+        "splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+        "state_ptr",
+        "log_sums_ptr",
+    ],
+)
+def segment_log_sums(  # noqa: PLR0913
+    p_ptr,
+    q_ptr,
+    temperature_ptr,
+    ratio_ptr,
+    state_ptr,  # as in row_forward, which has run
+    log_sums_ptr,  # [N, splits, 2] float64
+    temperature: tl.float32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    V: tl.int32,
+    segment: tl.int32,
+    splits: tl.int32,
+    BLOCK: tl.constexpr,  # entries of a segment read at a time
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+):
+    """Write the log-sum-exps of P and Q over each segment of a part of a split vocabulary.
+
+    Math:   row_statistics of the segment's state; where that is not valid, fallback_statistics.
+    Grid:   (N · splits,), as row_forward.
+    Reads:  8 float32 per segment; where they are not valid, 3·V / splits of each tensor.
+    Writes: 2 float64 per segment.
+    Special values: -inf for a segment of no entries, or of -inf alone.
+    """
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    first = tl.program_id(0) % splits * segment
+    COMPENSATED: tl.constexpr = (
+        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    )
+    want: tl.constexpr = Want(False, True, False, Kind(0, False, False), COMPENSATED, False)
+    reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
+    one = tl.arange(0, 1)
+    states = load_states(state_ptr + (tl.program_id(0).to(tl.int64) + one) * STATE, one == 0, want)
+    statistics = row_statistics(states, scale, scale, want)
+    saved = statistics.unshifted
+    wide_scale = scale.to(tl.float64)
+    # These are base-2 and refer to a rounded scale: divide by that scale.
+    factor = wide_scale / (scale * LOG2E).to(tl.float64)
+    lse = (saved.origin.to(tl.float64) + saved.log2_S.to(tl.float64)) * factor
+    ref_lse = (saved.log2_Z_q.to(tl.float64) + saved.log2_Z_q_lo.to(tl.float64)) * factor
+    ref_lse += statistics.shift.to(tl.float64) * wide_scale
+    if statistics.valid == 0:
+        q_scale = wide_scale * ratio.to(tl.float64)
+        p_part = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner) + first
+        q_part = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner) + first
+        part = Row(p_part, q_part, tl.minimum(segment, V - first), row, scale, ratio)
+        stats = fallback_statistics(part, wide_scale, q_scale, BLOCK, True, reading, True)
+        lse, ref_lse = fallback_log_sums(stats, wide_scale, q_scale)
+    log_sums_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(log_sums_ptr, lse)
+    tl.store(log_sums_ptr + 1, ref_lse)
+
+
+@triton.jit
+def merge_log_sums(ptr, mask):
+    """Return the log-sum-exp of a row from those of its parts, at a vector of addresses."""
+    values = tl.load(ptr, mask=mask, other=float("-inf"))
+    largest = tl.max(values, 0)
+    return largest + tl.log(tl.sum(tl.exp(values - largest), 0))
+
+
+@triton.jit
+def peak_below(lse, scale):
+    """Return a logit, a float32 number as save_stats requires, a little below a log-sum-exp."""
+    return ((lse - tl.fma(tl.abs(lse), 1.0e-6, 1.0)) / scale).to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def fallback_of_log_sums(ptr, mask, scale, q_scale):
+    """Return a Fallback that gives the log-probabilities, from pairs of log-sum-exps at a vector of
+    addresses; log_sum stands in for the means and the entropy.
+    """
+    lse = merge_log_sums(ptr, mask)
+    ref_lse = merge_log_sums(ptr + 1, mask)
+    x_peak = peak_below(lse, scale)
+    y_peak = peak_below(ref_lse, q_scale)
+    log_sum = lse - x_peak * scale
+    ratio = ref_lse - y_peak * q_scale - log_sum
+    return Fallback(
+        x_peak, y_peak, log_sum, ratio, y_peak, log_sum, x_peak, log_sum, log_sum
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_sums(ptr, mask, kind: tl.constexpr):
+    """Return the Sums of a row from those of its parts, [5] float64 at a vector of addresses."""
+    empty = empty_sums(0.0, kind)
+    return add_sums(
+        Sums(
+            tl.load(ptr, mask=mask, other=empty.value),
+            tl.load(ptr + 1, mask=mask, other=empty.u),
+            tl.load(ptr + 2, mask=mask, other=empty.v),
+            tl.load(ptr + 3, mask=mask, other=empty.p),
+            tl.load(ptr + 4, mask=mask, other=empty.q),
+        ),
+        kind,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from . import config
+from .fallback_parts import segment_log_sums
 from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem, grads_in_blocks
 from .layout import architecture as architecture  # these two for fastkl.ops
 from .layout import layout as layout
@@ -23,8 +24,8 @@ FIELDS = Upstream._fields
 POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 # Prefetch whole segments into L2 if a call's logits take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
-# Float64 values per part of a fallback row.
-PART_VALUES = 9
+# Float64 values per part of a fallback row, for the KL and for another divergence.
+PART_VALUES, PART_SUMS = 9, 5
 # Initial value of a shard's counters, so that no program counts as the last and writes results.
 NEVER_LAST = -(2**30)
 # Set to False in tests: fallback rows then keep a NaN as their first saved value.
@@ -33,8 +34,9 @@ RUN_FALLBACK = True
 
 class Shard(NamedTuple):
     """A vocabulary split over processes: its size, the width of all shards but the last, and the
-    number of ranks; 0 if the vocabulary is not split. merges: whether the launch merges the states
-    of all ranks.
+    number of ranks; 0 if the vocabulary is not split.
+
+    merges: whether the launch merges values of all ranks.
     """
 
     vocabulary: int = 0
@@ -48,7 +50,7 @@ WHOLE = Shard()
 
 class ForwardPlan(NamedTuple):
     """The launches of a forward: `splits` segments of `segment` entries per row; `second` is an
-    f-divergence's second read.
+    f-divergence's second read, `log_sums` segment_log_sums.
     """
 
     segment: int
@@ -57,6 +59,7 @@ class ForwardPlan(NamedTuple):
     forward: Variant
     fallback: Variant
     second: Variant
+    log_sums: Variant
 
 
 @functools.lru_cache(CACHE_SIZE)
@@ -76,7 +79,9 @@ def forward_plan(
     chosen = config.select("forward", layout.case.arch, layout.p.itemsize, vocabulary)
     segment = config.segment_length(vocabulary, chosen.segment, shard.width)
     splits = max(1, -(-(shard.width or vocabulary) // segment))
-    states = splits * shard.ranks if shard.merges else splits
+    # Above 1, programs store their states, as those of a split vocabulary always do.
+    states = triton.next_power_of_2(splits * shard.ranks if shard.merges else splits)
+    states = max(2, states) if shard.ranks else states
     row_bytes = layout.vocabulary * sum(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
@@ -96,8 +101,7 @@ def forward_plan(
         chosen,
         (),
         case.q_in_blocks,
-        # If above 1, a program stores its state.
-        SPLITS=max(2 if shard.ranks else 1, triton.next_power_of_2(states)),
+        SPLITS=states,
         MERGE=shard.merges,
         REALIGN=case.realign,
         PREFETCH=config.prefetches(case.arch) and not shard.merges,
@@ -110,6 +114,7 @@ def forward_plan(
         KIND=kind,
         PART=shard.ranks > 0 and not shard.merges,
         RANKS=triton.next_power_of_2(shard.ranks) if shard.merges else 0,
+        SPLITS=triton.next_power_of_2(splits * shard.ranks) if shard.ranks and kind else 0,
         **wanted,
     )
     second = row_variant(
@@ -119,13 +124,15 @@ def forward_plan(
         (),
         # Skew KL needs more registers than the limit; on sm_100 all divergences do.
         case.q_in_blocks and kind != SKEW_KL.value and case.arch != "sm_100",
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=states,
+        MERGE=shard.merges,
         REALIGN=case.realign,
         LG2=case.arch.startswith("sm_"),
         **dict(divergence),
     )
     prefetching = int(layout.rows * row_bytes <= PREFETCH_BYTES)
-    return ForwardPlan(segment, splits, prefetching, forward, fallback, second)
+    log_sums = fallback_variant(case, (), segment_log_sums)
+    return ForwardPlan(segment, splits, prefetching, forward, fallback, second, log_sums)
 
 
 def forward(
@@ -135,6 +142,7 @@ def forward(
     divergence: Series = KL,
     shard: Shard = WHOLE,
     state: torch.Tensor | None = None,
+    second: bool = False,
 ) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` ([N] float32 each).
 
@@ -142,25 +150,25 @@ def forward(
     lse also ref_lse if q is given. Another divergence is written in place of the KL, without other
     fields.
 
-    shard: of a vocabulary split over processes, for KLs. merges=False: write this rank's states,
-    [N, splits, 8], to the front of `state` and nothing else. merges=True: compute all rows except
-    fallback rows from the states of all ranks; problem.p and problem.q hold each row's token logit,
-    [N, 1], and problem.tokens is 0, or -1 for an id outside the vocabulary.
+    shard: of a vocabulary split over processes. merges=False: write this rank's states, [N, splits,
+    8], to `state` and nothing else. merges=True: compute all rows except fallback rows from the
+    states of all ranks; problem.p and problem.q hold each row's token logit, [N, 1], and
+    problem.tokens is 0, or -1 for an id outside the vocabulary.
+    second: launch only an f-divergence's second read, after forward on the same `saved`.
     """
     p, q, tokens, mask, temperatures, ratios = given = tensors(problem)
     layout, plan = problem.layout, plan_for(problem, outputs, divergence, shard)
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     with current(p):
         counters = saved
-        if shard.ranks and not shard.merges:
-            counters = torch.full((layout.rows,), NEVER_LAST, dtype=torch.int32, device=p.device)
-        elif plan.splits > 1 and not shard.ranks:
+        # Not cached between calls: another pool or stream may own the memory, as under CUDA graphs.
+        if shard.ranks or plan.splits > 1:
+            first = NEVER_LAST if shard.ranks else 0
+            counters = torch.full((layout.rows,), first, dtype=torch.int32, device=p.device)
+        if state is None and plan.splits > 1:
             state = torch.empty(
                 layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device
             )
-            # Not cached between calls: another pool or stream may own the memory, as under CUDA
-            # graphs.
-            counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
         arguments = dict(
             p_ptr=p,
             q_ptr=q,
@@ -178,13 +186,15 @@ def forward(
             splits=plan.splits,
             prefetching=plan.prefetching,
             gamma=1.0 - divergence.share,
+            ranks=shard.ranks,
+            stride_rank=0 if state is None else state.stride(0),
         )
         programs = layout.rows * (1 if shard.merges else plan.splits)
-        stride = 0 if state is None else state.stride(0)
-        plan.forward.start(programs, {**arguments, "ranks": shard.ranks, "stride_rank": stride})
+        if not second:
+            plan.forward.start(programs, arguments)
         if RUN_FALLBACK and not shard.ranks:
-            _start_fallback(plan.fallback, problem, given, fields, share=divergence.share)
-        if divergence.forward:
+            _start_fallback(plan.fallback, problem, given, fields, divergence.share)
+        if second or (divergence.forward and not shard.ranks):
             plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
 
@@ -210,16 +220,47 @@ def fallback(
     problem: Problem,
     outputs: dict[str, torch.Tensor],
     saved: torch.Tensor,
+    divergence: Series,
     shard: Shard,
     parts: torch.Tensor,
+    log_sums: torch.Tensor,
 ) -> None:
     """Fill the parts [N, 9] float64 of a shard's fallback rows, which forward has marked; with
-    `merges`, fill the rows from the parts [ranks, N, 9] of all ranks.
+    `merges`, fill the rows from the parts [ranks, N, 9] of all ranks. For a divergence other than
+    the KL: [N, 5], given segment_log_sums of all ranks, [ranks, N, splits, 2].
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
-    variant = plan_for(problem, outputs, shard=shard).fallback
+    plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
+    split = parts, log_sums, shard.ranks, plan.splits
     with current(saved):
-        _start_fallback(variant, problem, tensors(problem), fields, parts=parts, ranks=shard.ranks)
+        _start_fallback(plan.fallback, problem, given, fields, divergence.share, split)
+
+
+def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum-exps of P and Q over each segment, [N, splits, 2] float64, from a shard's
+    states.
+    """
+    p, q, _, _, temperatures, ratios = tensors(problem)
+    layout = problem.layout
+    found = states.new_empty(layout.rows, plan.splits, 2, dtype=torch.float64)
+    with current(p):
+        plan.log_sums.start(
+            layout.rows * plan.splits,
+            dict(
+                p_ptr=p,
+                q_ptr=q,
+                temperature_ptr=temperatures,
+                ratio_ptr=ratios,
+                state_ptr=states,
+                log_sums_ptr=found,
+                temperature=float(problem.temperature),
+                **layout.places,
+                V=layout.vocabulary,
+                segment=plan.segment,
+                splits=plan.splits,
+            ),
+        )
+    return found
 
 
 def _start_fallback(
@@ -227,14 +268,15 @@ def _start_fallback(
     problem: Problem,
     given: tuple[torch.Tensor, ...],
     fields: dict[str, torch.Tensor],
-    *,
-    share: float = 0.0,
-    parts: torch.Tensor | None = None,
-    ranks: int = 0,
+    share: float,
+    split: tuple[torch.Tensor | None, torch.Tensor | None, int, int] = (None, None, 0, 0),
 ) -> None:
-    """Start row_fallback without gradients; given: the problem's tensors."""
+    """Start row_fallback without gradients; given: the problem's tensors; split: parts, log_sums,
+    ranks and splits of a split vocabulary.
+    """
     p, q, tokens, _, temperatures, ratios = given
     saved = fields["saved_ptr"]
+    parts, log_sums, ranks, splits = split
     variant.start(
         -(-problem.layout.rows // FALLBACK_ROWS),
         dict(
@@ -247,6 +289,7 @@ def _start_fallback(
             grad_ptr=saved,
             weight_ptr=saved,
             part_ptr=saved if parts is None else parts,
+            log_sums_ptr=saved if log_sums is None else log_sums,
             temperature=float(problem.temperature),
             **problem.layout.places,
             stride_grad=0,
@@ -255,6 +298,7 @@ def _start_fallback(
             share=share,
             rest=1.0 - share,
             ranks=ranks,
+            splits=splits,
         ),
     )
 

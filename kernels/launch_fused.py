@@ -73,6 +73,7 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
         WITH_LSE=False,
         KIND=0,
         PART=False,
+        SPLITS=0,
         RANKS=0,
     )
     return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, phases, fallback)
@@ -156,11 +157,13 @@ def fused(
                 grad_ptr=grad_p,
                 weight_ptr=weights,
                 part_ptr=kl,
+                log_sums_ptr=kl,
                 **shared,
                 n_rows=layout.rows,
                 share=0.0,
                 rest=1.0,
                 ranks=0,
+                splits=0,
             ),
         )
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .divergence_math import Formula, Second
 from .fallback import is_fallback
-from .row_finish import SAVED, load_states, store_state
+from .row_finish import SAVED, load_rank_states, load_states, store_state
 from .row_gradient import gradient_terms, load_saved
 from .row_load import (
     D_FACTOR,
@@ -37,6 +37,8 @@ from .row_segment import segment_sums
         "splits",
         "prefetching",
         "gamma",
+        "ranks",
+        "stride_rank",
         "share",
         "rest",
         "curvature",
@@ -91,6 +93,8 @@ def row_divergence(  # noqa: PLR0913
     splits: tl.int32,
     prefetching: tl.int32,
     gamma: tl.float32,
+    ranks: tl.int32,
+    stride_rank: tl.int64,
     share: tl.float32,  # alpha or beta
     rest: tl.float32,  # 1 - share
     curvature: tl.float32,
@@ -107,7 +111,8 @@ def row_divergence(  # noqa: PLR0913
     c10: tl.float32,
     c11: tl.float32,
     c12: tl.float32,  # seven coefficients of G, six of K
-    SPLITS: tl.constexpr,  # a power of two, at least splits
+    SPLITS: tl.constexpr,
+    MERGE: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -123,20 +128,20 @@ def row_divergence(  # noqa: PLR0913
     HAS_RATIO: tl.constexpr,
 ):
     """Sum one segment of one row of an f-divergence; the row's last program to finish writes the
-    result.
+    result. MERGE as in row_forward.
 
     Math:   divergence_math.py; defined by f_divergences.divergence.
-    Grid:   (N · splits,), as row_forward.
+    Grid:   as row_forward.
     Reads:  N·V of p and q, 40 bytes per row; nothing of a masked row, or of a fallback row, already
             computed by row_fallback.
     Writes: 6 · N · splits float32, read again by the last program; the divergence and three saved
-            values per row.
+            values per row. With MERGE, both as row_forward.
     Saves:  E_p[u] and E_q[v], or for total variation Q(d < 0) and P(d ≥ 0), in place of the means
             of the KL's gradient, and the divergence in place of the entropy.
     Special values: a masked row keeps its zeros.
     """
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    first = (tl.program_id(0) % splits) * segment
+    row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
+    first = (tl.program_id(0) % (1 if MERGE else splits)) * segment
     saved_ptr += row * SAVED
     done = is_fallback(saved_ptr)
     if HAS_MASK:
@@ -156,33 +161,37 @@ def row_divergence(  # noqa: PLR0913
         share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12)
     )
     terms = gradient_terms(load_saved(saved_ptr), formula)
-    pad = row_pad(p_row, REALIGN)
-    zero = tl.full([], 0.0, tl.float32)
-    part = Segment(
-        p_row + first - pad,
-        q_row + first - pad,
-        q_row + first,
-        pad,
-        lane_order(pad, LANES),
-        V - first,
-        zero,
-        scale * D_FACTOR,
-        scale * LOG2E,
-        row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO),
-        zero,
-        Second(formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
-    )
-    state = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
-    moment, value, p_above = state.W, state.U, state.R
+    if MERGE:
+        states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
+    else:
+        pad = row_pad(p_row, REALIGN)
+        zero = tl.full([], 0.0, tl.float32)
+        part = Segment(
+            p_row + first - pad,
+            q_row + first - pad,
+            q_row + first,
+            pad,
+            lane_order(pad, LANES),
+            V - first,
+            zero,
+            scale * D_FACTOR,
+            scale * LOG2E,
+            row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO),
+            zero,
+            Second(formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
+        )
+        states = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
+        if SPLITS > 1:
+            store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, states, want)
+            # Order all threads' stores before the release by one thread.
+            tl.debug_barrier()
+            # row_forward has counted `splits` programs.
+            if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != 2 * splits - 1:
+                return
+            index = tl.arange(0, SPLITS)
+            states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
+    moment, value, p_above = states.W, states.U, states.R
     if SPLITS > 1:
-        store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
-        # Order all threads' stores before the release by one thread.
-        tl.debug_barrier()
-        # row_forward has counted `splits` programs.
-        if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != 2 * splits - 1:
-            return
-        index = tl.arange(0, SPLITS)
-        states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
         moment, value, p_above = tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
     # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation.
     factor = terms.factor_p * D_FACTOR

@@ -4,8 +4,20 @@ import triton
 import triton.language as tl
 
 from .divergence_math import Formula
-from .fallback import GradientRow, fallback_statistics, store_fallback, write_fallback
-from .fallback_parts import load_parts, merge_parts, store_part
+from .fallback import (
+    GradientRow,
+    divergence_sums,
+    fallback_statistics,
+    store_fallback,
+    write_fallback,
+)
+from .fallback_parts import (
+    fallback_of_log_sums,
+    load_parts,
+    merge_parts,
+    merge_sums,
+    store_part,
+)
 from .row_finish import SAVED, Outputs, Row, row_outputs
 from .row_gradient import Asked, Upstream
 from .row_load import Reading, row_offset, row_ratio, row_scale
@@ -28,6 +40,7 @@ from .row_math import Kind, Want
         "share",
         "rest",
         "ranks",
+        "splits",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -46,9 +59,10 @@ from .row_math import Kind, Want
         "grad_ptr",
         "weight_ptr",
         "part_ptr",
+        "log_sums_ptr",
     ],
 )
-def row_fallback(  # noqa: PLR0913
+def row_fallback(  # noqa: PLR0913, PLR0915
     p_ptr,
     q_ptr,
     temperature_ptr,
@@ -64,7 +78,8 @@ def row_fallback(  # noqa: PLR0913
     ref_lse_ptr,  # written by row_forward
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
-    part_ptr,  # [N, 9] float64 with PART, [ranks, N, 9] with RANKS; otherwise any pointer
+    part_ptr,  # float64 values of parts, see PART and RANKS; otherwise any pointer
+    log_sums_ptr,  # [ranks, N, splits, 2] float64, of segment_log_sums; any pointer without SPLITS
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -77,6 +92,7 @@ def row_fallback(  # noqa: PLR0913
     share: tl.float32,  # as in row_divergence; Rényi's order alpha
     rest: tl.float32,
     ranks: tl.int32,
+    splits: tl.int32,
     ROWS: tl.constexpr,  # rows per program
     BLOCK: tl.constexpr,  # entries of a row read at a time
     HAS_TOKENS: tl.constexpr,
@@ -90,20 +106,24 @@ def row_fallback(  # noqa: PLR0913
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     KIND: tl.constexpr,  # the divergence in place of the KL
-    PART: tl.constexpr,  # the rows are parts of longer ones: write only their Fallback
-    RANKS: tl.constexpr,  # 0, or a power of two, at least ranks: read no logits, merge the parts
+    PART: tl.constexpr,  # the rows are parts of longer ones: write only part
+    RANKS: tl.constexpr,  # 0, or a power of two, at least ranks: merge the parts of all ranks
+    SPLITS: tl.constexpr,  # 0, or a power of two, at least ranks · splits: log_sums are given
 ):
     """Compute the rows that row_forward or row_fused marked with a NaN as first saved value.
 
-    Math:   Fallback, fallback_divergence and write_fallback, in float64; defined by
-            reference.row_statistics and row_gradients, and f_divergences.divergence. With RANKS,
-            merge_parts.
+    Rows of a split vocabulary take two launches. With PART, part [N, 9] is the Fallback of this
+    process's columns, or for a divergence other than the KL part [N, 5] their Sums, given log_sums.
+    With RANKS, part of all ranks, [ranks, N, …], is merged.
+
+    Math:   Fallback, Sums and write_fallback, in float64; defined by reference.row_statistics and
+            row_gradients, and f_divergences.divergence.
     Grid:   (⌈N / ROWS⌉,).
     Reads:  one saved value per row; 3·V of each tensor for a recomputed row, V more for a
-            divergence other than the KL and WITH_GRADIENT. With RANKS, in place of V entries, the
-            sampled logit and 9 · ranks float64.
+            divergence other than the KL and WITH_GRADIENT. With SPLITS, V once, and log_sums; with
+            RANKS, part and the sampled logit.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT, V of the
-            gradient of weight·KL to P. With PART, only 9 float64 of those rows.
+            gradient of weight·KL to P. With PART, only part.
     Saves:  save_stats' ten values, marked by the sign of the second; for a divergence other than
             the KL the means of its gradients replace four.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
@@ -117,6 +137,7 @@ def row_fallback(  # noqa: PLR0913
     rows = first + tl.arange(0, ROWS)
     origins = tl.load(saved_ptr + rows * SAVED, mask=rows < n_rows, other=0.0)
     marked = (origins != origins).to(tl.int32)
+    OTHER: tl.constexpr = KIND > 0
     if tl.max(marked, 0) > 0:
         for index in range(ROWS):
             if tl.max(tl.where(tl.arange(0, ROWS) == index, marked, 0), 0) > 0:
@@ -144,20 +165,32 @@ def row_fallback(  # noqa: PLR0913
                 whole = Row(p_row, q_row, V, token, scale, ratio)
                 wide_scale = scale.to(tl.float64)
                 q_scale = wide_scale * ratio.to(tl.float64)
-                if RANKS > 0:
-                    rank = tl.arange(0, RANKS)
-                    parts = load_parts(
-                        part_ptr + (rank * n_rows.to(tl.int64) + row) * 9, rank < ranks
+                VALUES: tl.constexpr = 5 if OTHER else 9
+                rank = tl.arange(0, max(RANKS, 1))
+                parts = part_ptr + (rank * n_rows.to(tl.int64) + row) * VALUES
+                if SPLITS > 0:
+                    part = tl.arange(0, SPLITS)
+                    pair = (part // splits * n_rows.to(tl.int64) + row) * splits + part % splits
+                    stats = fallback_of_log_sums(
+                        log_sums_ptr + pair * 2, part < ranks * splits, wide_scale, q_scale
                     )
-                    stats = merge_parts(parts, wide_scale, q_scale, WITH_KL)
+                elif RANKS > 0:
+                    stats = merge_parts(
+                        load_parts(parts, rank < ranks), wide_scale, q_scale, WITH_KL
+                    )
                 else:
                     stats = fallback_statistics(
                         whole, wide_scale, q_scale, BLOCK, WITH_KL, reading, PART
                     )
+                sums = stats
+                if OTHER and RANKS > 0:
+                    sums = merge_sums(parts, rank < ranks, kind)
+                elif OTHER:
+                    sums = divergence_sums(whole, stats, formula, BLOCK, kind, reading)
                 if PART:
-                    store_part(part_ptr + row * 9, stats)
+                    store_part(part_ptr + row * VALUES, sums, VALUES)
                 else:
-                    store_fallback(out, whole, stats, formula, BLOCK, want, reading)
+                    store_fallback(out, whole, stats, sums, formula, want, reading)
                 if WITH_GRADIENT:
                     # Make the saved values, stored by one thread, visible to all threads before
                     # write_fallback loads them.

@@ -13,6 +13,7 @@ from .row_math import (
     LOG2E,
     LOWEST,
     RENYI,
+    STATE,
     State,
     kl_of_means,
     log1p,
@@ -113,6 +114,16 @@ def load_states(state_ptr, mask, want: tl.constexpr):
         load_sums(state_ptr + 6, mask, 0.0, want.kl),
         load_sums(state_ptr + 7, mask, 0.0, want.kl and want.compensated),
     )
+
+
+@triton.jit
+def load_rank_states(
+    state_ptr, row, splits, ranks, stride_rank, SPLITS: tl.constexpr, want: tl.constexpr
+):
+    """Load a row's states of all ranks, of [ranks, N, splits, 8], as vectors."""
+    index = tl.arange(0, SPLITS)
+    place = index // splits * stride_rank + (row * splits + index % splits) * STATE
+    return load_states(state_ptr + place, index < ranks * splits, want)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton.language as tl
 from .row_finish import (
     Outputs,
     Row,
+    load_rank_states,
     load_states,
     row_outputs,
     row_statistics,
@@ -177,9 +178,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     gamma = tl.cast(gamma, tl.float32)
     if MERGE:
-        index = tl.arange(0, SPLITS)
-        place = index // splits * stride_rank + (row * splits + index % splits) * STATE
-        states = load_states(state_ptr + place, index < ranks * splits, want)
+        states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
     else:
         shift = tl.full([], 0.0, tl.float32)
         if WITH_KL and COMPENSATED:

@@ -95,12 +95,16 @@ def row_variant(
     return _variant(kernel, case, grads, frozenset(constants.items()), warps, registers)
 
 
-def fallback_variant(case: Case, grads: Grads, **constants: Any) -> Variant:
-    """Return row_fallback's Variant, which does not use the configuration table."""
+def fallback_variant(
+    case: Case, grads: Grads, kernel: Any = row_fallback, **constants: Any
+) -> Variant:
+    """Return the Variant of row_fallback or of segment_log_sums, which do not use the configuration
+    table.
+    """
     constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
     warps = FALLBACK_THREADS // case.warp
     items = frozenset(constants.items())
-    return _variant(row_fallback, case, grads, items, warps, FALLBACK_REGISTERS)
+    return _variant(kernel, case, grads, items, warps, FALLBACK_REGISTERS)
 
 
 def tensors(problem: Problem) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,5 @@
 """Shards of a vocabulary beside the whole: cases, functions, and the comparison on one rank."""
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -114,8 +113,8 @@ FUNCTIONS: dict[str, Callable] = {
         **more,
     ),
 }
-# Functions whose logits the kernels do not gather.
-NATIVE = ("kl", "jeffreys", "stats", "policy", "entropy", "selective")
+# Functions whose logits the kernels gather.
+GATHERING = ("several", "support", "topk")
 
 
 def results(function: Callable, given: Case, **more) -> tuple[list[torch.Tensor], list]:
@@ -145,7 +144,7 @@ class Count:
         return self.gather(value, group, ranks)
 
 
-# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 2 and 4.
+# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
     "even": (1024, 256, 13, torch.float32, 0.1, True),
@@ -170,12 +169,16 @@ def whole_case(name: str) -> Case:
 
 
 @functools.cache
-def expected(name: str, backend: str, label: str) -> tuple[list[torch.Tensor], list]:
-    return results(FUNCTIONS[label], whole_case(name))
+def expected(
+    name: str, backend: str, label: str, **shard: Shard
+) -> tuple[list[torch.Tensor], list]:
+    return results(FUNCTIONS[label], whole_case(name), **shard)
 
 
-def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
-    """Compare every function on this rank's columns with the whole vocabulary."""
+def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.ProcessGroup) -> None:
+    """Compare every function on this rank's columns with the whole vocabulary, and with a group of
+    this process alone.
+    """
     vocabulary, quarter, _, dtype, _, equal = SIZES[name]
     width = quarter * WORLD // group.size()
     shard = Shard.megatron(group, width, vocabulary)
@@ -187,18 +190,19 @@ def compare(name: str, backend: str, group: dist.ProcessGroup) -> None:
             continue
         what = f"{name}, {backend}, {group.size()} ranks, {label}"
         count = Count()
-        with fastkl.use_backend(backend), mock.patch.object(parallel, "all_gather", count):
-            found, parts = results(function, mine, shard=shard)
-            exact_results, gradients = expected(name, backend, label)
+        with fastkl.use_backend(backend):
+            with mock.patch.object(parallel, "all_gather", count):
+                found, parts = results(function, mine, shard=shard)
+            wanted_results, gradients = expected(name, backend, label)
+            for result, value in zip(found, wanted_results, strict=True):
+                torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6, equal_nan=True)
+            bits = backend == "reference" or label in GATHERING or equal
+            if backend == "triton" and equal:
+                one = Shard(alone, 0, vocabulary)
+                wanted_results, gradients = expected(name, backend, label, shard=one)
         assert count.calls <= 2, what
-        # Far rows of KL(Q‖P) are fallback rows of a shard alone.
-        exactly = equal and (name, label) != ("far", "stats")
-        bits = backend == "reference" or exactly or label not in NATIVE
-        for result, exact in zip(found, exact_results, strict=True):
-            if bits:
-                testing.assert_same_bits(result, exact, what)
-            else:
-                torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for result, exact in zip(found, wanted_results if bits else (), strict=bits):
+            testing.assert_same_bits(result, exact, what)
         if label == "kl":
             p, q = (value.double() / c.temperature[:, None] for value in c[:2])
             rows = c.mask & p.isfinite().all(-1) & q.isfinite().all(-1)
@@ -233,14 +237,6 @@ def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(local, mesh, [Replicate()])
-
-
-def short_segments(name: str) -> contextlib.AbstractContextManager:
-    """Let the kernels cut 1024 columns into four segments, not one."""
-    from fastkl.kernels import config
-
-    cut = config.RowConfig(64, 1, 256, "short segments") if SIZES[name][0] == 1024 else None
-    return config.override(forward=cut)
 
 
 def mistakes(rank: int, group: dist.ProcessGroup) -> None:

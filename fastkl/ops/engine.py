@@ -116,9 +116,7 @@ class Kernels(Engine):
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         if args.cut.group:
-            if args.divergence.kind in ("kl", "jeffreys"):
-                return shard_rows.forward(args, outputs, saved)
-            args = shard_rows.whole(args)
+            return shard_rows.forward(args, outputs, saved)
         run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])

@@ -1,7 +1,6 @@
-"""Rows whose vocabulary is split over processes. The kernels' states and the parts of fallback rows
-are all-gathered and merged on every rank; divergences without mergeable states all-gather the
-logits. Backward needs no communication, except on the reference, which all-gathers the logits
-again.
+"""Rows whose vocabulary is split over processes. The kernels' states, the sums of a second read and
+the parts of fallback rows are all-gathered and merged on every rank. Backward needs no
+communication. The reference all-gathers the logits, in backward again.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 
 from .. import parallel
-from .fields import PerRow, RowArgs
+from .fields import Divergence, PerRow, RowArgs
+from .near_series import near_series
 from .problems import launchers, problems
 
 
@@ -66,39 +66,67 @@ def backward(
 
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs and saved as Kernels.forward does for the whole vocabulary, from two
-    all_gathers.
+    all_gathers: of the segments' states, and of the parts of fallback rows or the sums of a second
+    read.
     """
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
-    if args.divergence.kind == "jeffreys":
+    jeffreys = args.divergence.kind == "jeffreys"
+    if jeffreys:
         outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
+    series = near_series(Divergence() if jeffreys else args.divergence)
+    other = series.kind != "kl"
     shard = launch.Shard(cut.vocabulary, cut.width, cut.ranks)
+    merging = shard._replace(merges=True)
     problem = _problem(own._replace(tokens=None))
-    splits = launch.plan_for(problem, outputs, shard=shard).splits
-    states = saved.new_zeros(rows * (splits * launch.STATE.value + 2))
-    launch.forward(problem, outputs, saved, shard=shard, state=states)
-    sampled = states[-2 * rows :].view(2, rows)
-    for values, logits in zip(sampled, (own.p, own.q), strict=True):
-        if own.tokens is not None and logits is not None and logits.shape[-1]:
-            index = own.tokens.clamp(min=0).view(*logits.shape[:-1], 1)
-            at_token = logits.gather(-1, index).view(-1)
-            values.copy_(torch.where(own.tokens < 0, 0.0, at_token.float()))
-    gathered = parallel.all_gather(states, cut.group, cut.ranks)
+    plan = launch.plan_for(problem, outputs, series, shard)
+    states = saved.new_zeros(rows * plan.splits * launch.STATE.value)
+    launch.forward(problem, outputs, saved, series, shard, states)
+    log_sums = launch.log_sums(problem, plan, states) if other else saved[:0]
+    gathered, at_token, log_sums = _gather(cut, states, _at_token(own), log_sums)
     # One rank has a token's logit, the others have 0.
-    p, q = gathered[:, -2 * rows :].sum(0).view(2, rows, 1)
+    p, q = at_token.sum(0).unsqueeze(-1)
     of_tokens = args._replace(
         p=p.to(args.p.dtype), q=None if args.q is None else q.to(args.q.dtype)
     )
     if args.tokens is not None:
         outside = (args.tokens < 0) | (args.tokens >= cut.vocabulary)
         of_tokens = of_tokens._replace(tokens=torch.where(outside, -1, 0))
-    merging, problem_of_tokens = shard._replace(merges=True), _problem(of_tokens)
-    launch.forward(problem_of_tokens, outputs, saved, shard=merging, state=gathered)
-    parts = saved.new_zeros(rows, launch.PART_VALUES, dtype=torch.float64)
-    launch.fallback(problem, outputs, saved, shard=shard, parts=parts)
-    parts = parallel.all_gather(parts, cut.group, cut.ranks)
-    launch.fallback(problem_of_tokens, outputs, saved, shard=merging, parts=parts)
-    if args.divergence.kind == "jeffreys":
+    merged = _problem(of_tokens)
+    launch.forward(merged, outputs, saved, series, merging, gathered)
+    width = launch.PART_SUMS if other else launch.PART_VALUES
+    parts = saved.new_zeros(rows, width, dtype=torch.float64)
+    launch.fallback(problem, outputs, saved, series, shard, parts, log_sums)
+    if series.forward:
+        launch.forward(problem, outputs, saved, series, shard, states, second=True)
+        states, parts = _gather(cut, states, parts)
+        launch.forward(merged, outputs, saved, series, merging, states, second=True)
+    else:
+        (parts,) = _gather(cut, parts)
+    launch.fallback(merged, outputs, saved, series, merging, parts, log_sums)
+    if jeffreys:
         outputs["kl"] += outputs["ref_kl"]
+
+
+def _at_token(own: RowArgs) -> torch.Tensor:
+    """Return the logits of P and Q at each row's token, [2, N]; 0 for tokens elsewhere."""
+    found = own.p.new_zeros(2, own.p.shape[:-1].numel(), dtype=torch.float32)
+    for values, logits in zip(found, (own.p, own.q), strict=True):
+        if own.tokens is not None and logits is not None and logits.shape[-1]:
+            index = own.tokens.clamp(min=0).view(*logits.shape[:-1], 1)
+            at_token = logits.gather(-1, index).view(-1)
+            values.copy_(torch.where(own.tokens < 0, 0.0, at_token.float()))
+    return found
+
+
+def _gather(cut: parallel.Cut, *values: torch.Tensor) -> list[torch.Tensor]:
+    """Return the values of all ranks, each [ranks, ...], from one all_gather of their bytes."""
+    own = [value.view(-1).view(torch.uint8) for value in values]
+    gathered = parallel.all_gather(torch.cat(own), cut.group, cut.ranks)
+    parts = gathered.split([len(value) for value in own], 1)
+    return [
+        part.view(value.dtype).reshape(cut.ranks, *value.shape).contiguous()
+        for part, value in zip(parts, values, strict=True)
+    ]
 
 
 def _problem(args: RowArgs) -> Any:
