@@ -155,6 +155,16 @@ def local_or_full(name: str) -> str:
     return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
+def two_logits(
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, split: bool = False
+) -> None:
+    """Check logits of two models: of the same shape, unless the vocabulary is split."""
+    logits(name, value, split)
+    logits(other_name, other, split)
+    if not split:
+        same_shape(other_name, other, name, value)
+
+
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check that two tensors have the same shape and device, and both are float64 or neither."""
     if value.shape != other.shape:
@@ -246,16 +256,30 @@ def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a bool tensor of the leading shape."""
     if value is not None:
-        what, remedy = "a bool tensor, True where the token counts", "convert it with .bool()"
-        per_row("mask", value, leading, device, (torch.bool,), what, remedy)
+        per_row(
+            "mask",
+            value,
+            leading,
+            device,
+            (torch.bool,),
+            "a bool tensor, True where the token counts",
+            "convert it with .bool()",
+        )
 
 
 def tokens(
     value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
 ) -> None:
     """Check for an integer tensor of the leading shape."""
-    what, remedy = "an integer tensor of token ids", "convert it with .long()"
-    per_row(name, value, leading, device, INTEGER_TYPES, what, remedy)
+    per_row(
+        name,
+        value,
+        leading,
+        device,
+        INTEGER_TYPES,
+        "an integer tensor of token ids",
+        "convert it with .long()",
+    )
 
 
 def temperature(
@@ -287,21 +311,30 @@ def temperature(
         )
         not_forward_mode(name, value)
     else:
-        what = "a positive number or a float tensor of the leading shape"
         if not is_number(value):
+            what = "a positive number or a float tensor of the leading shape"
             floats = hasattr(value, "__float__")
             remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
             expect(False, name, what, value, remedy, TypeError)
-        if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
-            what = "a positive finite number within 2^-126 … 2^126"
-            expect(False, name, what, value, "pass 1.0, which leaves the logits as they are")
+        expect(
+            LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE,
+            name,
+            "a positive finite number within 2^-126 … 2^126",
+            value,
+            "pass 1.0, which leaves the logits as they are",
+        )
 
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
     """Check the temperature of a module, a number; the function `elsewhere` takes one per token."""
-    remedy = f"call {elsewhere} for a temperature per token"
-    number = not isinstance(value, torch.Tensor)
-    expect(number, name, "a positive number", value, remedy, TypeError)
+    expect(
+        not isinstance(value, torch.Tensor),
+        name,
+        "a positive number",
+        value,
+        f"call {elsewhere} for a temperature per token",
+        TypeError,
+    )
     temperature(value, torch.Size(), torch.device("cpu"), name)
 
 
@@ -327,8 +360,13 @@ def clamp(name: str, value: float | None) -> None:
     """Check the bound of a difference of log-probabilities: None or a number in (0, 50]."""
     if value is not None:
         _number(name, value)
-        expected = f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite"
-        expect(0 < value <= LARGEST_CLAMP, name, expected, value, "pass None for no clamp")
+        expect(
+            0 < value <= LARGEST_CLAMP,
+            name,
+            f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite",
+            value,
+            "pass None for no clamp",
+        )
 
 
 def share(name: str, value: float) -> None:
@@ -389,8 +427,19 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
         if not _modes.readable(value):
             return
         value = value.detach().item() or 1.0  # 0 is valid
-    what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
-    expect(is_number(value), "normalizer", what, value, remedy, TypeError)
-    remedy = f"{remedy}, or a tensor, which may be 0"
-    inside = finite.tiny <= value <= finite.max
-    expect(inside, "normalizer", "a finite number above 0", value, remedy)
+    expect(
+        is_number(value),
+        "normalizer",
+        "a number or a tensor of one number",
+        value,
+        remedy,
+        TypeError,
+    )
+    finite = torch.finfo(torch.float32)
+    expect(
+        finite.tiny <= value <= finite.max,
+        "normalizer",
+        "a finite number above 0",
+        value,
+        f"{remedy}, or a tensor, which may be 0",
+    )

@@ -205,8 +205,13 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
 
 def whole_vocabulary(inputs: LinearInputs, beside: str) -> None:
     """Check that the vocabulary is not split over processes."""
-    remedy = "gather the weight, or the logits for the function on logits"
-    _checks.expect(not inputs.group, "weight.shard", f"None beside {beside}", "a shard", remedy)
+    _checks.expect(
+        not inputs.group,
+        "weight.shard",
+        f"None beside {beside}",
+        "a shard",
+        "gather the weight, or the logits for the function on logits",
+    )
 
 
 def learning(inputs: LinearInputs) -> str:

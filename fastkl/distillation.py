@@ -170,9 +170,7 @@ class DistillationLoss(_Distillation):
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss of a batch; see the class."""
-        _checks.logits("logits", logits)
-        _checks.logits("teacher_logits", teacher_logits)
-        _checks.same_shape("teacher_logits", teacher_logits, "logits", logits)
+        _checks.two_logits("logits", logits, "teacher_logits", teacher_logits)
         pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
         return self._combine(
             *(logits, logits.shape[-1], labels, normalizer, (teacher_logits,)),

@@ -9,7 +9,7 @@ from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
-from .parallel import WHOLE, Shards, sharded_logits
+from .parallel import Shards, sharded_logits
 
 
 @takes_dtensors
@@ -297,17 +297,13 @@ class Call(NamedTuple):
         reduced.
         """
         p, q, mask, temperature, weights, reduction, normalizer, shard = self
-        _checks.logits("p_logits", p, shard is not None)
-        _checks.logits("q_logits", q, shard is not None)
-        if shard is None:
-            _checks.same_shape("q_logits", q, "p_logits", p)
+        _checks.two_logits("p_logits", p, "q_logits", q, shard is not None)
         leading, device = p.shape[:-1], p.device
         _checks.temperature(temperature, leading, device)
         _checks.mask(mask, leading, device)
         _reduce.check(reduction, weights, normalizer, leading, device)
-        chosen, cut = backend.select(p, q), WHOLE
-        if shard is not None:
-            (p, q), cut = sharded_logits(shard, chosen == "triton", {"p_logits": p, "q_logits": q})
+        chosen = backend.select(p, q)
+        (p, q), cut = sharded_logits(shard, chosen == "triton", {"p_logits": p, "q_logits": q})
         if kind == "kl" and reduction != "none" and weights is None and not cut.group:
             summed = SummedInputs(p, q, mask, temperature, None, 1, chosen)
             gradient = empty_gradient(summed, normalizer)
