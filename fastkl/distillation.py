@@ -244,10 +244,22 @@ class LinearDistillationLoss(_Distillation):
     ) -> torch.Tensor:
         """Return the loss of a batch; see the class."""
         kind, share, factor = self._of
-        models = (hidden, weight, None, ref_hidden, ref_weight, None)
-        options = self.logits_dtype, self.chunk_size, self.recompute
         inputs = prepare(
-            Given(*models, self.temperature, None, None, None, *options),
+            Given(
+                hidden,
+                weight,
+                None,
+                ref_hidden,
+                ref_weight,
+                None,
+                self.temperature,
+                None,
+                None,
+                None,
+                self.logits_dtype,
+                self.chunk_size,
+                self.recompute,
+            ),
             reference_required=True,
             swapped=self._reverse == (factor is not None),
         )

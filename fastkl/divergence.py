@@ -312,9 +312,17 @@ class Call(NamedTuple):
                 return summed_kl(gradient, summed._replace(divisor=divisor))[0]
         if factor is not None:
             p, q = q, p
-        temperatures = per_token(temperature)
         inputs = RowInputs(
-            p, q, None, mask, *temperatures, "kl", chosen, kind, share, **cut.as_arguments()
+            p,
+            q,
+            None,
+            mask,
+            *per_token(temperature),
+            "kl",
+            chosen,
+            kind,
+            share,
+            **cut.as_arguments(),
         )
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:

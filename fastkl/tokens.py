@@ -295,9 +295,8 @@ def entropy_from_logits(
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
-    temperatures = per_token(temperature)
     inputs = RowInputs(
-        logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments()
+        logits, None, None, mask, *per_token(temperature), "entropy", chosen, **cut.as_arguments()
     )
     return cast(torch.Tensor, row_statistics(inputs)[1])
 

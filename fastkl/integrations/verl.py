@@ -304,8 +304,7 @@ def _module(name: str) -> ModuleType:
 
 def _same_arguments(replaced: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     """Check that verl's function takes the arguments of its replacement."""
-    both = replaced, replacement
-    got, expected = (tuple(inspect.signature(each).parameters) for each in both)
+    got, expected = (tuple(inspect.signature(each).parameters) for each in (replaced, replacement))
     expect(
         got == expected,
         "verl",

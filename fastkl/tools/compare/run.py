@@ -80,8 +80,7 @@ def open_models(settings: Namespace) -> tuple[Any, list[Any]]:
             "pass the base by its folder or hub name" if option in layers else "leave it out",
         )
     base = kind("A", name)
-    letters = string.ascii_uppercase[1:]
-    others = [*map(Checkpoint, letters, settings.candidates)]
+    others = [*map(Checkpoint, string.ascii_uppercase[1:], settings.candidates)]
     return base, others + [base] * settings.floor
 
 
