@@ -132,8 +132,7 @@ def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
     """
     if type(value) is not torch.Tensor or value.is_nested or value.layout is not torch.strided:
         not_sharded(name, value, what, remedy)
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        not_forward_mode(name, value)
+    not_forward_mode(name, value)
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
@@ -256,30 +255,16 @@ def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a bool tensor of the leading shape."""
     if value is not None:
-        per_row(
-            "mask",
-            value,
-            leading,
-            device,
-            (torch.bool,),
-            "a bool tensor, True where the token counts",
-            "convert it with .bool()",
-        )
+        what, remedy = "a bool tensor, True where the token counts", "convert it with .bool()"
+        per_row("mask", value, leading, device, (torch.bool,), what, remedy)
 
 
 def tokens(
     value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
 ) -> None:
     """Check for an integer tensor of the leading shape."""
-    per_row(
-        name,
-        value,
-        leading,
-        device,
-        INTEGER_TYPES,
-        "an integer tensor of token ids",
-        "convert it with .long()",
-    )
+    what, remedy = "an integer tensor of token ids", "convert it with .long()"
+    per_row(name, value, leading, device, INTEGER_TYPES, what, remedy)
 
 
 def temperature(
@@ -311,30 +296,21 @@ def temperature(
         )
         not_forward_mode(name, value)
     else:
+        what = "a positive number or a float tensor of the leading shape"
         if not is_number(value):
-            what = "a positive number or a float tensor of the leading shape"
             floats = hasattr(value, "__float__")
             remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
             expect(False, name, what, value, remedy, TypeError)
-        expect(
-            LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE,
-            name,
-            "a positive finite number within 2^-126 … 2^126",
-            value,
-            "pass 1.0, which leaves the logits as they are",
-        )
+        if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
+            what = "a positive finite number within 2^-126 … 2^126"
+            expect(False, name, what, value, "pass 1.0, which leaves the logits as they are")
 
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
     """Check the temperature of a module, a number; the function `elsewhere` takes one per token."""
-    expect(
-        not isinstance(value, torch.Tensor),
-        name,
-        "a positive number",
-        value,
-        f"call {elsewhere} for a temperature per token",
-        TypeError,
-    )
+    remedy = f"call {elsewhere} for a temperature per token"
+    number = not isinstance(value, torch.Tensor)
+    expect(number, name, "a positive number", value, remedy, TypeError)
     temperature(value, torch.Size(), torch.device("cpu"), name)
 
 
@@ -360,13 +336,8 @@ def clamp(name: str, value: float | None) -> None:
     """Check the bound of a difference of log-probabilities: None or a number in (0, 50]."""
     if value is not None:
         _number(name, value)
-        expect(
-            0 < value <= LARGEST_CLAMP,
-            name,
-            f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite",
-            value,
-            "pass None for no clamp",
-        )
+        expected = f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite"
+        expect(0 < value <= LARGEST_CLAMP, name, expected, value, "pass None for no clamp")
 
 
 def share(name: str, value: float) -> None:
@@ -379,11 +350,6 @@ def positive(name: str, value: float, remedy: str) -> None:
     """Check for a finite number above 0."""
     _number(name, value)
     expect(0 < value <= sys.float_info.max, name, "a finite number above 0", value, remedy)
-
-
-def order(name: str, value: float) -> None:
-    """Check the order of a Rényi divergence: a finite number above 0."""
-    positive(name, value, "pass 1 for the KL divergence")
 
 
 def _number(name: str, value: float) -> None:
@@ -427,19 +393,8 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
         if not _modes.readable(value):
             return
         value = value.detach().item() or 1.0  # 0 is valid
-    expect(
-        is_number(value),
-        "normalizer",
-        "a number or a tensor of one number",
-        value,
-        remedy,
-        TypeError,
-    )
-    finite = torch.finfo(torch.float32)
-    expect(
-        finite.tiny <= value <= finite.max,
-        "normalizer",
-        "a finite number above 0",
-        value,
-        f"{remedy}, or a tensor, which may be 0",
-    )
+    what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
+    expect(is_number(value), "normalizer", what, value, remedy, TypeError)
+    remedy = f"{remedy}, or a tensor, which may be 0"
+    inside = finite.tiny <= value <= finite.max
+    expect(inside, "normalizer", "a finite number above 0", value, remedy)

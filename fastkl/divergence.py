@@ -354,8 +354,10 @@ def of_name(
             f"pass {alpha_name}=0.5, for instance",
             TypeError,
         )
-        check = _checks.order if name == "renyi" else _checks.share
-        check("beta" if takes_beta else alpha_name, given)
+        if name == "renyi":
+            _checks.positive(alpha_name, given, "pass 1 for the KL divergence")
+        else:
+            _checks.share("beta" if takes_beta else alpha_name, given)
     share = float(given or 0.0)
     factor = None
     if name == "js" and share < 0.5:

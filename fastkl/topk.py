@@ -377,22 +377,10 @@ def _check(
 ) -> None:
     """Check the list and the options, for a student of leading shape `leading`."""
     given = torch.Size((*leading, _checks.entries("topk_ids", ids, leading))), device
-    _checks.per_row(
-        "topk_ids",
-        ids,
-        *given,
-        (torch.int64, torch.int32),
-        "an int32 or int64 tensor",
-        "convert it with .long()",
-    )
-    _checks.per_row(
-        "topk_logprobs",
-        logprobs,
-        *given,
-        _checks.FLOAT_TYPES,
-        "a float tensor of log-probabilities",
-        "convert it with .float()",
-    )
+    kind, remedy = "an int32 or int64 tensor", "convert it with .long()"
+    _checks.per_row("topk_ids", ids, *given, (torch.int64, torch.int32), kind, remedy)
+    kind, remedy = "a float tensor of log-probabilities", "convert it with .float()"
+    _checks.per_row("topk_logprobs", logprobs, *given, _checks.FLOAT_TYPES, kind, remedy)
     _checks.expect(
         not logprobs.requires_grad,
         "topk_logprobs",

@@ -73,8 +73,7 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
     write_whole(out, picture(runs, title, sentence, form=out.suffix[1:].lower()))
     if sentence:
         return f"{out}: {sentence}"
-    lines = (f"  {name}: {text}" for name, text in zip(runs, said, strict=True))
-    return "\n".join([f"{out}:", *lines])
+    return "\n".join([f"{out}:", *map("  {}: {}".format, runs, said)])
 
 
 def run_names(sources: Sequence[Path]) -> list[str]:
