@@ -132,7 +132,8 @@ def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
     """
     if type(value) is not torch.Tensor or value.is_nested or value.layout is not torch.strided:
         not_sharded(name, value, what, remedy)
-    not_forward_mode(name, value)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        not_forward_mode(name, value)
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
@@ -201,7 +202,8 @@ def same_device_and_precision(
     name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
 ) -> None:
     """Check that two tensors are on the same device, and both are float64 or neither."""
-    same_device(name, value, other_name, other)
+    if value.device != other.device:
+        same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
             f"{name}: expected float64 like {other_name} or neither, got {value.dtype} and "
@@ -273,9 +275,7 @@ def temperature(
     device: torch.device,
     name: str = "temperature",
 ) -> None:
-    """Check for a number within 2^-126 … 2^126, or a float tensor of the leading shape (values are
-    not read).
-    """
+    """Check for a number within 2^-126 … 2^126, or a float tensor [...] (values are not read)."""
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise ValueError(temperature_gradient(name))

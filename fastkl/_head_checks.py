@@ -23,14 +23,8 @@ from ._checks import (
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """Check for a tensor of one of FLOAT_TYPES that is whole on this process."""
-    expect(
-        isinstance(value, torch.Tensor),
-        name,
-        f"a tensor, {what}",
-        value,
-        "pass the model's own",
-        TypeError,
-    )
+    if not isinstance(value, torch.Tensor):
+        expect(False, name, f"a tensor, {what}", value, "pass the model's own", TypeError)
     plain(
         name,
         value,
@@ -44,13 +38,12 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
             f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
             f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()")
         )
-    expect(
-        value.shape != (0,) or name.endswith("hidden"),
-        name,
-        what,
-        "shape (0,), as of a parameter that ZeRO-3 keeps in parts",
-        f"gather it around forward and backward: with deepspeed.zero.GatheredParameters([{name}])",
-    )
+    if value.shape == (0,) and not name.endswith("hidden"):
+        raise ValueError(
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in "
+            f"parts; gather it around forward and backward: "
+            f"with deepspeed.zero.GatheredParameters([{name}])"
+        )
 
 
 class Names(NamedTuple):
@@ -94,15 +87,12 @@ def head(
             "pass lm_head.bias",
         )
     for other, value in zip((names.weight, names.bias), (weight, bias), strict=True):
-        if value is not None:
-            expect(
-                value.dtype == hidden.dtype,
-                other,
-                f"the type of {name}, {hidden.dtype}",
-                value,
-                "convert one with .to(), or use torch.autocast",
-                TypeError,
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
+                f"one with .to(), or use torch.autocast"
             )
+        if value is not None and value.device != hidden.device:
             same_device(other, value, name, hidden)
 
 

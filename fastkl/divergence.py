@@ -9,7 +9,7 @@ from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
-from .parallel import Shards, sharded_logits
+from .parallel import WHOLE, Shards, sharded_logits
 
 
 @takes_dtensors
@@ -302,8 +302,9 @@ class Call(NamedTuple):
         _checks.temperature(temperature, leading, device)
         _checks.mask(mask, leading, device)
         _reduce.check(reduction, weights, normalizer, leading, device)
-        chosen = backend.select(p, q)
-        (p, q), cut = sharded_logits(shard, chosen == "triton", {"p_logits": p, "q_logits": q})
+        chosen, cut = backend.select(p, q), WHOLE
+        if shard is not None:
+            (p, q), cut = sharded_logits(shard, chosen == "triton", {"p_logits": p, "q_logits": q})
         if kind == "kl" and reduction != "none" and weights is None and not cut.group:
             summed = SummedInputs(p, q, mask, temperature, None, 1, chosen)
             gradient = empty_gradient(summed, normalizer)

@@ -15,7 +15,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import Shards, logits_at, sharded_logits
+from .parallel import WHOLE, Shards, logits_at, sharded_logits
 
 
 class TokenStats(NamedTuple):
@@ -157,23 +157,25 @@ def token_stats(
             _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    both = (
-        {"logits": logits} if ref_logits is None else {"logits": logits, "ref_logits": ref_logits}
-    )
-    chosen = backend.select(*both.values())
-    (logits, *others), cut = sharded_logits(shard, chosen == "triton", both)
+    both = [logits] if ref_logits is None else [logits, ref_logits]
+    chosen, cut = backend.select(*both), WHOLE
+    if shard is not None:
+        both, cut = sharded_logits(
+            shard,
+            chosen == "triton",
+            dict(zip(("logits", "ref_logits"), both, strict=False)),
+        )
+        logits, ref_logits = both[0], None if ref_logits is None else both[1]
     if support is not None:
         shape = *leading, cut.vocabulary or logits.shape[-1]
         kept = Support.of(support, mask, shape, logits.device, chosen)
         within, divisor = kept.ids.masked_fill(kept.absent, 0), kept.divisor(temperature)
-        models = [
-            (logits_at(each, within, cut).double() / divisor, 0.0) for each in (logits, *others)
-        ]
+        models = [(logits_at(each, within, cut).double() / divisor, 0.0) for each in both]
         return kept.statistics(models, tokens, result_dtype(logits))
     fields = FIELDS_OF[ref_logits is not None, tokens is not None]
     inputs = RowInputs(
         logits,
-        others[0] if others else None,
+        ref_logits,
         tokens,
         mask,
         *per_token(temperature),
@@ -337,8 +339,9 @@ def selective_log_softmax(
         logits.device,
         "index",
     )
-    chosen, ids = backend.select(logits), index.long()
-    (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
+    chosen, ids, cut = backend.select(logits), index.long(), WHOLE
+    if shard is not None:
+        (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     vocabulary = cut.vocabulary or logits.shape[-1]
     if ENGINES[chosen].checks_values and _modes.eager(logits, ids):
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"

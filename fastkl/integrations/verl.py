@@ -205,8 +205,7 @@ def install_kl_penalty() -> None:
 
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
-    core = _module(CORE)
-    verls = core.kl_penalty
+    verls = _module(CORE).kl_penalty
     if verls is kl_penalty:
         return
     _same_arguments(verls, kl_penalty)

@@ -83,15 +83,18 @@ class RowArgs(NamedTuple):
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""
+        _, _, tokens, mask, temperature, scaling, divergence, cut = self
         return RowArgs(
             p,
             q,
-            rows_of(self.tokens, rows),
-            rows_of(self.mask, rows),
-            rows_of(self.temperature, rows),
-            self.scaling._replace(ratio=rows_of(self.scaling.ratio, rows)),
-            self.divergence,
-            self.cut,
+            None if tokens is None else tokens[rows],
+            None if mask is None else mask[rows],
+            temperature[rows] if isinstance(temperature, torch.Tensor) else temperature,
+            scaling._replace(ratio=scaling.ratio[rows])
+            if isinstance(scaling.ratio, torch.Tensor)
+            else scaling,
+            divergence,
+            cut,
         )
 
 

@@ -104,8 +104,9 @@ class TextTokenizer:
         The texts concatenate to the input even if the tokenizer drops characters; a character
         shared by several tokens goes to the first. before: ids put in front, with empty text.
         """
-        options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        encoded = self.own(text, **options)
+        encoded = self.own(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
         texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
