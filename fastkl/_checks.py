@@ -155,6 +155,16 @@ def local_or_full(name: str) -> str:
     return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
+def two_logits(
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, split: bool = False
+) -> None:
+    """Check logits of two models: of the same shape, unless the vocabulary is split."""
+    logits(name, value, split)
+    logits(other_name, other, split)
+    if not split:
+        same_shape(other_name, other, name, value)
+
+
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check that two tensors have the same shape and device, and both are float64 or neither."""
     if value.shape != other.shape:
@@ -192,7 +202,8 @@ def same_device_and_precision(
     name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
 ) -> None:
     """Check that two tensors are on the same device, and both are float64 or neither."""
-    same_device(name, value, other_name, other)
+    if value.device != other.device:
+        same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
             f"{name}: expected float64 like {other_name} or neither, got {value.dtype} and "
@@ -264,9 +275,7 @@ def temperature(
     device: torch.device,
     name: str = "temperature",
 ) -> None:
-    """Check for a number within 2^-126 … 2^126, or a float tensor of the leading shape (values are
-    not read).
-    """
+    """Check for a number within 2^-126 … 2^126, or a float tensor [...] (values are not read)."""
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise ValueError(temperature_gradient(name))
@@ -341,11 +350,6 @@ def positive(name: str, value: float, remedy: str) -> None:
     """Check for a finite number above 0."""
     _number(name, value)
     expect(0 < value <= sys.float_info.max, name, "a finite number above 0", value, remedy)
-
-
-def order(name: str, value: float) -> None:
-    """Check the order of a Rényi divergence: a finite number above 0."""
-    positive(name, value, "pass 1 for the KL divergence")
 
 
 def _number(name: str, value: float) -> None:

@@ -58,8 +58,9 @@ def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
             )
             given[argument] = value.to_local()
     if columns in placements:
-        free = given.get("shard") is None
-        _checks.expect(free, "shard", "None beside DTensors", "a shard", "leave it out")
+        _checks.expect(
+            given.get("shard") is None, "shard", "None beside DTensors", "a shard", "leave it out"
+        )
         given["shard"] = VocabShard.dtensor(first)
     found = function(**given)
 

@@ -96,14 +96,12 @@ def prepare(
     device = given.hidden.device.type if isinstance(given.hidden, torch.Tensor) else "cpu"
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         models = [[_autocast(value) for value in model] for model in models]
-    if shared:
-        models[1][1] = models[0][1]
     _head_checks.head(names[0], *models[0])
     cut = WHOLE
     if heads[0].shard is not None or heads[1].shard is not None:
         cut = _shard(heads, models, shared and given.ref_hidden is None)
-        if shared:
-            models[1][1] = models[0][1]
+    if shared:
+        models[1][1] = models[0][1]
     (hidden, *_), (ref_hidden, *_) = models
     if given.ref_logits is not None:
         _head_checks.given_logits(
@@ -207,8 +205,13 @@ def _shard(heads: tuple[Head, Head], models: list[list[Any]], alone: bool) -> Cu
 
 def whole_vocabulary(inputs: LinearInputs, beside: str) -> None:
     """Check that the vocabulary is not split over processes."""
-    remedy = "gather the weight, or the logits for the function on logits"
-    _checks.expect(not inputs.group, "weight.shard", f"None beside {beside}", "a shard", remedy)
+    _checks.expect(
+        not inputs.group,
+        "weight.shard",
+        f"None beside {beside}",
+        "a shard",
+        "gather the weight, or the logits for the function on logits",
+    )
 
 
 def learning(inputs: LinearInputs) -> str:

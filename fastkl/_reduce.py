@@ -24,15 +24,23 @@ def check(
     if weights is None and normalizer is None and type(reduction) is str and reduction == "none":
         return  # Python dominates a call with few rows
     _checks.choice("reduction", reduction, REDUCTIONS)
-    if reduction == "none" and weights is not None:
-        raise ValueError(
-            f"weights: expected None with reduction='none', got {_checks.type_name(weights)}; "
-            "multiply the result instead, or use reduction='sum'"
-        )
     if weights is not None:
-        what, remedy = "a float tensor, what each token counts", "convert it with .float()"
-        types = _checks.FLOAT_TYPES
-        _checks.per_row("weights", weights, leading, device, types, what, remedy)
+        _checks.expect(
+            reduction != "none",
+            "weights",
+            "None with reduction='none'",
+            _checks.type_name(weights),
+            "multiply the result instead, or use reduction='sum'",
+        )
+        _checks.per_row(
+            "weights",
+            weights,
+            leading,
+            device,
+            _checks.FLOAT_TYPES,
+            "a float tensor, what each token counts",
+            "convert it with .float()",
+        )
     _checks.normalizer(normalizer, reduction, device)
 
 

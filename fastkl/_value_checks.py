@@ -36,5 +36,10 @@ def in_range(temperature: Any) -> Any:
 
 def ratios_finite(value: torch.Tensor) -> None:
     """Check ratios of two temperatures; NaN marks one out of range."""
-    what = f"{_VALUES}, in relation to temperature too"
-    expect(value.isfinite().all(), "ref_temperature", what, "one that is not", _REMEDY)
+    expect(
+        value.isfinite().all(),
+        "ref_temperature",
+        f"{_VALUES}, in relation to temperature too",
+        "one that is not",
+        _REMEDY,
+    )

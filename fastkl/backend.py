@@ -106,12 +106,9 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
         _checks.logits("ref_logits", ref_logits)
         _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     both = (logits,) if ref_logits is None else (logits, ref_logits)
-    if _forced is not None:
-        backend, why = _forced, f"use_backend({_forced!r})"
-    elif logits.device.type == "cuda":
-        backend, why = "triton", "the logits are on a GPU"
-    else:
-        backend, why = "reference", f"the logits are on {logits.device.type}"
+    backend = _forced or ("triton" if logits.is_cuda else "reference")
+    place = "a GPU" if logits.is_cuda else logits.device.type
+    why = f"use_backend({_forced!r})" if _forced else f"the logits are on {place}"
     return Explanation(backend, why, triton_problems(*both) if backend == "triton" else ())
 
 

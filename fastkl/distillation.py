@@ -14,6 +14,7 @@ from ._types import DistillationDirection, DivergenceName
 from .divergence import DIVERGENCES, Call, of_name
 from .linear import Head, linear_token_stats
 from .linear_divergences import reduced
+from .parallel import Shards, VocabShard, shards_of
 from .tokens import TokenStats, token_stats
 
 # The label of an ignored token, as in torch.nn.functional.cross_entropy.
@@ -131,12 +132,13 @@ class DistillationLoss(_Distillation):
         divergence_alpha: the divergence's own alpha, for "skew_kl" and "renyi".
         beta: for "js", the share of P. Default: 0.5.
 
-    forward(logits, teacher_logits, labels, *, normalizer=None) takes logits [..., V] and integer
-    labels [...], -100 where a token does not count (any other label outside 0 … V-1 is an error on
-    a CPU and gives NaN on a GPU), and returns a float32 scalar with gradient with respect to the
-    logits that require it. labels[..., t] is the token that logits[..., t, :] predict: for a causal
-    model pass logits[:, :-1] and labels[:, 1:]. With no token that counts it returns 0. normalizer:
-    the divisor in place of mask.sum(), as in KLPenalty.
+    forward(logits, teacher_logits, labels, *, normalizer=None, shard=None) takes logits [..., V]
+    and integer labels [...], -100 where a token does not count (any other label outside 0 … V-1 is
+    an error on a CPU and gives NaN on a GPU), and returns a float32 scalar with gradient with
+    respect to the logits that require it. labels[..., t] is the token that logits[..., t, :]
+    predict: for a causal model pass logits[:, :-1] and labels[:, 1:]. With no token that counts it
+    returns 0. normalizer: the divisor in place of mask.sum(), as in KLPenalty. shard: as in
+    kl_divergence, a pair is (student's, teacher's); labels are ids of the whole vocabulary.
 
     `last` holds the last call's means over the tokens that count, as detached tensors:
     "cross_entropy" and "divergence" (nats, without weights and temperature²; absent if not
@@ -168,16 +170,25 @@ class DistillationLoss(_Distillation):
         labels: torch.Tensor,
         *,
         normalizer: float | torch.Tensor | None = None,
+        shard: Shards = None,
     ) -> torch.Tensor:
         """Return the loss of a batch; see the class."""
-        _checks.logits("logits", logits)
-        _checks.logits("teacher_logits", teacher_logits)
-        _checks.same_shape("teacher_logits", teacher_logits, "logits", logits)
-        pair = (logits, teacher_logits) if self._reverse else (teacher_logits, logits)
+        _checks.two_logits("logits", logits, "teacher_logits", teacher_logits, shard is not None)
+        own: VocabShard | None = None
+        vocabulary, pair, shards = logits.shape[-1], (logits, teacher_logits), shard
+        if shard is not None:
+            own, _ = shards_of(shard, {"logits": logits, "teacher_logits": teacher_logits})
+            vocabulary = own.vocab_size
+        if not self._reverse:
+            pair, shards = pair[::-1], shard[::-1] if isinstance(shard, tuple) else shard
         return self._combine(
-            *(logits, logits.shape[-1], labels, normalizer, (teacher_logits,)),
-            functools.partial(token_stats, logits),
-            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None, None).of(*self._of),
+            *(logits, vocabulary, labels, normalizer, (teacher_logits,)),
+            lambda labels, *teacher, mask: token_stats(
+                logits, labels, *teacher, mask=mask, shard=shard if teacher else own
+            ),
+            lambda mask: Call(*pair, mask, self.temperature, None, "sum", None, shards).of(
+                *self._of
+            ),
         )
 
     if TYPE_CHECKING:
@@ -208,8 +219,8 @@ class LinearDistillationLoss(_Distillation):
     hidden states [..., H] and lm_head weight [V, H] or Head, the teacher's [..., H_ref] and
     [V, H_ref] or Head (None: the student's), and labels [...], and returns a float32 scalar with
     gradient with respect to the inputs that require it; pass weight.detach() as ref_weight to keep
-    the teacher's gradient out of a shared lm_head. Pass a bias, soft cap or logit scale in the
-    Head. labels, normalizer, `last`: as DistillationLoss.
+    the teacher's gradient out of a shared lm_head. Pass a bias, soft cap, logit scale or shard in
+    the Head. labels, normalizer, `last`: as DistillationLoss.
 
     Raises ValueError or TypeError for wrong arguments, as linear_divergence and linear_token_stats
     do. Source: as DistillationLoss.
@@ -246,10 +257,22 @@ class LinearDistillationLoss(_Distillation):
     ) -> torch.Tensor:
         """Return the loss of a batch; see the class."""
         kind, share, factor = self._of
-        models = (hidden, weight, None, ref_hidden, ref_weight, None)
-        options = self.logits_dtype, self.chunk_size, self.recompute
         inputs = prepare(
-            Given(*models, self.temperature, None, None, None, *options),
+            Given(
+                hidden,
+                weight,
+                None,
+                ref_hidden,
+                ref_weight,
+                None,
+                self.temperature,
+                None,
+                None,
+                None,
+                self.logits_dtype,
+                self.chunk_size,
+                self.recompute,
+            ),
             reference_required=True,
             swapped=self._reverse == (factor is not None),
         )

@@ -297,10 +297,7 @@ class Call(NamedTuple):
         reduced.
         """
         p, q, mask, temperature, weights, reduction, normalizer, shard = self
-        _checks.logits("p_logits", p, shard is not None)
-        _checks.logits("q_logits", q, shard is not None)
-        if shard is None:
-            _checks.same_shape("q_logits", q, "p_logits", p)
+        _checks.two_logits("p_logits", p, "q_logits", q, shard is not None)
         leading, device = p.shape[:-1], p.device
         _checks.temperature(temperature, leading, device)
         _checks.mask(mask, leading, device)
@@ -316,9 +313,17 @@ class Call(NamedTuple):
                 return summed_kl(gradient, summed._replace(divisor=divisor))[0]
         if factor is not None:
             p, q = q, p
-        temperatures = per_token(temperature)
         inputs = RowInputs(
-            p, q, None, mask, *temperatures, "kl", chosen, kind, share, **cut.as_arguments()
+            p,
+            q,
+            None,
+            mask,
+            *per_token(temperature),
+            "kl",
+            chosen,
+            kind,
+            share,
+            **cut.as_arguments(),
         )
         values: torch.Tensor = row_statistics(inputs)[3]
         if factor is not None:
@@ -350,8 +355,10 @@ def of_name(
             f"pass {alpha_name}=0.5, for instance",
             TypeError,
         )
-        check = _checks.order if name == "renyi" else _checks.share
-        check("beta" if takes_beta else alpha_name, given)
+        if name == "renyi":
+            _checks.positive(alpha_name, given, "pass 1 for the KL divergence")
+        else:
+            _checks.share("beta" if takes_beta else alpha_name, given)
     share = float(given or 0.0)
     factor = None
     if name == "js" and share < 0.5:

@@ -13,6 +13,7 @@ import torch
 
 from . import _checks
 from ._types import BinaryKind, Direction, Estimator
+from .reference import expm1_minus
 
 # Lower clamp of log-probabilities (-inf, finfo.min masks), which keeps every difference finite.
 _FLOOR = -1e4
@@ -221,7 +222,7 @@ def binary_divergence(
 
 def _bregman(p: torch.Tensor, d: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
     """Compute p·(e^d - 1 - d) ≥ 0 from gap = p·(e^d - 1), which does not overflow."""
-    return torch.where(d.abs() < 1, p * _expm1_minus(d.clamp(-1, 1)), gap - p * d)
+    return torch.where(d.abs() < 1, p * expm1_minus(d.clamp(-1, 1)), gap - p * d)
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
@@ -236,19 +237,10 @@ def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
     if form == "k2":
         value, slope = near.square() / 2, near
     elif form == "k3":
-        value, slope = _expm1_minus(-near), -torch.expm1(-near)
+        value, slope = expm1_minus(-near), -torch.expm1(-near)
     else:
-        value, slope = torch.exp(-near) * _expm1_minus(near), torch.exp(-near) * near
+        value, slope = torch.exp(-near) * expm1_minus(near), torch.exp(-near) * near
     return value + slope * (d - near)
-
-
-def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """Compute e^x - 1 - x and its derivative accurately: expm1(x) - x cancels for a small x."""
-    small = x.clamp(-0.5, 0.5)
-    series = torch.ones_like(x)
-    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): remainder below 1e-17
-        series = 1 + small / k * series
-    return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
 def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:

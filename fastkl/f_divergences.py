@@ -99,8 +99,10 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
         small = rest * (short * (1.0 + e)) - (1.0 + a) * log_near
         return Terms(torch.where(near, p * small, of_q - of_p), -of_p, of_q)
     if kind != "skew_kl":
-        kinds = "kl, js, skew_kl, total_variation or jeffreys"
-        raise ValueError(f"kind: expected {kinds}, got {kind!r}; call divergence() for 'renyi'")
+        raise ValueError(
+            f"kind: expected kl, js, skew_kl, total_variation or jeffreys, got {kind!r}; call "
+            f"divergence() for 'renyi'"
+        )
     over_m = torch.where(d > 0, rest * (1.0 - smaller), rest * (smaller - 1.0)) / mixture
     over_m = torch.where(near, a / (1.0 + a), over_m)  # rest·(q - p)/m, which is a/(1 + a)
     pl = _times(p, log_m_over_p)

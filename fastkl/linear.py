@@ -227,7 +227,7 @@ def linear_token_stats(  # noqa: PLR0913
     keep = keeps_logits(inputs, recompute)
     if support is not None:
         whole_vocabulary(inputs, "support")
-        shape = torch.Size((*hidden.shape[:-1], len(inputs.weight)))
+        shape = *hidden.shape[:-1], len(inputs.weight)
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
         models = inputs._replace(mask=kept.counted).models()
         restricted = []
@@ -238,5 +238,7 @@ def linear_token_stats(  # noqa: PLR0913
         return kept.statistics(restricted, tokens, result_dtype(hidden))
     fields = FIELDS_OF[ref_hidden is not None, tokens is not None]
     found = linear_statistics(inputs, StatisticsInputs(tokens, fields, keep))
-    values = zip(FIELDS, found, strict=False)
-    return TokenStats._make(value if name in fields.split(",") else None for name, value in values)
+    return TokenStats._make(
+        value if name in fields.split(",") else None
+        for name, value in zip(FIELDS, found, strict=False)
+    )

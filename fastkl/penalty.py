@@ -188,14 +188,19 @@ class KLPenalty(_Penalty):
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
         if type(policy_logits) is not torch.Tensor and hasattr(type(policy_logits), "full_tensor"):
-            given = policy_logits, ref_logits, mask
-            more = dict(normalizer=normalizer, shard=shard)
-            return cast(torch.Tensor, on_local(self.forward, *given, **more))
-        _checks.logits("policy_logits", policy_logits, shard is not None)
-        _checks.logits("ref_logits", ref_logits, shard is not None)
-        if shard is None:
-            _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
+            return cast(
+                torch.Tensor,
+                on_local(
+                    self.forward,
+                    policy_logits,
+                    ref_logits,
+                    mask,
+                    normalizer=normalizer,
+                    shard=shard,
+                ),
+            )
         first, second = policy_logits, ref_logits
+        _checks.two_logits("policy_logits", first, "ref_logits", second, shard is not None)
         if self.direction == "reference||policy":
             first, second = ref_logits, policy_logits
             shard = shard[::-1] if isinstance(shard, tuple) else shard

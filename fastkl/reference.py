@@ -40,7 +40,7 @@ class RowStatistics(NamedTuple):
 
 
 def expm1_minus(d: torch.Tensor) -> torch.Tensor:
-    """Compute expm1(d) - d with a small relative error, also for tiny d."""
+    """Compute expm1(d) - d and its derivatives with a small relative error, also for tiny d."""
     terms = 14 if d.dtype == torch.float64 else 8
     series = torch.full_like(d, 1.0 / math.factorial(terms))
     for k in range(terms - 1, 1, -1):
@@ -80,10 +80,6 @@ def _log_partition(
     """Compute (largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
     largest = logits.amax(-1, keepdim=True)
     return largest, ((logits - largest) * scale).exp_().sum(-1, keepdim=True).log_()
-
-
-def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return logits.gather(-1, tokens[:, None])
 
 
 def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +149,7 @@ def row_statistics(
     row_entropy = (
         0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     )
-    logprob = _gather(log_p, tokens) if tokens is not None else None
+    logprob = log_p.gather(-1, tokens[:, None]) if tokens is not None else None
     if q_logits is None:
         saved = torch.cat([x_max, x_log_sum, *[zero] * 3, row_entropy, *[zero] * 4], -1)
         policy = _column(logprob), _column(row_entropy) if entropy else None
@@ -182,7 +178,9 @@ def row_statistics(
         [x_max, x_log_sum, y_max, y_log_sum, torch.log1p(t), row_entropy, *[zero] * 4], -1
     )
     ref_logprob = (
-        _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
+        y.gather(-1, tokens[:, None]).sub(y_max).mul(scale).sub(y_log_sum)
+        if tokens is not None
+        else None
     )
     return RowStatistics(
         _column(logprob),
@@ -239,11 +237,7 @@ def row_gradients(
         q_minus_p = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
     grad_p = grad_q = None
     if wrt_p:
-        bracket = torch.zeros_like(p)
-        if "logprob" in g:
-            bracket -= g["logprob"]
-        if "lse" in g:
-            bracket += g["lse"]
+        bracket = torch.zeros_like(p) + (g.get("lse", 0.0) - g.get("logprob", 0.0))
         if "entropy" in g:
             bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:

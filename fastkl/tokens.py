@@ -297,9 +297,8 @@ def entropy_from_logits(
     _checks.mask(mask, logits.shape[:-1], logits.device)
     chosen = backend.select(logits)
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
-    temperatures = per_token(temperature)
     inputs = RowInputs(
-        logits, None, None, mask, *temperatures, "entropy", chosen, **cut.as_arguments()
+        logits, None, None, mask, *per_token(temperature), "entropy", chosen, **cut.as_arguments()
     )
     return cast(torch.Tensor, row_statistics(inputs)[1])
 
@@ -348,10 +347,10 @@ def selective_log_softmax(
         remedy = "leave out ignored positions, or pass index.clamp(min=0) and mask the result"
         _value_checks.tokens_in_range(ids, vocabulary, "index", remedy)
     if not several:
-        logprob: torch.Tensor = row_statistics(
-            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.as_arguments())
-        )[0]
-        return logprob
+        inputs = RowInputs(
+            logits, None, ids, None, None, 1.0, "logprob", chosen, **cut.as_arguments()
+        )
+        return cast(torch.Tensor, row_statistics(inputs)[0])
     dtype = result_dtype(logits)
     if not ids.shape[-1]:
         return logits.gather(-1, ids).to(dtype)

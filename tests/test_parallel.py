@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from parallel_cases import (
     FUNCTIONS,
+    LOSSES,
     SIZES,
     SIZES_OF_HALVES,
     WORLD,
@@ -60,6 +61,12 @@ LINEAR: dict[str, Callable] = {
         h, w, r, mask=c.mask, divergence="js", reduction="mean", chunk_size=12, **more
     ),
     "penalty": lambda h, w, r, c, **more: fastkl.LinearKLPenalty(0.3)(h, w, r, mask=c.mask),
+    "distillation": lambda h, w, r, c: fastkl.LinearDistillationLoss()(
+        h, w, r, None, c.tokens.where(c.mask, -100)
+    ),
+    "distillation by the JSD": lambda h, w, r, c: fastkl.LinearDistillationLoss("js", beta=0.3)(
+        h, w, r, None, c.tokens.where(c.mask, -100)
+    ),
 }
 
 
@@ -94,7 +101,9 @@ def linear(group: dist.ProcessGroup, backend: str, layout: str, vocabulary: int)
             torch.autograd.grad(found, leaves, [torch.ones_like(x) for x in found])
         )
 
-    wanted = ("mean", "stats", "js") if layout == "replicated" else (*LINEAR,)
+    wanted = ("mean", "stats", "js", "distillation by the JSD")
+    if layout == "sequence":
+        wanted = (*LINEAR,)
     if layout == "sequence" and backend == "triton":  # the kernels see the same as of "replicated"
         wanted = ("mean",)
     for name in wanted:
@@ -288,16 +297,17 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
     whole = case(1000, 7, torch.float32, 0.1, 250)
     shards = Shard.megatron(group, 252, 1000), Shard.megatron(group, 256, 1000)
     mine = whole._replace(p=whole.on(shards[0], 252).p, q=whole.on(shards[1], 256).q)
-    with fastkl.use_backend(backend):
-        exact_results, gradients = results(FUNCTIONS["stats"], whole)
-        found, parts = results(FUNCTIONS["stats"], mine, shard=shards)
-    for result, exact in zip(found, exact_results, strict=True):
-        testing.assert_same_bits(result, exact, "padded differently")
-    for part, gradient, shard in zip(parts, gradients, shards, strict=True):
-        own = columns(shard, part.shape[-1])
-        held = gradient[:, shard.start : shard.start + own]
-        testing.assert_same_bits(part[:, :own], held, "padded differently")
-        assert not part[:, own:].any()
+    for label in ("stats", *LOSSES):
+        with fastkl.use_backend(backend):
+            exact_results, gradients = results(FUNCTIONS[label], whole)
+            found, parts = results(FUNCTIONS[label], mine, shard=shards)
+        for result, exact in zip(found, exact_results, strict=True):
+            testing.assert_same_bits(result, exact, f"padded differently, {label}")
+        for part, gradient, shard in zip(parts, gradients, shards, strict=True):
+            own = columns(shard, part.shape[-1])
+            held = gradient[:, shard.start : shard.start + own]
+            testing.assert_same_bits(part[:, :own], held, f"padded differently, {label}")
+            assert not part[:, own:].any()
 
 
 def main(rank: int, folder: str) -> None:

@@ -205,8 +205,7 @@ def install_kl_penalty() -> None:
 
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
-    core = _module(CORE)
-    verls = core.kl_penalty
+    verls = _module(CORE).kl_penalty
     if verls is kl_penalty:
         return
     _same_arguments(verls, kl_penalty)
@@ -304,8 +303,7 @@ def _module(name: str) -> ModuleType:
 
 def _same_arguments(replaced: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     """Check that verl's function takes the arguments of its replacement."""
-    both = replaced, replacement
-    got, expected = (tuple(inspect.signature(each).parameters) for each in both)
+    got, expected = (tuple(inspect.signature(each).parameters) for each in (replaced, replacement))
     expect(
         got == expected,
         "verl",

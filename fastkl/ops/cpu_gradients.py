@@ -18,7 +18,7 @@ from .cpu_rows import (
     kl_only,
     takes_whole_rows,
 )
-from .fields import POLICY_FIELDS, REFERENCE_FIELDS
+from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
 # Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
 # 100,000 entries its sums are off by 1e-5.
@@ -191,8 +191,7 @@ class _KLTerms(NamedTuple):
     def part(self, rows: slice) -> "_KLTerms":
         """Return the rows `rows`."""
         shift, centre, kl, factor = self
-        part_shift = None if shift is None else shift[rows]
-        return _KLTerms(part_shift, centre[rows], kl[rows], factor[rows])
+        return _KLTerms(rows_of(shift, rows), centre[rows], kl[rows], factor[rows])
 
 
 def _kl_gradients(

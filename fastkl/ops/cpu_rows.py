@@ -214,9 +214,23 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     shift, largest_d = (
         torch.zeros_like(centre) if value is None else value for value in (shift, largest_d)
     )
-    of_rows = top, weight, largest, log_mean, token
-    of_q = ref_weight, ref_largest, ref_top, ref_token
-    return _Sums(*of_rows, shift, centre, mean, largest_d, *of_q, h, ref_h)
+    return _Sums(
+        top,
+        weight,
+        largest,
+        log_mean,
+        token,
+        shift,
+        centre,
+        mean,
+        largest_d,
+        ref_weight,
+        ref_largest,
+        ref_top,
+        ref_token,
+        h,
+        ref_h,
+    )
 
 
 def _series_sums(

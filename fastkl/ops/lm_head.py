@@ -62,8 +62,7 @@ class ChunkedHeads:
         second = ref_hidden, weight if ref_weight is None else ref_weight, ref_bias
         for states, own_weight, own_bias in ((hidden, weight, bias), second):
             if states is not None:
-                rows = states.reshape(-1, states.shape[-1])
-                rows = rows if self.index is None else rows[self.index]
+                rows = self.taken(states.reshape(-1, states.shape[-1]))
                 self.all.append(ChunkedHead(rows, own_weight, own_bias, logits_dtype))
         if given is not None:
             self.all.append(GivenLogits(given, weight, self.index))
@@ -113,8 +112,8 @@ class ChunkedHeads:
         overwrite kept logits.
         """
         self.reuse(kept, overwrite)
-        if self.index is not None:
-            saved, upstream = saved[self.index], rows_of_each(upstream, self.index)
+        saved = self.taken(saved)
+        upstream = {name: self.taken(value) for name, value in upstream.items()}
         return self.gradients(
             upstream.keys(),
             wrt,

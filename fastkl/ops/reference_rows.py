@@ -94,8 +94,11 @@ def kl_and_gradient(
             if fallback.numel():
                 at = fallback + part.start
                 row_temperature = rows_of(rows_of(temperature, rows), at)
-                fallback_args = RowArgs(copies.x, copies.y, temperature=row_temperature)
-                *results, grad[at] = _fallback_rows(fallback_args, weights[rows][at], grad.dtype)
+                *results, grad[at] = _fallback_rows(
+                    RowArgs(copies.x, copies.y, temperature=row_temperature),
+                    weights[rows][at],
+                    grad.dtype,
+                )
                 fallbacks.append((at, *results))
         values[:] = cpu_rows.save(found, kept)
         for at, *results in fallbacks:

@@ -60,8 +60,7 @@ def blocks(
     except RuntimeError:  # the strides allow no view
         count = p.shape[1:-1].numel()
         for i in range(p.shape[0]):
-            y = None if q is None else q[i]
-            yield from blocks(p[i], y, mask, most, start + i * count)
+            yield from blocks(p[i], None if q is None else q[i], mask, most, start + i * count)
         return
     step = rows_per_block(p)
     # On the CPU, whatever the default device: the numbers are read on the host and become slices.

@@ -232,9 +232,8 @@ def _backward(
         return None, *none
     refuse_forward_mode((g_listed, g_log_sum))
     *tensors, log_sum, peak, saved = ctx.saved_tensors
-    inputs = CellInputs(*tensors, *ctx.options)
     given = CellUpstream(log_sum, peak, saved, g_listed, g_log_sum)
-    return cell_gradients(inputs, given), *none
+    return cell_gradients(CellInputs(*tensors, *ctx.options), given), *none
 
 
 cells = DualOp(

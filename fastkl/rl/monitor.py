@@ -225,7 +225,8 @@ class KLMonitor:
         without data is NaN.
         """
         run, some = self._run, bool(self._run["finite"])
-        figures = {
+        above = run["above"] / run["tokens"] if run["tokens"] else math.nan
+        return {
             "steps": run["steps"],
             "kl/tokens": run["tokens"],
             "kl/mean": run["sum"] / run["finite"] if some else math.nan,
@@ -233,14 +234,9 @@ class KLMonitor:
             "kl/max": run["max"] if some else math.nan,
             **{name: self._quantile(q) for name, q in QUANTILES.items()},
             "kl/not_finite": run["tokens"] - run["finite"],
+            **({} if self.threshold is None else {"kl/above_threshold": above}),
+            **({} if self.detector is None else {"kl/spikes": run["spikes"]}),
         }
-        if self.threshold is not None:
-            figures["kl/above_threshold"] = (
-                run["above"] / run["tokens"] if run["tokens"] else math.nan
-            )
-        if self.detector is not None:
-            figures["kl/spikes"] = run["spikes"]
-        return figures
 
     def _quantile(self, q: float) -> float:
         """Return the centre of the bin with the token of that rank, at most the maximum."""

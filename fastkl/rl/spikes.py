@@ -87,18 +87,27 @@ class SpikeDetector:
         window: int = 64,
         floor: float = 1e-4,
     ) -> None:
-        _checks.number(
+        self.ratio = _checks.number(
             "ratio",
             ratio,
             "a finite number above 1, the jump to look for",
             lambda x: 1 < x < math.inf,
             "3 is the default",
         )
-        for name, value, what, remedy in (
-            ("limit", limit, "a positive finite number of nats", "12 is the default"),
-            ("floor", floor, "a positive finite KL", "1e-4 suits nats per token"),
-        ):
-            _checks.number(name, value, what, lambda x: 0 < x < math.inf, remedy)
+        self.limit = _checks.number(
+            "limit",
+            limit,
+            "a positive finite number of nats",
+            lambda x: 0 < x < math.inf,
+            "12 is the default",
+        )
+        self.floor = _checks.number(
+            "floor",
+            floor,
+            "a positive finite KL",
+            lambda x: 0 < x < math.inf,
+            "1e-4 suits nats per token",
+        )
         _checks.whole_number("recent", recent, "a number of steps", "15 is the default")
         _checks.whole_number(
             "window",
@@ -107,7 +116,6 @@ class SpikeDetector:
             "the noise of fewer is not known, 64 is the default",
             lowest=WARM_UP,
         )
-        self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
         self._levels: deque[float] = deque(maxlen=recent)
         # None where the level was not above the floor.
         self._residuals: deque[float | None] = deque(maxlen=window)

@@ -93,11 +93,10 @@ def check_machine(device: torch.device) -> Outcome:
         "one of the variables costs time or precision": any(re.match(COSTLY, v) for v in variables),
     }
     said = [fault for fault, there in faults.items() if there]
-    named = [f"{name} {version}" for name, version in versions.items()]
-    text = ", ".join([f"fastkl {fastkl.__version__}", *named, f"GPU: {gpu}", *variables])
+    named = [f"fastkl {fastkl.__version__}", *map(" ".join, versions.items()), f"GPU: {gpu}"]
     return Outcome(
         "FAIL" if found.problems else "warning" if said else "ok",
-        "; ".join([text, str(found), *said]),
+        "; ".join([", ".join([*named, *variables]), str(found), *said]),
         {name: str(value) for name, value in collect_env.get_env_info()._asdict().items()},
     )
 
@@ -161,22 +160,30 @@ def check_agreement(
     """Compare kl_divergence, or fields of token_stats, and gradients of their weighted sum."""
     pair = [side.to(device) for side in make(dtype=getattr(torch, dtype))]
     tokens, weights = torch.full(pair[0].shape[:-1], 17, device=device), _weights(pair[0])
-    upstream = {name: MIX[name] * weights for name in names}
-    stats = lambda p, q: fastkl.token_stats(p, tokens, q)._asdict()  # noqa: E731
-    truth = lambda p, q: testing.truth(p, q).stats(tokens)  # noqa: E731
-    return _compare(_kl if names == ("kl",) else stats, truth, pair, upstream, LIMITS[dtype][0])
+    return _compare(
+        _kl if names == ("kl",) else lambda p, q: fastkl.token_stats(p, tokens, q)._asdict(),
+        lambda p, q: testing.truth(p, q).stats(tokens),
+        pair,
+        {name: MIX[name] * weights for name in names},
+        LIMITS[dtype][0],
+    )
 
 
 def check_family(device: torch.device, dtype: str) -> Outcome:
     """Compare the divergences other than the KL; return the least accurate result."""
     pair = [side.to(device) for side in _ordinary(VOCABULARY, getattr(torch, dtype))]
-    found = []
-    for (kind, share), function in FAMILY.items():
-        ours = lambda p, q, function=function: {"kl": function(p, q)}  # noqa: E731
-        truth = lambda p, q, how=(kind, share): {  # noqa: E731
-            "kl": f_divergences.divergence(p.log_softmax(-1), q.log_softmax(-1), *how)
-        }
-        found.append(_compare(ours, truth, pair, {"kl": _weights(pair[0])}, LIMITS[dtype][0]))
+    found = [
+        _compare(
+            lambda p, q, function=function: {"kl": function(p, q)},
+            lambda p, q, how=how: {
+                "kl": f_divergences.divergence(p.log_softmax(-1), q.log_softmax(-1), *how)
+            },
+            pair,
+            {"kl": _weights(pair[0])},
+            LIMITS[dtype][0],
+        )
+        for how, function in FAMILY.items()
+    ]
     return max(found, key=lambda outcome: float(str(outcome.figures["gradient_error"])))
 
 
@@ -190,11 +197,16 @@ def check_topk(device: torch.device, dtype: str) -> Outcome:
     def truth(logits: torch.Tensor) -> Fields:
         log_q = logits.log_softmax(-1)
         rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        terms = log_p.exp() * (log_p - torch.cat([log_q.gather(-1, ids), rest], -1))
-        return {"kl": terms.sum(-1)}
+        log_q = torch.cat([log_q.gather(-1, ids), rest], -1)
+        return {"kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
 
-    ours = lambda logits: {"kl": fastkl.topk_kl_divergence(logits, listed, ids)}  # noqa: E731
-    return _compare(ours, truth, [student], {"kl": _weights(student)}, LIMITS[dtype][0])
+    return _compare(
+        lambda logits: {"kl": fastkl.topk_kl_divergence(logits, listed, ids)},
+        truth,
+        [student],
+        {"kl": _weights(student)},
+        LIMITS[dtype][0],
+    )
 
 
 def check_linear(device: torch.device, dtype: str) -> Outcome:
@@ -206,14 +218,12 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
     other[:, :56] = hidden[:, :56]
     scale, ref = _weights(hidden.float()), other @ weight.T
     linear = partial(fastkl.linear_kl_divergence, weights=scale, reduction="sum")
-    ours = lambda x, w: {"kl": linear(x.view(6, 64), w.view(-1, 64), other, weight)}  # noqa: E731
-    truth = lambda x, w: {  # noqa: E731
-        "kl": scale.double() @ testing.truth(x.view(6, 64) @ w.view(-1, 64).T, ref).kl
-    }
     # Flatten the inputs, so that each gradient is compared as one row.
     return _compare(
-        ours,
-        truth,
+        lambda x, w: {"kl": linear(x.view(6, 64), w.view(-1, 64), other, weight)},
+        lambda x, w: {
+            "kl": scale.double() @ testing.truth(x.view(6, 64) @ w.view(-1, 64).T, ref).kl
+        },
         [hidden.flatten(), weight.flatten()],
         {"kl": torch.ones(())},
         LIMITS[dtype][1],
@@ -238,8 +248,13 @@ def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outco
             raise AssertionError("row_fused did not take the rows")
         return {"kl": loss}
 
-    truth = lambda x: {"kl": testing.truth(x, q).kl.sum()}  # noqa: E731
-    return _compare(ours, truth, [p], {"kl": torch.ones(())}, LIMITS[dtype][0])
+    return _compare(
+        ours,
+        lambda x: {"kl": testing.truth(x, q).kl.sum()},
+        [p],
+        {"kl": torch.ones(())},
+        LIMITS[dtype][0],
+    )
 
 
 def check_bits(device: torch.device, dtype: str) -> Outcome:

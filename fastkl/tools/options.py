@@ -101,8 +101,11 @@ def at_least(least: int) -> Callable[[str], Any]:
 
 def named(*suffixes: str) -> Callable[[str], Any]:
     """Return the argument type of a file with one of the suffixes."""
-    expected = f"a name that ends in {' or '.join(suffixes)}"
-    return checked(Path, expected, lambda path: path.suffix.lower() in suffixes)
+    return checked(
+        Path,
+        f"a name that ends in {' or '.join(suffixes)}",
+        lambda path: path.suffix.lower() in suffixes,
+    )
 
 
 DEVICE: tuple[str, dict[str, Any]] = (

@@ -73,8 +73,7 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
     write_whole(out, picture(runs, title, sentence, form=out.suffix[1:].lower()))
     if sentence:
         return f"{out}: {sentence}"
-    lines = (f"  {name}: {text}" for name, text in zip(runs, said, strict=True))
-    return "\n".join([f"{out}:", *lines])
+    return "\n".join([f"{out}:", *map("  {}: {}".format, runs, said)])
 
 
 def run_names(sources: Sequence[Path]) -> list[str]:
@@ -111,8 +110,10 @@ def read_run(source: Path) -> Run:
             steps[step] = line
         names = dict.fromkeys(name for line in steps.values() for name in line)
         parts = (f"{POSITION}{part}" for part in itertools.count(1))
-        known = [*(name for name in DRAWN if name in names)]
-        known += itertools.takewhile(names.__contains__, parts)
+        known = [
+            *filter(names.__contains__, DRAWN),
+            *itertools.takewhile(names.__contains__, parts),
+        ]
         figures = [[float(line.get(name, math.nan)) for line in steps.values()] for name in known]
         table = np.where(np.abs(figures) < LARGEST_FIGURE, figures, math.nan)
         run = dict(zip(known, table, strict=True))

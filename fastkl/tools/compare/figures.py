@@ -141,8 +141,7 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     same units: how often random signs of the units' sums give a difference at least as large. Both
     are None below LEAST_UNITS units, or if a KL is infinite.
     """
-    paired = scored_of(one)
-    paired = paired.assign(change=paired["kl_ab"] - scored_of(other)["kl_ab"])
+    paired = scored_of(one).assign(change=one["kl_ab"] - other["kl_ab"])
     interval = intervals(paired, ["change"]).get("change")
     found = {"mean": paired["change"].mean(skipna=False), "interval": interval, "p": None}
     if interval:

@@ -104,8 +104,9 @@ class TextTokenizer:
         The texts concatenate to the input even if the tokenizer drops characters; a character
         shared by several tokens goes to the first. before: ids put in front, with empty text.
         """
-        options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        encoded = self.own(text, **options)
+        encoded = self.own(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
         texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
@@ -140,17 +141,17 @@ def shared_vocabulary(
     unless it is an added token of both.
     """
     ids = {letter: tokenizer.ids for letter, tokenizer in tokenizers.items()}
+    first = next(iter(tokenizers.values()))
     for letter in [letter for letter in rows if letter not in ids]:
-        lone, most = next(iter(tokenizers.values())).ids, rows[letter] or math.inf
-        ids[letter] = {token: number for token, number in lone.items() if number < most}
-    first, *_ = tokenizers.items()
-    shared = set(first[1].ids.items())
+        most = rows[letter] or math.inf
+        ids[letter] = {token: number for token, number in first.ids.items() if number < most}
+    shared = set(first.ids.items())
     for letter, own in ids.items():
         shared &= own.items()
-        tokenizer = tokenizers.get(letter, first[1])
-        added = first[1].own.get_added_vocab().keys() & tokenizer.own.get_added_vocab()
-        fixed = (first[1].ids.keys() & own.keys()) - added
-        different = sorted(token for token in fixed if first[1].ids[token] != own[token])
+        tokenizer = tokenizers.get(letter, first)
+        added = first.own.get_added_vocab().keys() & tokenizer.own.get_added_vocab()
+        fixed = (first.ids.keys() & own.keys()) - added
+        different = sorted(token for token in fixed if first.ids[token] != own[token])
         if different or not shared:
             raise _another(letter, f"another; tokens with other ids: {different or 'all'}")
     alone = {

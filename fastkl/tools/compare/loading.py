@@ -182,12 +182,11 @@ class Checkpoint:
         # The tool prints its own messages.
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        argument = f"MODEL_{letter}"
-        self.letter, self.argument, self.name, self.source = letter, argument, name, name
+        self.letter, self.argument, self.name, self.source = letter, f"MODEL_{letter}", name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
         with told(
-            argument,
+            self.argument,
             "a folder that save_pretrained wrote, or a hub name",
             repr(name),
             "check the name; an adapter needs its base, and pip install peft",

@@ -172,16 +172,22 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         ]
         for unit in units
     ]
-    title = f"{by}s by mean KL(A‖B), the {len(units)} worst"
-    yield title, ">>>><<", [["mean KL", "max KL", "same top-1", "tokens", by, "text"], *rows]
+    yield (
+        f"{by}s by mean KL(A‖B), the {len(units)} worst",
+        ">>>><<",
+        [["mean KL", "max KL", "same top-1", "tokens", by, "text"], *rows],
+    )
     rows = [["KL", "place", "A expects", "B expects", "text"]]
     for entry in report["top"]:
         before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
         excerpt = f"{before[-24:]:>24}«{token[:24]}»{after}"
         both = (expected(**entry[f"expected_{letter}"]) for letter in "ab")
         rows.append([f"{entry['kl_ab']:.3g}", location(entry), *both, excerpt])
-    title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
-    yield title, "><<<<", rows
+    yield (
+        "tokens by KL(A‖B), what each expects at the marked place, given all before it",
+        "><<<<",
+        rows,
+    )
 
 
 def notes(report: dict[str, Any]) -> Iterator[str]:

@@ -80,8 +80,7 @@ def open_models(settings: Namespace) -> tuple[Any, list[Any]]:
             "pass the base by its folder or hub name" if option in layers else "leave it out",
         )
     base = kind("A", name)
-    letters = string.ascii_uppercase[1:]
-    others = [*map(Checkpoint, letters, settings.candidates)]
+    others = [*map(Checkpoint, string.ascii_uppercase[1:], settings.candidates)]
     return base, others + [base] * settings.floor
 
 
@@ -110,8 +109,9 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
     )
     tokenizers = {letter: models[letter].tokenizer() for letter in letters}
     tokenizer = tokenizers[letters[0]]
-    rows = {letter: model.rows for letter, model in models.items()}
-    vocabulary = inputs.shared_vocabulary(tokenizers, rows)
+    vocabulary = inputs.shared_vocabulary(
+        tokenizers, {letter: model.rows for letter, model in models.items()}
+    )
     if coded:
         vocabulary = Vocabulary(base.rows, frozenset(), {letter: [] for letter in models})
     for model in models.values():
@@ -173,8 +173,9 @@ def compare_share(
         torch.cuda.set_device(rank % torch.cuda.device_count())
     read = read_text(settings, base, others)
     save = partial(save_reference, settings.save_reference, read.text, read.tokenizer, read.windows)
-    windows = read.windows[rank::count]
-    values, about = measure(base, others, windows, read.vocabulary, settings, save)
+    values, about = measure(
+        base, others, read.windows[rank::count], read.vocabulary, settings, save
+    )
     digest = sum(int(pd.util.hash_pandas_object(table).sum()) for table in read.tables)
     return (digest, values), (read, about)
 

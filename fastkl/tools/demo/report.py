@@ -95,8 +95,11 @@ def ppo(
     settings.save_models the models and a held-out text.
     """
     # The KL responds to beta after many steps; the derivative term prevents overshoot.
-    steered = PIDBeta(settings.initial_beta, settings.target_kl, kp=0.4, ki=0.03, kd=1.5)
-    penalised = steered if settings.beta is None else FixedBeta(settings.beta)
+    penalised = (
+        PIDBeta(settings.initial_beta, settings.target_kl, kp=0.4, ki=0.03, kd=1.5)
+        if settings.beta is None
+        else FixedBeta(settings.beta)
+    )
     policies, files, drawn = {"reference": reference}, {}, {}
     numbers |= {"series": {}, "monitor": {}}
     with tempfile.TemporaryDirectory() as folder:
