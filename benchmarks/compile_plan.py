@@ -83,11 +83,9 @@ def _shards(name, where, asked):
         shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
         split = launch.forward_plan(where, *asked, shard)
         yield f"{name}.fallback_{stage}", split.fallback
-    if name == "js":
-        yield "js.log_sums", split.log_sums
-        yield "js.merge", split.second
-    else:
-        yield f"{name}.merge", split.forward
+    if name == "skew_kl":
+        yield "skew_kl.log_sums", split.log_sums
+    yield f"{name}.merge", split.second if name == "skew_kl" else split.forward
 
 
 def _divergences(where, stride, gradient):
@@ -100,7 +98,7 @@ def _divergences(where, stride, gradient):
         constants = (("KIND", KINDS[kind]), ("SMALL_REST", False))
         asked = False, False, False, constants, ()
         chosen = launch.forward_plan(where, *asked)
-        if kind in ("renyi", "js"):
+        if kind in ("renyi", "skew_kl"):
             yield f"{kind}.fallback", chosen.fallback
             yield from _shards(kind, where, asked)
         forward = chosen.forward if kind == "renyi" else chosen.second

@@ -100,7 +100,9 @@ def measure(specialization, arch, dtype, aligned):
         if specialization.segment:
             segment = disassembly.segment_costs(program, *cut(specialization))
             paths = segment.near, segment.general
-        elif "SMALL_REST" in specialization.constexprs and "MERGE" not in name:
+        elif "SMALL_REST" in specialization.constexprs and not specialization.constexprs.get(
+            "MERGE"
+        ):
             paths = disassembly.loop_paths(program)
     found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
     found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}

@@ -143,12 +143,22 @@ class Cut(NamedTuple):
 WHOLE = Cut()
 
 
+def start_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
+    """Start an all_gather and return its result, [ranks, ...], which has to pass `wait` first."""
+    own = value.contiguous().view(1, *value.shape)
+    result: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(own, ranks, group)
+    return result
+
+
+def wait(started: torch.Tensor) -> torch.Tensor:
+    """Return the result of a started collective; on a GPU its stream waits, not the host."""
+    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(started)
+    return result
+
+
 def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
     """Return the values of all ranks of a group, [ranks, ...], without a gradient."""
-    ops: Any = torch.ops._c10d_functional
-    own = value.contiguous().view(1, *value.shape)
-    result: torch.Tensor = ops.wait_tensor(ops.all_gather_into_tensor(own, ranks, group))
-    return result
+    return wait(start_gather(value, group, ranks))
 
 
 def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor:

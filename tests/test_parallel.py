@@ -3,8 +3,10 @@ call on the whole vocabulary.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import sys
@@ -38,6 +40,7 @@ from parallel_cases import (
 
 import fastkl
 from fastkl import parallel, testing
+from fastkl.ops import gemm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -272,7 +275,7 @@ def costs(group: dist.ProcessGroup) -> None:
     p = mine.p.requires_grad_()
     with (
         fastkl.use_backend("triton"),
-        mock.patch.object(parallel, "all_gather", count),
+        mock.patch.object(parallel, "start_gather", count),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
     ):
         stats = fastkl.token_stats(p, mine.tokens, mine.q, shard=shard)
@@ -290,6 +293,30 @@ def costs(group: dist.ProcessGroup) -> None:
         assert count.calls == 5
         outside = fastkl.selective_log_softmax(mine.p, mine.tokens * 0 + 1024, shard=shard)
         assert bool(outside.isnan().all())
+    with fastkl.use_backend("triton"):
+        assert overlapped(group) == "ppg" + "ppwggw" * 2 + "wgw"
+
+
+def recorded(order: list[str], letter: str, function: Callable, *args):
+    order.append(letter)
+    return function(*args)
+
+
+def overlapped(group: dist.ProcessGroup) -> str:
+    """Return the order of products, gathers and waits of three chunks of two models."""
+    head = fastkl.Head(torch.ones(16, 4).requires_grad_(), shard=Shard.megatron(group, 16, 64))
+    hidden, order = torch.ones(2, 30, 4), []
+
+    with contextlib.ExitStack() as patches:
+        for letter, where, name in (
+            ("p", gemm, "logits_into"),
+            ("g", parallel, "start_gather"),
+            ("w", parallel, "wait"),
+        ):
+            call = functools.partial(recorded, order, letter, getattr(where, name))
+            patches.enter_context(mock.patch.object(where, name, call))
+        fastkl.linear_kl_divergence(hidden[0], head, hidden[1], reduction="sum", chunk_size=12)
+    return "".join(order)
 
 
 def padded_differently(group: dist.ProcessGroup, backend: str) -> None:

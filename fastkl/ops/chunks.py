@@ -1,6 +1,7 @@
 """One model's lm_head over chunks of tokens: tokens per GEMM, buffers, and gradient sums."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -84,9 +85,9 @@ class ChunkedHead:
         self.learns = self.overwrites = False
         # Whether a chunk's logits have a separate buffer; otherwise their gradients overwrite them.
         self.buffered = True
-        # Separate buffer for logits; buffer for a window's gradients of logits; those gradients;
-        # the window's first token.
-        self.logits: torch.Tensor | None = None
+        # Separate buffers for logits, in turn; buffer for a window's gradients of logits; those
+        # gradients; the window's first token.
+        self.logits: Iterator[torch.Tensor] | None = None
         self._window: torch.Tensor | None = None
         self._grads: torch.Tensor | None = None
         self._start = 0
@@ -117,12 +118,13 @@ class ChunkedHead:
             else self.overwrites and reads_again
         )
 
-    def allocate(self, chunk: int, window: int) -> None:
-        """Allocate the buffers."""
+    def allocate(self, chunk: int, window: int, chunks: int) -> None:
+        """Allocate the buffers; chunks: how many coexist."""
         if self.learns and not self.overwrites:
             self._window = self._buffer(window, self.hidden.dtype)
         if self.buffered:
-            self.logits = self._buffer(chunk, self.logits_dtype)
+            buffers = [self._buffer(chunk, self.logits_dtype) for _ in range(chunks)]
+            self.logits = itertools.cycle(buffers)
 
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""
@@ -147,7 +149,7 @@ class ChunkedHead:
         grads = None if self._grads is None else self._grads[in_window]
         logits = grads if self.kept is None else self.kept[rows]
         if self.logits is not None:
-            buffer = self.logits[: rows.stop - rows.start]
+            buffer = next(self.logits)[: rows.stop - rows.start]
             logits = buffer if logits is None or not self.filled else buffer.copy_(logits)
         assert logits is not None
         if not self.filled:
@@ -209,7 +211,7 @@ def plan(
     head needs no gradient, so that recomputed logits have the same bits. One window takes all
     tokens if their gradients overwrite kept logits, or if its peak memory is no more than that of
     smaller windows plus a float32 accumulator. width: of every shard except the last, so that all
-    ranks use the same chunks.
+    ranks use the same chunks, of which two coexist.
     """
     (tokens, _), vocabulary = heads[0].hidden.shape, width or len(heads[0].weight)
     workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
@@ -219,7 +221,7 @@ def plan(
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
         return chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk
     # Chunks of logits get half of the workspace; with a weight's sum, the window gets the rest.
-    row_bytes = vocabulary * heads[0].logits_dtype.itemsize
+    row_bytes = vocabulary * heads[0].logits_dtype.itemsize * (2 if width else 1)
     chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     waiting = [head for head in taking_part if head.learns and not head.overwrites]

@@ -6,6 +6,7 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 
 import abc
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         """Fill outputs ([N] per field) and saved [N, SAVED]."""
+
+    def steps(
+        self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
+    ) -> Iterator[None]:
+        """Run forward on a split vocabulary; the iterator pauses while a gather runs."""
+        self.forward(args, outputs, saved)
+        return iter(())
 
     @abc.abstractmethod
     def backward(
@@ -113,10 +121,13 @@ class Kernels(Engine):
     """The Triton kernels."""
 
     checks_values = False
+    steps = staticmethod(shard_rows.steps)
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         if args.cut.group:
-            return shard_rows.forward(args, outputs, saved)
+            for _ in shard_rows.steps(args, outputs, saved):
+                pass
+            return
         run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])

@@ -4,7 +4,8 @@ model, then the engine, then the GEMMs of backward.
 A chunk's logits are in a reused buffer, or a slice of all logits if forward kept them.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -23,6 +24,8 @@ Six = tuple[
     torch.Tensor | None,
     torch.Tensor | None,
 ]
+# Computes a chunk of tokens; returns an iterator if it is to pause while a collective runs.
+OfChunk = Callable[..., Iterator[None] | None]
 
 
 class ChunkedHeads:
@@ -78,17 +81,13 @@ class ChunkedHeads:
         states = self.all[0].hidden
         saved = states.new_empty(len(states), SAVED, dtype=result_dtype(states))
         outputs = {name: saved.new_empty(len(states)) for name in fields}
+        engine = self.engine.steps if self.args.cut.group else self.engine.forward
         self.each_chunk(
-            lambda rows, args, *_: self.engine.forward(
-                args, rows_of_each(outputs, rows), saved[rows]
-            ),
-            keep,
+            lambda rows, args, *_: engine(args, rows_of_each(outputs, rows), saved[rows]), keep
         )
         return self.of_all({**outputs, "saved": saved})
 
-    def each_chunk(
-        self, engine: Callable[..., None], keep: Sequence[torch.Tensor | None] = ()
-    ) -> None:
+    def each_chunk(self, engine: OfChunk, keep: Sequence[torch.Tensor | None] = ()) -> None:
         """Call engine(rows, their arguments, …) for each chunk of tokens; keep: as in forward."""
         for head, memory in zip(self.all, keep, strict=False):
             if memory is not None:
@@ -128,13 +127,15 @@ class ChunkedHeads:
         """Return kl and the gradients of Σ weights·kl, both from one GEMM for a chunk's logits."""
         weights = self.taken(weights)
         kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
-        gradients = self.gradients(
-            ("kl",),
-            wrt,
-            lambda rows, args, *grads: self.engine.kl_and_gradients(
-                args, kl[rows], saved[rows], weights[rows], *grads
-            ),
-        )
+
+        def steps(rows: slice, args: RowArgs, *grads: torch.Tensor | None) -> Iterator[None]:
+            yield from self.engine.steps(args, {"kl": kl[rows]}, saved[rows])
+            self.engine.backward(args, saved[rows], {"kl": weights[rows]}, *grads)
+
+        def at_once(rows: slice, args: RowArgs, *grads: torch.Tensor | None) -> None:
+            self.engine.kl_and_gradients(args, kl[rows], saved[rows], weights[rows], *grads)
+
+        gradients = self.gradients(("kl",), wrt, steps if self.args.cut.group else at_once)
         return self.of_all({"kl": kl})["kl"], gradients
 
     def reuse(self, kept: Sequence[torch.Tensor | None], overwrite: bool) -> None:
@@ -160,7 +161,7 @@ class ChunkedHeads:
         return found
 
     def gradients(
-        self, fields: Collection[str], wrt: Collection[str], engine: Callable[..., None]
+        self, fields: Collection[str], wrt: Collection[str], engine: OfChunk
     ) -> dict[str, torch.Tensor]:
         """Return the gradients named in `wrt`, for upstream gradients of `fields`."""
         hidden: dict[str, torch.Tensor] = {}
@@ -197,17 +198,19 @@ class ChunkedHeads:
         return self.of_all(hidden) | totals
 
     def _compute(
-        self, heads: Sequence[ChunkedHead], lengths: tuple[int, int], engine: Callable[..., None]
+        self, heads: Sequence[ChunkedHead], lengths: tuple[int, int], engine: OfChunk
     ) -> None:
         """Call engine(rows, their arguments, memory for gradients to p and to q) for each chunk.
 
-        lengths: tokens per chunk and per window.
+        lengths: tokens per chunk and per window. If the engine returns an iterator, it pauses while
+        a collective runs: its first one while the next chunk's GEMMs run.
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
+        waiting: Iterator[None] = iter(())
         # Disable the caller's autocast: the dtypes here are already chosen.
         with torch.autocast(hidden.device.type, enabled=False):
             for head in heads:
-                head.allocate(chunk, window)
+                head.allocate(chunk, window, 2 if self.args.cut.group else 1)
             for start in range(0, len(hidden), window):
                 tokens = slice(start, min(start + window, len(hidden)))
                 for head in heads:
@@ -219,8 +222,14 @@ class ChunkedHeads:
                         q, grad_q = heads[1].logits_and_gradient(rows)
                     if self.given_first and q is not None:
                         p, q, grad_p, grad_q = q, p, grad_q, grad_p
-                    engine(rows, self.args.at(rows, p, q), grad_p, grad_q)
+                    started = engine(rows, self.args.at(rows, p, q), grad_p, grad_q)
                     del p, q, grad_p, grad_q
+                    if started is not None:
+                        next(waiting, None)
+                        next(started, None)
+                        deque(waiting, maxlen=0)
+                        waiting = started
+                deque(waiting, maxlen=0)
                 if tokens.stop == len(hidden):
                     # Free the buffers: a GEMM's result may use their memory.
                     for head in heads:

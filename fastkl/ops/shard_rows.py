@@ -3,7 +3,7 @@ the parts of fallback rows are all-gathered and merged on every rank. Backward n
 communication. The reference all-gathers the logits, in backward again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,12 @@ def backward(
             grad.copy_(args.cut.part(value, grad.shape[-1]))
 
 
-def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+def steps(
+    args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
+) -> Generator[None, None, None]:
     """Fill outputs and saved as Kernels.forward does for the whole vocabulary, from two
     all_gathers: of the segments' states, and of the parts of fallback rows or the sums of a second
-    read.
+    read. Yield while a gather runs.
     """
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
     jeffreys = args.divergence.kind == "jeffreys"
@@ -82,7 +84,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     states = saved.new_zeros(rows * plan.splits * launch.STATE.value)
     launch.forward(problem, outputs, saved, series, shard, states)
     log_sums = launch.log_sums(problem, plan, states) if other else saved[:0]
-    gathered, at_token, log_sums = _gather(cut, states, _at_token(own), log_sums)
+    gathered, at_token, log_sums = yield from _gather(cut, states, _at_token(own), log_sums)
     # One rank has a token's logit, the others have 0.
     p, q = at_token.sum(0).unsqueeze(-1)
     of_tokens = args._replace(
@@ -98,10 +100,10 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     launch.fallback(problem, outputs, saved, series, shard, parts, log_sums)
     if series.forward:
         launch.forward(problem, outputs, saved, series, shard, states, second=True)
-        states, parts = _gather(cut, states, parts)
+        states, parts = yield from _gather(cut, states, parts)
         launch.forward(merged, outputs, saved, series, merging, states, second=True)
     else:
-        (parts,) = _gather(cut, parts)
+        (parts,) = yield from _gather(cut, parts)
     launch.fallback(merged, outputs, saved, series, merging, parts, log_sums)
     if jeffreys:
         outputs["kl"] += outputs["ref_kl"]
@@ -118,11 +120,14 @@ def _at_token(own: RowArgs) -> torch.Tensor:
     return found
 
 
-def _gather(cut: parallel.Cut, *values: torch.Tensor) -> list[torch.Tensor]:
-    """Return the values of all ranks, each [ranks, ...], from one all_gather of their bytes."""
+def _gather(cut: parallel.Cut, *values: torch.Tensor) -> Generator[None, None, list[torch.Tensor]]:
+    """Return the values of all ranks, each [ranks, ...], from one all_gather of their bytes; yield
+    while it runs.
+    """
     own = [value.view(-1).view(torch.uint8) for value in values]
-    gathered = parallel.all_gather(torch.cat(own), cut.group, cut.ranks)
-    parts = gathered.split([len(value) for value in own], 1)
+    gathered = parallel.start_gather(torch.cat(own), cut.group, cut.ranks)
+    yield
+    parts = parallel.wait(gathered).split([len(value) for value in own], 1)
     return [
         part.view(value.dtype).reshape(cut.ranks, *value.shape).contiguous()
         for part, value in zip(parts, values, strict=True)
