@@ -72,10 +72,7 @@ def subtract(y, x, COMPENSATED: tl.constexpr):
     Without COMPENSATED, lo is a placeholder that `centred` does not read: the float32 rounding of a
     16-bit difference is far below the logits' own rounding.
     """
-    if COMPENSATED:
-        return two_sum(y, -x)
-    else:
-        return y - x, x
+    return two_sum(y, -x) if COMPENSATED else (y - x, x)
 
 
 @triton.jit
@@ -93,9 +90,7 @@ def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
 def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
     """Return d = (y - x)·scale - centre; large parts of both cancel in one fma."""
     d = tl.fma(difference, scale, -centre)
-    if COMPENSATED:
-        d = tl.fma(lo, scale, d)
-    return d
+    return tl.fma(lo, scale, d) if COMPENSATED else d
 
 
 @triton.jit
@@ -224,11 +219,7 @@ State = namedtuple("State", "origin S A W U R centre shift")
 
 # The divergences; comparisons rely on the order: those after Rényi's take a second read. Jeffreys'
 # is the sum of two fields, kl and ref_kl (fastkl/ops/engine.py).
-OF_KL = tl.constexpr(0)
-RENYI = tl.constexpr(1)
-JS = tl.constexpr(2)
-SKEW_KL = tl.constexpr(3)
-TOTAL_VARIATION = tl.constexpr(4)
+OF_KL, RENYI, JS, SKEW_KL, TOTAL_VARIATION = map(tl.constexpr, range(5))
 
 
 # Compile-time. name: one of the five numbers above. small_rest: whether rest, Q's share of the

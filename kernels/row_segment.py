@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .divergence_math import add_terms
-from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
+from .row_load import D_FACTOR, lane_sum, load_tile
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -39,9 +39,7 @@ from .row_math import (
 )
 
 # Paths of a tile, in order of precedence.
-NEAR = tl.constexpr(0)
-GENERAL = tl.constexpr(1)
-ANCHOR = tl.constexpr(2)
+NEAR, GENERAL, ANCHOR = map(tl.constexpr, range(3))
 
 
 # A tile relative to the current origin and centre: e and D_FACTOR·d as tuples; S, each thread's sum
@@ -60,20 +58,14 @@ Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lan
 @triton.jit
 def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
     """Return the sums of an empty segment; the first tile with weight takes the anchor path."""
-    origin = tl.full([], LOWEST, tl.float32)
-    centre = tl.full([], 0.0, tl.float32)
+    SECOND: tl.constexpr = want.kind.name > RENYI
     zeros = tl.zeros([tiling.threads], tl.float32)
-    limit = zeros
-    if want.kind.name > RENYI:
-        origin = part.second.origin
-        centre = part.second.centre
-        limit = zeros + float("inf")
     lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
-        origin,
-        centre,
+        part.second.origin if SECOND else tl.full([], LOWEST, tl.float32),
+        part.second.centre if SECOND else tl.full([], 0.0, tl.float32),
         zeros,
-        limit,
+        zeros + float("inf") if SECOND else zeros,
         zeros + D_FACTOR,
         lanes,
         lanes,
@@ -147,8 +139,7 @@ def weigh(
                 d = d - part.second.centre_lo
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
-            if want.kl:
-                d = tl.where(tile.inside[g], d, 0.0)
+            d = tl.where(tile.inside[g], d, 0.0)
         if want.entropy:
             if CLAMP:
                 exponent = tl.maximum(exponent, LOWEST_EXPONENT)
@@ -166,14 +157,12 @@ def weigh(
 @triton.jit
 def path_of(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr):
     """Select the path of a tile."""
-    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR)
+    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR if want.kl else GENERAL)
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, GROUPS):
             bits = bits | weights.d[g].to(tl.int32, bitcast=True)
-        path = tl.maximum(path, (or_lanes(bits) >> 30) & 1)
-    else:
-        path = tl.maximum(path, GENERAL)
+        path = tl.maximum(path, (tl.reduce_or(bits, 1) >> 30) & 1)
     return tl.max(path, 0)
 
 
