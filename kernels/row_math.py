@@ -94,7 +94,7 @@ def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
 
 
 @triton.jit
-def horner(x, coefficients: tl.constexpr):
+def horner(x, coefficients):
     """Evaluate the polynomial with these coefficients, highest power first."""
     value = tl.fma(x, coefficients[0], coefficients[1])
     for i in tl.static_range(2, len(coefficients)):
