@@ -21,8 +21,6 @@ from .row_math import LARGEST_SHIFT, LOWEST, scale_reference, soft_cap, subtract
 # The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, or if d is an
 # infinity or NaN.
 D_FACTOR = tl.constexpr(2.0)
-# Largest temperature, and largest inverse temperature.
-LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
 
 # Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
@@ -42,16 +40,17 @@ def row_scale(temperature_ptr, temperature, row, mask, TEMPERATURE_PER_ROW: tl.c
     if TEMPERATURE_PER_ROW:
         temperature = tl.load(temperature_ptr + row, mask=mask, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
-    return tl.where(
-        (scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan")
-    )
+    return tl.where((scale >= 2.0**-126) & (scale <= 2.0**126), scale, float("nan"))
 
 
 @triton.jit
 def row_ratio(ratio_ptr, row, mask, HAS_RATIO: tl.constexpr):
     """Return the inverse temperature of Q over that of P, of a row or of a vector of rows."""
-    one = tl.full([], 1.0, tl.float32)
-    return tl.load(ratio_ptr + row, mask=mask, other=1.0) if HAS_RATIO else one
+    return (
+        tl.load(ratio_ptr + row, mask=mask, other=1.0)
+        if HAS_RATIO
+        else tl.full([], 1.0, tl.float32)
+    )
 
 
 @triton.jit
@@ -258,9 +257,6 @@ def load_tile(
         group = first_group + g * tiling.threads + tl.arange(0, tiling.threads)[:, None]
         x = load_group(part.p_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES)
         x = soft_cap(x, reading.softcap, part.p_block.dtype.element_ty)
-        inside = group * LANES + part.order < end
-        if EDGE:
-            x = tl.where(inside, x, LOWEST)
         difference = x
         lo = x
         if want.kl:
@@ -278,9 +274,11 @@ def load_tile(
                 lo = lo + more
             if reading.ratio:
                 lo = lo + y_lo
-            if EDGE:
-                difference = tl.where(inside, difference, 0.0)
-                lo = tl.where(inside, lo, 0.0)
+        inside = group * LANES + part.order < end
+        if EDGE:
+            x = tl.where(inside, x, LOWEST)
+            difference = tl.where(inside, difference, 0.0)
+            lo = tl.where(inside, lo, 0.0)
         tile = Tile(
             tile.x + (x,),
             tile.difference + (difference,),
