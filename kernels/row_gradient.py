@@ -246,15 +246,14 @@ def write_tile(
             raw.x + (load_edge(place.p_block + offs, inside, EDGE).to(tl.float32),),
             raw.y + (load_edge(place.q_block + offs, inside, EDGE).to(tl.float32),),
         )
+    far = 0
     if asked.kind.name == JS or asked.kind.name == SKEW_KL:
-        far = 0
         for i in tl.static_range(tiling.groups):
             x, _, y, y_lo = raw_entry(raw, i, place, reading)
             _, d = entry_ratio(x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio)
             far = tl.reduce_or(d.to(tl.int32, bitcast=True), 1) | far
-        if tl.max((far >> 30) & 1, 0) > 0:
-            write_entries(place, raw, terms, g, asked, reading, EDGE, False)
-        else:
-            write_entries(place, raw, terms, g, asked, reading, EDGE, True)
+        far = tl.max((far >> 30) & 1, 0)
+    if far > 0:
+        write_entries(place, raw, terms, g, asked, reading, EDGE, False)
     else:
         write_entries(place, raw, terms, g, asked, reading, EDGE, True)
