@@ -88,10 +88,11 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
         rest = tl.cast(formula.rest, p.dtype)
         power = tl.exp(d)
         mixture = tl.fma(power, rest, share)
-        if kind.small_rest and p.dtype == tl.float32:
-            log_m = log1p(rest * (power - 1.0))
-        else:
-            log_m = log(mixture, kind.lg2)
+        log_m = (
+            log1p(rest * (power - 1.0))
+            if kind.small_rest and p.dtype == tl.float32
+            else log(mixture, kind.lg2)
+        )
         if kind.name == JS:
             to_p = p * log_m * -share
             to_q = q * (d - log_m) * rest
@@ -181,11 +182,9 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     weight_q = weight_p
     if kind.name == RENYI:
         # p^α·q^(1 - α)/Z is p·e^z relative to P and q·e^z relative to Q; both means are log Z.
-        share = tl.cast(formula.share, tl.float32)
-        rest = tl.cast(formula.rest, tl.float32)
-        grad_x = p * expm1(tl.fma(log_ratio, rest, -mean_u))
-        grad_y = q * expm1(tl.fma(log_ratio, -share, -mean_v))
-        weight_p = weight_p * (-share / rest)
+        grad_x = p * expm1(tl.fma(log_ratio, formula.rest, -mean_u))
+        grad_y = q * expm1(tl.fma(log_ratio, -formula.share, -mean_v))
+        weight_p = weight_p * (-formula.share / formula.rest)
         weight_q = -weight_q
     elif kind.name == TOTAL_VARIATION:
         # Products of probabilities: no cancellation.

@@ -174,8 +174,12 @@ def write_chunk(  # noqa: PLR0915
                 mask=token_here,
             )
         if asked.wrt_q:
-            slope = soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio
-            tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)
+            tl.store(
+                grad_q_row + token,
+                (grad_y + scale * g.ref_logprob)
+                * (soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio),
+                mask=token_here,
+            )
 
 
 # Row counts, strides, lengths and base addresses vary from step to step and must not cause a

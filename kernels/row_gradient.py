@@ -210,12 +210,9 @@ def write_entries(
             grad_x, grad_y = divergence_gradients(
                 log2_p, d, g.kl * place.scale, terms, asked.kind, ALL_NEAR
             )
-        if reading.softcap > 0.0:
-            grad_x = grad_x * soft_cap_slope(x, reading.softcap)
-        if reading.ref_softcap > 0.0:
-            grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap)
-        if reading.ratio:
-            grad_y = grad_y * place.ratio
+        # Without soft caps and a ratio these factors are the constant 1.
+        grad_x = grad_x * soft_cap_slope(x, reading.softcap)
+        grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap) * place.ratio
         if asked.wrt_p:
             store_gradient(place.grad_p_block, raw.offs[i], grad_x, place, EDGE)
         if asked.wrt_q:

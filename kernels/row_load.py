@@ -165,7 +165,6 @@ def load_group(
     EDGE groups may reach past the row, where lanes are unspecified. A block is read only if it
     holds an element of the row.
     """
-    DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     words = load_edge(words_ptr + offs_w, group * LANES - pad < remaining, EDGE)
@@ -176,7 +175,7 @@ def load_group(
         own = select_mask(pad, LANES)
         following = load_edge(next_ptr + offs_w, (group + 1) * LANES - pad < remaining, EDGE)
         words = (words & own) | (following & ~own)
-    return widen(words, DTYPE)
+    return widen(words, block_ptr.dtype.element_ty)
 
 
 @triton.jit
