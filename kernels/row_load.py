@@ -128,6 +128,7 @@ def select_mask(pad, LANES: tl.constexpr):
     """Return [1, 4] int32: the bits of each 32-bit word that come from a group's own block; the
     others come from the next.
     """
+    # The elements of a group in both halves of a word.
     low = tl.arange(0, 4)[None, :] * (LANES // 4)
     high = low + (LANES // 4 - 1)
     return tl.where(low >= pad, 0xFFFF, 0) | tl.where(high >= pad, -65536, 0)
