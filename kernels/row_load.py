@@ -257,6 +257,9 @@ def load_tile(
         group = first_group + g * tiling.threads + tl.arange(0, tiling.threads)[:, None]
         x = load_group(part.p_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES)
         x = soft_cap(x, reading.softcap, part.p_block.dtype.element_ty)
+        inside = group * LANES + part.order < end
+        if EDGE:
+            x = tl.where(inside, x, LOWEST)
         difference = x
         lo = x
         if want.kl:
@@ -274,11 +277,9 @@ def load_tile(
                 lo = lo + more
             if reading.ratio:
                 lo = lo + y_lo
-        inside = group * LANES + part.order < end
-        if EDGE:
-            x = tl.where(inside, x, LOWEST)
-            difference = tl.where(inside, difference, 0.0)
-            lo = tl.where(inside, lo, 0.0)
+            if EDGE:
+                difference = tl.where(inside, difference, 0.0)
+                lo = tl.where(inside, lo, 0.0)
         tile = Tile(
             tile.x + (x,),
             tile.difference + (difference,),
