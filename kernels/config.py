@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-# Limit for kernels that ptxas would otherwise compile to 40, 80 or 96 registers, spilling 8 bytes.
-_ROOM = 168
+# Limit with soft caps, ratios or misaligned rows, and for kernels that ptxas would otherwise
+# compile to 40, 80 or 96 registers, spilling 8 bytes.
+ROOM = 168
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,6 @@ class RowConfig:
     segment: int
     measured: str
     max_registers: int | None = None
-
-    def registers(self, needs_registers: bool) -> int | None:
-        """Return the register limit; soft caps, ratios and misaligned rows need more registers."""
-        return _ROOM if needs_registers else self.max_registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +134,7 @@ TABLE = (
         2,
         None,
         RowConfig(32, 2, 16384, _UNTIMED, 128),
-        RowConfig(128, 2, 16384, _AS_H200, _ROOM),
+        RowConfig(128, 2, 16384, _AS_H200, ROOM),
     ),
     Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED, 128), RowConfig(256, 1, 16384, _AS_H200)),
 )

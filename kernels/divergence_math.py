@@ -31,6 +31,7 @@ from .row_math import (
     SMALL_D,
     TOTAL_VARIATION,
     h_over_square,
+    horner,
     log1p,
 )
 
@@ -53,15 +54,6 @@ Second = namedtuple("Second", "formula origin centre centre_lo")
 
 # Terms of entries from formulas in p and q instead of polynomials: p·f, p·u and q·v.
 EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
-
-
-@triton.jit
-def polynomial(x, coefficients, COUNT: tl.constexpr):
-    """Evaluate the polynomial with run-time coefficients, highest power first."""
-    value = tl.fma(x, coefficients[0], coefficients[1])
-    for i in tl.static_range(2, COUNT):
-        value = tl.fma(x, value, coefficients[i])
-    return value
 
 
 @triton.jit
@@ -96,10 +88,11 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
         rest = tl.cast(formula.rest, p.dtype)
         power = tl.exp(d)
         mixture = tl.fma(power, rest, share)
-        if kind.small_rest and p.dtype == tl.float32:
-            log_m = log1p(rest * (power - 1.0))
-        else:
-            log_m = log(mixture, kind.lg2)
+        log_m = (
+            log1p(rest * (power - 1.0))
+            if kind.small_rest and p.dtype == tl.float32
+            else log(mixture, kind.lg2)
+        )
         if kind.name == JS:
             to_p = p * log_m * -share
             to_q = q * (d - log_m) * rest
@@ -122,7 +115,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
     """
     value, moment, p_above = sums
     if kind.name == TOTAL_VARIATION:
-        growth = polynomial(d, formula.series, TERMS) * d if ALL_NEAR else expm1(d * 0.5) * 2.0
+        growth = horner(d, formula.series[:TERMS]) * d if ALL_NEAR else expm1(d * 0.5) * 2.0
         gap = p * growth  # D_FACTOR·(q - p)
         moment += tl.where(d < 0.0, tl.fma(gap, 1.0 / D_FACTOR, p), 0.0)
         return value + tl.abs(gap), moment, p_above + tl.where(d < 0.0, 0.0, p)
@@ -137,9 +130,9 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
             value += tl.where(near, 0.0, far.value)
             moment += tl.where(near, 0.0, tl.fma(q - p, -formula.curvature, far.to_q))
             p_square = tl.where(near, p_square, 0.0)
-        value = tl.fma(p_square, polynomial(d, formula.series, TERMS), value)
-        curve = polynomial(d, formula.series[TERMS:], MOMENT_TERMS)
-        return value, tl.fma(p_square, curve, moment), p_above
+        value = tl.fma(p_square, horner(d, formula.series[:TERMS]), value)
+        moment = tl.fma(p_square, horner(d, formula.series[TERMS:]), moment)
+        return value, moment, p_above
 
 
 @triton.jit
@@ -189,11 +182,9 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     weight_q = weight_p
     if kind.name == RENYI:
         # p^α·q^(1 - α)/Z is p·e^z relative to P and q·e^z relative to Q; both means are log Z.
-        share = tl.cast(formula.share, tl.float32)
-        rest = tl.cast(formula.rest, tl.float32)
-        grad_x = p * expm1(tl.fma(log_ratio, rest, -mean_u))
-        grad_y = q * expm1(tl.fma(log_ratio, -share, -mean_v))
-        weight_p = weight_p * (-share / rest)
+        grad_x = p * expm1(tl.fma(log_ratio, formula.rest, -mean_u))
+        grad_y = q * expm1(tl.fma(log_ratio, -formula.share, -mean_v))
+        weight_p = weight_p * (-formula.share / formula.rest)
         weight_q = -weight_q
     elif kind.name == TOTAL_VARIATION:
         # Products of probabilities: no cancellation.
@@ -201,8 +192,8 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
         grad_x = p * tl.where(d < 0.0, p_above, -(distance + q_below))
         grad_y = q * tl.where(d < 0.0, -(distance + p_above), q_below)
     else:
-        grad_x = p * tl.fma(d, polynomial(d, formula.series, TERMS), -mean_u)
-        grad_y = q * tl.fma(d, polynomial(d, formula.series[TERMS:], TERMS), -mean_v)
+        grad_x = p * tl.fma(d, horner(d, formula.series[:TERMS]), -mean_u)
+        grad_y = q * tl.fma(d, horner(d, formula.series[TERMS:]), -mean_v)
         if not ALL_NEAR:
             far = entry_terms(p, q, log_ratio, formula, kind)
             near = tl.abs(d) < D_FACTOR

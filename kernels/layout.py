@@ -74,16 +74,20 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
+# The dtypes of p, q, tokens and temperatures; None if absent.
+Types = tuple[torch.dtype, torch.dtype | None, torch.dtype | None, torch.dtype | None]
+
+
 class Case(NamedTuple):
     """Properties of a problem that select a compilation, in addition to configuration and fields.
 
-    arch, warp: see architecture. types: dtypes of p, q, tokens and temperatures; None if absent.
+    arch, warp: see architecture.
     """
 
     device: torch.device
     arch: str
     warp: int
-    types: tuple[torch.dtype | None, ...]
+    types: Types
     has_mask: bool
     realign: bool
     q_in_blocks: bool
@@ -94,10 +98,8 @@ class Case(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         """The compile-time values that every kernel takes."""
-        of_p = self.types[0]
-        assert of_p is not None
         return dict(
-            LANES=16 // of_p.itemsize,
+            LANES=16 // self.types[0].itemsize,
             HAS_MASK=self.has_mask,
             TEMPERATURE_PER_ROW=self.types[3] is not None,
             Q_IN_BLOCKS=self.q_in_blocks,
@@ -136,20 +138,17 @@ def layout(
     addresses: tuple[int, int],
     device: torch.device,
     arch_and_warp: tuple[str, int],
-    types: tuple[torch.dtype | None, ...],
+    types: Types,
     has_mask: bool,
     scaling: tuple[float, float, bool],
 ) -> Layout:
-    """Return the Layout for (size, stride of P, stride of Q) of the outer and the inner dimension,
-    and the dtypes of p, q, tokens and temperatures.
+    """Return the Layout for (size, stride of P, stride of Q) of the outer and the inner dimension.
 
     arch_and_warp: architecture(device). scaling: softcap, ref_softcap, has_ratio.
     """
     (outer, *outer_strides), (inner, *inner_strides) = dims
-    of_p = types[0]
-    assert of_p is not None
     p, q = (
-        Rows((dtype or of_p).itemsize, address, *strides)
+        Rows((dtype or types[0]).itemsize, address, *strides)
         for dtype, address, *strides in zip(
             types, addresses, outer_strides, inner_strides, strict=False
         )

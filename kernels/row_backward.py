@@ -26,10 +26,11 @@ from .row_math import LARGEST_MEAN_GAP, OF_KL, Kind, scale_reference, soft_cap_s
 @triton.jit
 def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
     """Load the upstream gradient of one field; 0 for a field without one."""
-    if FIELD >= 0:
-        return tl.load(upstream_ptr + n_rows.to(tl.int64) * FIELD + row)
-    else:
-        return tl.full([], 0.0, tl.float32)
+    return (
+        tl.load(upstream_ptr + n_rows.to(tl.int64) * FIELD + row)
+        if FIELD >= 0
+        else tl.full([], 0.0, tl.float32)
+    )
 
 
 # The arguments of both kernels.
@@ -84,8 +85,13 @@ def write_chunk(  # noqa: PLR0915
         upstream_of(args.upstream, row, args.n_rows, fields.lse),
         upstream_of(args.upstream, row, args.n_rows, fields.ref_lse),
     )
-    activity = tl.abs(g.logprob) + tl.abs(g.entropy) + tl.abs(g.ref_logprob) + tl.abs(g.kl)
-    activity += tl.abs(g.ref_kl) + tl.abs(g.lse) + tl.abs(g.ref_lse)
+    activity = (
+        tl.abs(g.logprob)
+        + tl.abs(g.entropy)
+        + tl.abs(g.ref_logprob)
+        + tl.abs(g.kl)
+        + (tl.abs(g.ref_kl) + tl.abs(g.lse) + tl.abs(g.ref_lse))
+    )
     if cut.has_mask:
         activity = tl.where(tl.load(args.mask + row) != 0, activity, 0.0)
     scale = row_scale(args.temperatures, args.temperature, row, row >= 0, cut.per_row)
@@ -100,9 +106,7 @@ def write_chunk(  # noqa: PLR0915
     read_end = tl.where(activity != 0.0, args.V + pad, 0)
     # Give hints where the pointers are computed: a hint on a function argument is lost in inlining.
     p_block = tl.multiple_of(p_row - pad, 16)
-    q_block = q_row - pad
-    if tiling.q_in_blocks:
-        q_block = tl.multiple_of(q_block, 16)
+    q_block = tl.multiple_of(q_row - pad, 16) if tiling.q_in_blocks else q_row - pad
     grad_p_block = grad_p_row - pad
     grad_q_block = grad_q_row - pad
     if cut.grad_in_blocks:
@@ -113,9 +117,7 @@ def write_chunk(  # noqa: PLR0915
             grad_q_block, tiling.lanes * args.grad_q.dtype.element_ty.primitive_bitwidth // 8
         )
 
-    token = row * 0
-    if reading.tokens:
-        token = tl.load(args.tokens + row)
+    token = tl.load(args.tokens + row) if reading.tokens else row * 0
     needs_fallback = is_fallback(saved_ptr)
     if asked.ref_kl and asked.wrt_q:  # saved value 8 is mean_q
         needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
@@ -172,8 +174,12 @@ def write_chunk(  # noqa: PLR0915
                 mask=token_here,
             )
         if asked.wrt_q:
-            slope = soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio
-            tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)
+            tl.store(
+                grad_q_row + token,
+                (grad_y + scale * g.ref_logprob)
+                * (soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio),
+                mask=token_here,
+            )
 
 
 # Row counts, strides, lengths and base addresses vary from step to step and must not cause a

@@ -73,20 +73,23 @@ def row_outputs(first, row):
 
 
 @triton.jit
+def store_if(ptr, value, WANTED: tl.constexpr):
+    """Write a number as float32 if it is WANTED."""
+    if WANTED:
+        tl.store(ptr, value.to(tl.float32))
+
+
+@triton.jit
 def store_state(state_ptr, state, want: tl.constexpr):
     """Write a scalar state [8]."""
-    tl.store(state_ptr, state.origin)
-    tl.store(state_ptr + 1, state.S)
-    if want.entropy:
-        tl.store(state_ptr + 2, state.A)
-    if want.kl:
-        tl.store(state_ptr + 3, state.W)
-        tl.store(state_ptr + 4, state.U)
-        tl.store(state_ptr + 6, state.centre)
-        if want.compensated:
-            tl.store(state_ptr + 7, state.shift)
-    if want.ref_kl or want.kind.name >= RENYI:
-        tl.store(state_ptr + 5, state.R)
+    store_if(state_ptr, state.origin, True)
+    store_if(state_ptr + 1, state.S, True)
+    store_if(state_ptr + 2, state.A, want.entropy)
+    store_if(state_ptr + 3, state.W, want.kl)
+    store_if(state_ptr + 4, state.U, want.kl)
+    store_if(state_ptr + 5, state.R, want.ref_kl or want.kind.name >= RENYI)
+    store_if(state_ptr + 6, state.centre, want.kl)
+    store_if(state_ptr + 7, state.shift, want.kl and want.compensated)
 
 
 @triton.jit
@@ -95,10 +98,11 @@ def load_sums(ptr, mask, empty, WANTED: tl.constexpr):
 
     Bypass L1, which may hold stale values.
     """
-    if WANTED:
-        return tl.load(ptr, mask=mask, other=empty, cache_modifier=".cg")
-    else:
-        return tl.zeros(mask.shape, tl.float32)
+    return (
+        tl.load(ptr, mask=mask, other=empty, cache_modifier=".cg")
+        if WANTED
+        else tl.zeros(mask.shape, tl.float32)
+    )
 
 
 @triton.jit
@@ -152,11 +156,14 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
     requested, replaces the KL, and log Z the two means.
     """
     state = merge(states, scale, gamma, want)
-    valid = (state.S > 0.0) & (
-        state.S + tl.abs(state.A) + tl.abs(state.W) + tl.abs(state.U) + tl.abs(state.R)
-        < LARGEST_SUM
+    valid = (
+        (state.S > 0.0)
+        & (
+            state.S + tl.abs(state.A) + tl.abs(state.W) + tl.abs(state.U) + tl.abs(state.R)
+            < LARGEST_SUM
+        )
+        & (tl.abs(state.origin) < LARGEST_LOG2_SUM)
     )
-    valid = valid & (tl.abs(state.origin) < LARGEST_LOG2_SUM)
     log2_S = tl.log2(state.S)
     entropy = (log2_S - tl.div_rn(state.A, state.S)) * LN2
     zero = entropy * 0.0
@@ -217,21 +224,16 @@ def not_above_zero(logprob):
 @triton.jit
 def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
     """Write the fields that do not depend on a token."""
-    if want.entropy:
-        tl.store(out.entropy, entropy.to(tl.float32))
-    if want.kl:
-        tl.store(out.kl, kl.to(tl.float32))
-    if want.ref_kl:
-        tl.store(out.ref_kl, ref_kl.to(tl.float32))
+    store_if(out.entropy, entropy, want.entropy)
+    store_if(out.kl, kl, want.kl)
+    store_if(out.ref_kl, ref_kl, want.ref_kl)
 
 
 @triton.jit
 def store_lse(out, lse, ref_lse, want: tl.constexpr):
     """Write the log-sum-exps of x/T and y/T."""
-    if want.lse:
-        tl.store(out.lse, lse.to(tl.float32))
-        if want.kl:
-            tl.store(out.ref_lse, ref_lse.to(tl.float32))
+    store_if(out.lse, lse, want.lse)
+    store_if(out.ref_lse, ref_lse, want.lse and want.kl)
 
 
 # The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
@@ -244,10 +246,8 @@ def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
     """Return the sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
     inside = (row.token >= 0) & (row.token < row.V)
     x = load_logit(row.p, row.token, inside, float("nan"), reading.softcap)
-    if want.kl:
-        return x, load_logit(row.q, row.token, inside, float("nan"), reading.ref_softcap)
-    else:
-        return x, x
+    y = load_logit(row.q, row.token, inside, float("nan"), reading.ref_softcap) if want.kl else x
+    return x, y
 
 
 @triton.jit
@@ -293,8 +293,12 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
         statistics.ref_kl,
         want,
     )
-    lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
-    store_lse(out, lse, tl.fma(saved.log2_Z_q, LN2, saved.log2_Z_q_lo * LN2), want)
+    store_lse(
+        out,
+        tl.fma(saved.origin, LN2, saved.log2_S * LN2),
+        tl.fma(saved.log2_Z_q, LN2, saved.log2_Z_q_lo * LN2),
+        want,
+    )
     if reading.tokens:
         # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow although the
         # log-probability is finite.
@@ -318,7 +322,5 @@ def store_zeros(out, want: tl.constexpr, reading: tl.constexpr):
     zero = tl.full([], 0.0, tl.float32)
     store_fields(out, zero, zero, zero, want)
     store_lse(out, zero, zero, want)
-    if reading.tokens:
-        tl.store(out.logprob, 0.0)
-        if want.kl:
-            tl.store(out.ref_logprob, 0.0)
+    store_if(out.logprob, zero, reading.tokens)
+    store_if(out.ref_logprob, zero, reading.tokens and want.kl)

@@ -129,10 +129,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     Special values: a fallback row gets NaN as its first saved value and no gradient: row_fallback
             writes both.
     """
-    if PHASE == 0:
-        ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    else:
-        ticket = tl.program_id(0)
+    ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed") if PHASE == 0 else tl.program_id(0)
     row = (ticket // splits).to(tl.int64)
     split = ticket % splits
     COMPENSATED: tl.constexpr = (
@@ -160,10 +157,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     grad_block = tl.multiple_of(
         grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8
     )
-    doubled_scale = (
-        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_FACTOR
-    )
-    scale = doubled_scale * (1.0 / D_FACTOR)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
@@ -181,11 +175,12 @@ def row_fused(  # noqa: PLR0913, PLR0915
     if PREFETCH:
         prefetch(p_block, tl.maximum(length, 0), 1)
         prefetch(q_block, tl.maximum(length, 0), 1)
-    state_here = state_ptr + ticket.to(tl.int64) * STATE
-    shift = tl.full([], 0.0, tl.float32)
-    if COMPENSATED and PHASE != 2:
-        shift = segment_shift(p_row + begin, q_row + begin, length, ratio, reading)
     if PHASE != 2:
+        shift = (
+            segment_shift(p_row + begin, q_row + begin, length, ratio, reading)
+            if COMPENSATED
+            else tl.full([], 0.0, tl.float32)
+        )
         part = Segment(
             p_block,
             q_block,
@@ -194,13 +189,14 @@ def row_fused(  # noqa: PLR0913, PLR0915
             lane_order(0, LANES),
             V - begin,
             shift,
-            doubled_scale,
-            doubled_scale * (LOG2E / D_FACTOR),
+            scale * D_FACTOR,
+            scale * LOG2E,
             ratio,
             ratio,
             ratio,
         )
-        store_state(state_here, segment_sums(part, length, tiling, want, reading), want)
+        state = segment_sums(part, length, tiling, want, reading)
+        store_state(state_ptr + ticket.to(tl.int64) * STATE, state, want)
     if PHASE == 0:
         # Order all threads' stores before the release by one thread.
         tl.debug_barrier()
@@ -251,10 +247,9 @@ def scale_gradient(
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        start = tl.program_id(0).to(tl.int64) * BLOCK
-        while start < n:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
             scaled = tl.where(grad == 0.0, 0.0, grad * factor)
             tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, scaled), mask=offs < n)
-            start += tl.num_programs(0).to(tl.int64) * BLOCK

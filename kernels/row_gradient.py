@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .divergence_math import divergence_gradients
 from .row_finish import Saved
-from .row_load import D_FACTOR, load_edge, or_lanes
+from .row_load import D_FACTOR, load_edge
 from .row_math import (
     JS,
     LN2,
@@ -210,12 +210,9 @@ def write_entries(
             grad_x, grad_y = divergence_gradients(
                 log2_p, d, g.kl * place.scale, terms, asked.kind, ALL_NEAR
             )
-        if reading.softcap > 0.0:
-            grad_x = grad_x * soft_cap_slope(x, reading.softcap)
-        if reading.ref_softcap > 0.0:
-            grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap)
-        if reading.ratio:
-            grad_y = grad_y * place.ratio
+        # Without soft caps and a ratio these factors are the constant 1.
+        grad_x = grad_x * soft_cap_slope(x, reading.softcap)
+        grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap) * place.ratio
         if asked.wrt_p:
             store_gradient(place.grad_p_block, raw.offs[i], grad_x, place, EDGE)
         if asked.wrt_q:
@@ -246,15 +243,14 @@ def write_tile(
             raw.x + (load_edge(place.p_block + offs, inside, EDGE).to(tl.float32),),
             raw.y + (load_edge(place.q_block + offs, inside, EDGE).to(tl.float32),),
         )
+    far = 0
     if asked.kind.name == JS or asked.kind.name == SKEW_KL:
-        far = 0
         for i in tl.static_range(tiling.groups):
             x, _, y, y_lo = raw_entry(raw, i, place, reading)
             _, d = entry_ratio(x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio)
-            far = or_lanes(d.to(tl.int32, bitcast=True)) | far
-        if tl.max((far >> 30) & 1, 0) > 0:
-            write_entries(place, raw, terms, g, asked, reading, EDGE, False)
-        else:
-            write_entries(place, raw, terms, g, asked, reading, EDGE, True)
+            far = tl.reduce_or(d.to(tl.int32, bitcast=True), 1) | far
+        far = tl.max((far >> 30) & 1, 0)
+    if far > 0:
+        write_entries(place, raw, terms, g, asked, reading, EDGE, False)
     else:
         write_entries(place, raw, terms, g, asked, reading, EDGE, True)

@@ -21,8 +21,6 @@ from .row_math import LARGEST_SHIFT, LOWEST, scale_reference, soft_cap, subtract
 # The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, or if d is an
 # infinity or NaN.
 D_FACTOR = tl.constexpr(2.0)
-# Largest temperature, and largest inverse temperature.
-LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
 
 # Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
@@ -42,18 +40,17 @@ def row_scale(temperature_ptr, temperature, row, mask, TEMPERATURE_PER_ROW: tl.c
     if TEMPERATURE_PER_ROW:
         temperature = tl.load(temperature_ptr + row, mask=mask, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
-    return tl.where(
-        (scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan")
-    )
+    return tl.where((scale >= 2.0**-126) & (scale <= 2.0**126), scale, float("nan"))
 
 
 @triton.jit
 def row_ratio(ratio_ptr, row, mask, HAS_RATIO: tl.constexpr):
     """Return the inverse temperature of Q over that of P, of a row or of a vector of rows."""
-    if HAS_RATIO:
-        return tl.load(ratio_ptr + row, mask=mask, other=1.0)
-    else:
-        return tl.full([], 1.0, tl.float32)
+    return (
+        tl.load(ratio_ptr + row, mask=mask, other=1.0)
+        if HAS_RATIO
+        else tl.full([], 1.0, tl.float32)
+    )
 
 
 @triton.jit
@@ -92,12 +89,8 @@ def row_pad(row_ptr, REALIGN: tl.constexpr):
     """Count the elements between the last 16-byte boundary and the row's first element; 0 unless
     REALIGN.
     """
-    if REALIGN:
-        return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (
-            row_ptr.dtype.element_ty.primitive_bitwidth // 8
-        )
-    else:
-        return 0
+    itemsize: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    return (row_ptr.to(tl.int64) % 16).to(tl.int32) // itemsize if REALIGN else 0
 
 
 @triton.jit
@@ -118,18 +111,6 @@ def lane_sum(z):
 
 
 @triton.jit
-def or_lanes(bits):
-    """Return the bitwise or over axis 1, within each thread."""
-    THREADS: tl.constexpr = bits.shape[0]
-    if bits.shape[1] == 8:
-        low, high = tl.split(tl.reshape(bits, [THREADS, 4, 2]))
-        bits = low | high
-    low, high = tl.split(tl.reshape(bits, [THREADS, 2, 2]))
-    low, high = tl.split(low | high)
-    return low | high
-
-
-@triton.jit
 def prefetch(ptr, length, enabled):
     """Prefetch `length` elements into L2, from the 16-byte boundary at or before ptr, if `enabled`
     is 1: one instruction of sm_90 and later.
@@ -147,11 +128,10 @@ def select_mask(pad, LANES: tl.constexpr):
     """Return [1, 4] int32: the bits of each 32-bit word that come from a group's own block; the
     others come from the next.
     """
-    word = tl.arange(0, 4)[None, :]
-    if LANES == 4:
-        return tl.where(word >= pad, -1, 0)
-    else:
-        return tl.where(2 * word >= pad, 0xFFFF, 0) | tl.where(2 * word + 1 >= pad, -65536, 0)
+    # The elements of a group in both halves of a word.
+    low = tl.arange(0, 4)[None, :] * (LANES // 4)
+    high = low + (LANES // 4 - 1)
+    return tl.where(low >= pad, 0xFFFF, 0) | tl.where(high >= pad, -65536, 0)
 
 
 @triton.jit
@@ -186,7 +166,6 @@ def load_group(
     EDGE groups may reach past the row, where lanes are unspecified. A block is read only if it
     holds an element of the row.
     """
-    DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     words = load_edge(words_ptr + offs_w, group * LANES - pad < remaining, EDGE)
@@ -197,27 +176,29 @@ def load_group(
         own = select_mask(pad, LANES)
         following = load_edge(next_ptr + offs_w, (group + 1) * LANES - pad < remaining, EDGE)
         words = (words & own) | (following & ~own)
-    return widen(words, DTYPE)
-
-
-@triton.jit
-def load_lane(
-    row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
-):
-    """Return float32 [THREADS]: one lane of each group."""
-    offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (LANE + LANES - pad) % LANES
-    return load_edge(row_ptr + offs_v, offs_v < remaining, EDGE).to(tl.float32)
+    return widen(words, block_ptr.dtype.element_ty)
 
 
 @triton.jit
 def load_lanes(
-    row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
+    row_ptr,
+    group,
+    pad,
+    remaining,
+    EDGE: tl.constexpr,
+    LANES: tl.constexpr,
+    FIRST: tl.constexpr = 0,
+    STEP: tl.constexpr = 1,
 ):
-    """Return float32 [THREADS, 2]: a lane of each group and the lane LANES/2 further."""
-    return tl.join(
-        load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE),
-        load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE + LANES // 2),
-    )
+    """Return float32 [THREADS, 2, …, 2]: every STEP-th lane of each group, from FIRST on."""
+    if STEP == LANES:
+        offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (FIRST + LANES - pad) % LANES
+        return load_edge(row_ptr + offs_v, offs_v < remaining, EDGE).to(tl.float32)
+    else:
+        return tl.join(
+            load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, FIRST, STEP * 2),
+            load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, FIRST + STEP, STEP * 2),
+        )
 
 
 @triton.jit
@@ -228,12 +209,8 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
     One load per lane, joined inside each thread: the layout is that of load_group, and so is the
     order of every sum.
     """
-    even = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 0)
-    odd = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 1)
-    if LANES == 8:
-        even = tl.join(even, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 2))
-        odd = tl.join(odd, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 3))
-    return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
+    lanes = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES)
+    return tl.reshape(lanes, [group.shape[0], LANES])
 
 
 # Compile-time: how a program reads a row, in tiles of threads · groups groups.
@@ -274,14 +251,10 @@ def load_tile(
     EDGE: tl.constexpr,
 ):
     """Load GROUPS groups per thread from `first_group` on; EDGE masks entries from `end` on."""
-    THREADS: tl.constexpr = tiling.threads
     LANES: tl.constexpr = tiling.lanes
-    xs = ()
-    differences = ()
-    los = ()
-    insides = ()
+    tile = Tile((), (), (), ())
     for g in tl.static_range(GROUPS):
-        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        group = first_group + g * tiling.threads + tl.arange(0, tiling.threads)[:, None]
         x = load_group(part.p_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES)
         x = soft_cap(x, reading.softcap, part.p_block.dtype.element_ty)
         inside = group * LANES + part.order < end
@@ -307,8 +280,10 @@ def load_tile(
             if EDGE:
                 difference = tl.where(inside, difference, 0.0)
                 lo = tl.where(inside, lo, 0.0)
-        xs += (x,)
-        differences += (difference,)
-        los += (lo,)
-        insides += (inside,)
-    return Tile(xs, differences, los, insides)
+        tile = Tile(
+            tile.x + (x,),
+            tile.difference + (difference,),
+            tile.lo + (lo,),
+            tile.inside + (inside,),
+        )
+    return tile

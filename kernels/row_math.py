@@ -46,8 +46,6 @@ LARGEST_GAP = tl.constexpr(8.0)
 # Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
 # of q·(d - E_q[d]).
 LARGEST_MEAN_GAP = tl.constexpr(1.0)
-# Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
-SMALL_TANH = tl.constexpr(0.5)
 # Largest |d| that the sums can represent. From 87 nats below the peak on, e^x underflows to 0, and
 # e^x·e^d is lost even if not negligible; far below 0, d·h + d² (= d·expm1(d)) cancels.
 LARGEST_D = tl.constexpr(60.0)
@@ -72,10 +70,7 @@ def subtract(y, x, COMPENSATED: tl.constexpr):
     Without COMPENSATED, lo is a placeholder that `centred` does not read: the float32 rounding of a
     16-bit difference is far below the logits' own rounding.
     """
-    if COMPENSATED:
-        return two_sum(y, -x)
-    else:
-        return y - x, x
+    return two_sum(y, -x) if COMPENSATED else (y - x, x)
 
 
 @triton.jit
@@ -93,13 +88,11 @@ def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
 def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
     """Return d = (y - x)·scale - centre; large parts of both cancel in one fma."""
     d = tl.fma(difference, scale, -centre)
-    if COMPENSATED:
-        d = tl.fma(lo, scale, d)
-    return d
+    return tl.fma(lo, scale, d) if COMPENSATED else d
 
 
 @triton.jit
-def horner(x, coefficients: tl.constexpr):
+def horner(x, coefficients):
     """Evaluate the polynomial with these coefficients, highest power first."""
     value = tl.fma(x, coefficients[0], coefficients[1])
     for i in tl.static_range(2, len(coefficients)):
@@ -189,7 +182,8 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
         power = tl.exp2(x * (2.0 * LOG2E / SOFTCAP)) + 1.0
         capped = tl.fma(tl.rsqrt(power * power), -2.0 * SOFTCAP, SOFTCAP)
         if DTYPE == tl.float32:
-            # Minimax polynomial of (tanh(z)/z - 1)/z², relative error of the whole 1.6e-8.
+            # Below |z| = 0.5, where the form above cancels: minimax polynomial of
+            # (tanh(z)/z - 1)/z², relative error of the whole 1.6e-8.
             z = x * (1.0 / SOFTCAP)
             square = z * z
             series = horner(
@@ -201,7 +195,7 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
                     -0.3333313763141632,
                 ),
             )
-            capped = tl.where(tl.abs(z) < SMALL_TANH, tl.fma(x * square, series, x), capped)
+            capped = tl.where(tl.abs(z) < 0.5, tl.fma(x * square, series, x), capped)
         x = capped
     return x
 
@@ -224,11 +218,7 @@ State = namedtuple("State", "origin S A W U R centre shift")
 
 # The divergences; comparisons rely on the order: those after Rényi's take a second read. Jeffreys'
 # is the sum of two fields, kl and ref_kl (fastkl/ops/engine.py).
-OF_KL = tl.constexpr(0)
-RENYI = tl.constexpr(1)
-JS = tl.constexpr(2)
-SKEW_KL = tl.constexpr(3)
-TOTAL_VARIATION = tl.constexpr(4)
+OF_KL, RENYI, JS, SKEW_KL, TOTAL_VARIATION = map(tl.constexpr, range(5))
 
 
 # Compile-time. name: one of the five numbers above. small_rest: whether rest, Q's share of the

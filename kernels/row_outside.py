@@ -73,8 +73,8 @@ def outside_sum(
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
-    before = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V) < first
-    place = tl.sum(before.to(tl.int32), 0)
+    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
+    place = tl.sum((ids < first).to(tl.int32), 0)
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
     origin, origin_lo = whole_exponent(peak, part.scale_log2, part.second)
@@ -99,8 +99,7 @@ def outside_sum(
         # Origins are whole numbers, so rescaling is exact.
         total *= tl.exp2((origin - raised) + (origin_lo - raised_lo)).to(tl.float64)
         total += lane_sum(e).to(tl.float64)
-        origin = raised
-        origin_lo = raised_lo
+        origin, origin_lo = raised, raised_lo
     return peak, tl.sum(total, 0)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .divergence_math import add_terms
-from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
+from .row_load import D_FACTOR, lane_sum, load_tile
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -39,9 +39,7 @@ from .row_math import (
 )
 
 # Paths of a tile, in order of precedence.
-NEAR = tl.constexpr(0)
-GENERAL = tl.constexpr(1)
-ANCHOR = tl.constexpr(2)
+NEAR, GENERAL, ANCHOR = map(tl.constexpr, range(3))
 
 
 # A tile relative to the current origin and centre: e and D_FACTOR·d as tuples; S, each thread's sum
@@ -60,20 +58,14 @@ Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lan
 @triton.jit
 def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
     """Return the sums of an empty segment; the first tile with weight takes the anchor path."""
-    origin = tl.full([], LOWEST, tl.float32)
-    centre = tl.full([], 0.0, tl.float32)
+    SECOND: tl.constexpr = want.kind.name > RENYI
     zeros = tl.zeros([tiling.threads], tl.float32)
-    limit = zeros
-    if want.kind.name > RENYI:
-        origin = part.second.origin
-        centre = part.second.centre
-        limit = zeros + float("inf")
     lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
-        origin,
-        centre,
+        part.second.origin if SECOND else tl.full([], LOWEST, tl.float32),
+        part.second.centre if SECOND else tl.full([], 0.0, tl.float32),
         zeros,
-        limit,
+        zeros + float("inf") if SECOND else zeros,
         zeros + D_FACTOR,
         lanes,
         lanes,
@@ -120,22 +112,14 @@ def h_general(d):
 
 
 @triton.jit
-def weigh(
-    sums,
-    tile,
-    part,
-    GROUPS: tl.constexpr,
-    want: tl.constexpr,
-    CLAMP: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def weigh(sums, tile, part, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr):
     """Return the Weights of a tile. Without CLAMP, a finite logit so low that its exponent
     overflows makes lane_A NaN.
     """
     es = ()
     ds = ()
     lane_A = sums.lane_A
-    for g in tl.static_range(GROUPS):
+    for g in tl.static_range(len(tile.x)):
         exponent = tl.fma(tile.x[g], part.scale_log2, -sums.origin)
         e = tl.exp2(exponent)
         d = e
@@ -147,8 +131,7 @@ def weigh(
                 d = d - part.second.centre_lo
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
-            if want.kl:
-                d = tl.where(tile.inside[g], d, 0.0)
+            d = tl.where(tile.inside[g], d, 0.0)
         if want.entropy:
             if CLAMP:
                 exponent = tl.maximum(exponent, LOWEST_EXPONENT)
@@ -164,16 +147,14 @@ def weigh(
 
 
 @triton.jit
-def path_of(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr):
+def path_of(sums, weights, want: tl.constexpr):
     """Select the path of a tile."""
-    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR)
+    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR if want.kl else GENERAL)
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
-        for g in tl.static_range(1, GROUPS):
+        for g in tl.static_range(1, len(weights.d)):
             bits = bits | weights.d[g].to(tl.int32, bitcast=True)
-        path = tl.maximum(path, (or_lanes(bits) >> 30) & 1)
-    else:
-        path = tl.maximum(path, GENERAL)
+        path = tl.maximum(path, (tl.reduce_or(bits, 1) >> 30) & 1)
     return tl.max(path, 0)
 
 
@@ -204,19 +185,19 @@ def spread(z, LANES: tl.constexpr):
 
 
 @triton.jit
-def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+def anchor(sums, tile, part, want: tl.constexpr, EDGE: tl.constexpr):
     """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
     over all entries so far, including this tile, or over the tile alone if it outweighs the others
     eightfold.
     """
     state = state_of(sums, part.shift, want)
     peak = tl.max(tile.x[0], 1)
-    for g in tl.static_range(1, GROUPS):
+    for g in tl.static_range(1, len(tile.x)):
         peak = tl.maximum(peak, tl.max(tile.x[g], 1))
     state = rescale(
         state, tl.maximum(sums.origin, tl.floor(tl.max(peak, 0) * part.scale_log2)), want
     )
-    for g in tl.static_range(GROUPS):
+    for g in tl.static_range(len(tile.x)):
         e = tl.exp2(tl.fma(tile.x[g], part.scale_log2, -state.origin))
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
@@ -255,7 +236,7 @@ def anchor(sums, tile, part, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.
 
 
 @triton.jit
-def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
+def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
 
     d and h below include their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
@@ -264,7 +245,7 @@ def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NE
     lane_U = sums.lane_U
     lane_R = sums.lane_R
     largest = sums.largest
-    for g in tl.static_range(GROUPS):
+    for g in tl.static_range(len(weights.e)):
         e = weights.e[g]
         d = weights.d[g]
         if want.kind.name > RENYI:
@@ -287,8 +268,7 @@ def absorb(sums, weights, part, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NE
                 if want.ref_kl:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
             if want.kind.name == RENYI:
-                h_power, _ = h_general(d * part.gamma)
-                lane_R = tl.fma(e, h_power, lane_R)
+                lane_R = tl.fma(e, h_general(d * part.gamma)[0], lane_R)
     return Running(
         sums.origin,
         sums.centre,
@@ -307,7 +287,6 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
     """Return the scalar State of the first `length` entries; U is +inf if some |d| may reach
     LARGEST_D or LARGEST_FAR_D.
     """
-    GROUPS: tl.constexpr = tiling.groups
     TILE: tl.constexpr = tiling.threads * tiling.groups
     # Without a KL there is no near path to keep short: always clamp instead of summing twice.
     CLAMP: tl.constexpr = not want.kl
@@ -316,19 +295,19 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
     group = 0
     full_end = length // tiling.lanes // TILE * TILE
     while group < full_end:
-        tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
-        weights = weigh(sums, tile, part, GROUPS, want, CLAMP, False)
-        path = path_of(sums, weights, GROUPS, want)
+        tile = load_tile(part, group, length, tiling.groups, tiling, want, reading, False)
+        weights = weigh(sums, tile, part, want, CLAMP, False)
+        path = path_of(sums, weights, want)
         if ANCHORS and path > GENERAL:  # anchor
             # A NaN never takes this path: comparisons with NaN are false. Reload the tile: keeping
             # it for this path costs registers on the others.
-            tile = load_tile(part, group, length, GROUPS, tiling, want, reading, False)
-            sums = anchor(sums, tile, part, GROUPS, want, False)
+            tile = load_tile(part, group, length, tiling.groups, tiling, want, reading, False)
+            sums = anchor(sums, tile, part, want, False)
         else:
             if path > NEAR:
-                sums = absorb(sums, weights, part, GROUPS, want, False)
+                sums = absorb(sums, weights, part, want, False)
             else:
-                sums = absorb(sums, weights, part, GROUPS, want, True)
+                sums = absorb(sums, weights, part, want, True)
             group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(sums.lane_A), 0)
@@ -341,11 +320,11 @@ def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading
     # time.
     while group * tiling.lanes < length:
         tile = load_tile(part, group, length, 1, tiling, want, reading, True)
-        weights = weigh(sums, tile, part, 1, want, True, True)
-        if ANCHORS and path_of(sums, weights, 1, want) > GENERAL:  # anchor
-            sums = anchor(sums, tile, part, 1, want, True)
+        weights = weigh(sums, tile, part, want, True, True)
+        if ANCHORS and path_of(sums, weights, want) > GENERAL:  # anchor
+            sums = anchor(sums, tile, part, want, True)
         else:
-            sums = absorb(sums, weights, part, 1, want, False)
+            sums = absorb(sums, weights, part, want, False)
             group += tiling.threads
     state = state_of(sums, part.shift, want)
     S = tl.sum(state.S, 0)

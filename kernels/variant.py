@@ -20,7 +20,6 @@ FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
-_HERE = contextlib.nullcontext()
 Grads = tuple[torch.dtype | None, ...]
 
 
@@ -29,7 +28,7 @@ def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return (
         torch.cuda.device(tensor.device)
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-        else _HERE
+        else contextlib.nullcontext()
     )
 
 
@@ -90,9 +89,10 @@ def row_variant(
     registers.
     """
     constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
-    registers = chosen.registers(case.needs_registers) if limited else None
+    registers = config.ROOM if case.needs_registers else chosen.max_registers
     warps = max(1, chosen.threads // case.warp)
-    return _variant(kernel, case, grads, frozenset(constants.items()), warps, registers)
+    items = frozenset(constants.items())
+    return _variant(kernel, case, grads, items, warps, registers if limited else None)
 
 
 def fallback_variant(
