@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .divergence_math import divergence_gradients
 from .row_finish import Saved
-from .row_load import D_FACTOR, load_edge
+from .row_load import D_FACTOR, load_edge, or_lanes
 from .row_math import (
     JS,
     LN2,
@@ -248,7 +248,7 @@ def write_tile(
         for i in tl.static_range(tiling.groups):
             x, _, y, y_lo = raw_entry(raw, i, place, reading)
             _, d = entry_ratio(x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio)
-            far = tl.reduce_or(d.to(tl.int32, bitcast=True), 1) | far
+            far = or_lanes(d.to(tl.int32, bitcast=True)) | far
         far = tl.max((far >> 30) & 1, 0)
     if far > 0:
         write_entries(place, raw, terms, g, asked, reading, EDGE, False)

@@ -111,6 +111,17 @@ def lane_sum(z):
 
 
 @triton.jit
+def or_lanes(bits):
+    """Return the bitwise or over axis 1, within each thread: the interpreter's tl.reduce_or visits
+    every element.
+    """
+    LANES: tl.constexpr = bits.shape[1]
+    pairs = bits if LANES == 2 else tl.reshape(bits, [bits.shape[0], LANES // 2, 2])
+    low, high = tl.split(pairs)
+    return low | high if LANES == 2 else or_lanes(low | high)
+
+
+@triton.jit
 def prefetch(ptr, length, enabled):
     """Prefetch `length` elements into L2, from the 16-byte boundary at or before ptr, if `enabled`
     is 1: one instruction of sm_90 and later.

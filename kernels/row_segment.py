@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .divergence_math import add_terms
-from .row_load import D_FACTOR, lane_sum, load_tile
+from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -154,7 +154,7 @@ def path_of(sums, weights, want: tl.constexpr):
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, len(weights.d)):
             bits = bits | weights.d[g].to(tl.int32, bitcast=True)
-        path = tl.maximum(path, (tl.reduce_or(bits, 1) >> 30) & 1)
+        path = tl.maximum(path, (or_lanes(bits) >> 30) & 1)
     return tl.max(path, 0)
 
 

@@ -225,7 +225,8 @@ def plan(
     chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     waiting = [head for head in taking_part if head.learns and not head.overwrites]
-    if not (waiting and sums):
+    # Windows of several chunks, also to compute one chunk's logits while another's states travel.
+    if not (waiting and (sums or width)):
         return chunk, chunk if waiting else max(chunk, tokens)
     gradients = vocabulary * sum([head.hidden.dtype.itemsize for head in waiting])
     chunks = chunk * row_bytes * sum([head.buffered for head in taking_part])
@@ -237,7 +238,7 @@ def plan(
     # With several windows each sum is rounded after the last; with one, the GEMMs' results coexist
     # with its buffers.
     returned = [each.like.nbytes for each in sums]
-    several = extra + max(window * gradients + chunks, *returned)
+    several = extra + max([window * gradients + chunks, *returned])
     one = tokens * gradients + max(chunks, sum(returned))
     return chunk, max(tokens, window) if one <= several else window
 

@@ -229,7 +229,8 @@ class ChunkedHeads:
                         next(started, None)
                         deque(waiting, maxlen=0)
                         waiting = started
-                deque(waiting, maxlen=0)
+                if tokens.stop == len(hidden) or any([head.learns for head in heads]):
+                    deque(waiting, maxlen=0)
                 if tokens.stop == len(hidden):
                     # Free the buffers: a GEMM's result may use their memory.
                     for head in heads:
