@@ -23,13 +23,6 @@ from .row_math import LOG2E, STATE, Kind, Want
 
 
 @triton.jit
-def store_part(part_ptr, values, COUNT: tl.constexpr):
-    """Write the Fallback [9] or the Sums [5] of a part of a row."""
-    for i in tl.static_range(COUNT):
-        tl.store(part_ptr + i, values[i])
-
-
-@triton.jit
 def load_parts(part_ptr, mask):
     """Load the Fallbacks of parts at a vector of addresses; masked ones have no entries."""
     return Fallback(
@@ -119,9 +112,14 @@ def segment_log_sums(  # noqa: PLR0913
     ref_lse += statistics.shift.to(tl.float64) * wide_scale
     if statistics.valid == 0:
         q_scale = wide_scale * ratio.to(tl.float64)
-        p_part = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner) + first
-        q_part = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner) + first
-        part = Row(p_part, q_part, tl.minimum(segment, V - first), row, scale, ratio)
+        part = Row(
+            p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner) + first,
+            q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner) + first,
+            tl.minimum(segment, V - first),
+            row,
+            scale,
+            ratio,
+        )
         stats = fallback_statistics(part, wide_scale, q_scale, BLOCK, True, reading, True)
         lse, ref_lse = fallback_log_sums(stats, wide_scale, q_scale)
     log_sums_ptr += tl.program_id(0).to(tl.int64) * 2
@@ -130,17 +128,15 @@ def segment_log_sums(  # noqa: PLR0913
 
 
 @triton.jit
-def merge_log_sums(ptr, mask):
-    """Return the log-sum-exp of a row from those of its parts, at a vector of addresses."""
+def merge_log_sums(ptr, mask, scale):
+    """Return the log-sum-exp of a row from those of its parts, at a vector of addresses, and in
+    place of the peak a logit a little below it: a float32 number, as save_stats requires.
+    """
     values = tl.load(ptr, mask=mask, other=float("-inf"))
     largest = tl.max(values, 0)
-    return largest + tl.log(tl.sum(tl.exp(values - largest), 0))
-
-
-@triton.jit
-def peak_below(lse, scale):
-    """Return a logit, a float32 number as save_stats requires, a little below a log-sum-exp."""
-    return ((lse - tl.fma(tl.abs(lse), 1.0e-6, 1.0)) / scale).to(tl.float32).to(tl.float64)
+    lse = largest + tl.log(tl.sum(tl.exp(values - largest), 0))
+    below = (lse - tl.fma(tl.abs(lse), 1.0e-6, 1.0)) / scale
+    return lse, below.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -148,10 +144,8 @@ def fallback_of_log_sums(ptr, mask, scale, q_scale):
     """Return a Fallback that gives the log-probabilities, from pairs of log-sum-exps at a vector of
     addresses; log_sum stands in for the means and the entropy.
     """
-    lse = merge_log_sums(ptr, mask)
-    ref_lse = merge_log_sums(ptr + 1, mask)
-    x_peak = peak_below(lse, scale)
-    y_peak = peak_below(ref_lse, q_scale)
+    lse, x_peak = merge_log_sums(ptr, mask, scale)
+    ref_lse, y_peak = merge_log_sums(ptr + 1, mask, q_scale)
     log_sum = lse - x_peak * scale
     ratio = ref_lse - y_peak * q_scale - log_sum
     return Fallback(

@@ -16,7 +16,6 @@ from .fallback_parts import (
     load_parts,
     merge_parts,
     merge_sums,
-    store_part,
 )
 from .row_finish import SAVED, Outputs, Row, row_outputs
 from .row_gradient import Asked, Upstream
@@ -148,9 +147,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                 ratio = row_ratio(ratio_ptr, row, row < n_rows, HAS_RATIO)
                 p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-                token = row
-                if HAS_TOKENS:
-                    token = tl.load(tokens_ptr + row)
+                token = tl.load(tokens_ptr + row) if HAS_TOKENS else row
                 outputs = Outputs(
                     saved_ptr,
                     logprob_ptr,
@@ -188,7 +185,8 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                 elif OTHER:
                     sums = divergence_sums(whole, stats, formula, BLOCK, kind, reading)
                 if PART:
-                    store_part(part_ptr + row * VALUES, sums, VALUES)
+                    for i in tl.static_range(VALUES):
+                        tl.store(part_ptr + row * VALUES + i, sums[i])
                 else:
                     store_fallback(out, whole, stats, sums, formula, want, reading)
                 if WITH_GRADIENT:

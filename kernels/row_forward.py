@@ -180,9 +180,11 @@ def row_forward(  # noqa: PLR0913, PLR0915
     if MERGE:
         states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
     else:
-        shift = tl.full([], 0.0, tl.float32)
-        if WITH_KL and COMPENSATED:
-            shift = segment_shift(p_row + first, q_row + first, length, ratio, reading)
+        shift = (
+            segment_shift(p_row + first, q_row + first, length, ratio, reading)
+            if WITH_KL and COMPENSATED
+            else tl.full([], 0.0, tl.float32)
+        )
         pad = row_pad(p_row, REALIGN)
         part = Segment(
             p_row + first - pad,
@@ -219,9 +221,7 @@ def row_forward(  # noqa: PLR0913, PLR0915
                 zeros + state.centre,
                 zeros + state.shift,
             )
-    token = row
-    if HAS_TOKENS:
-        token = tl.load(tokens_ptr + row)
+    token = tl.load(tokens_ptr + row) if HAS_TOKENS else row
     scale = doubled_scale * (1.0 / D_FACTOR)
     statistics = row_statistics(states, scale, gamma, want)
     valid = statistics.valid
