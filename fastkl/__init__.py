@@ -25,7 +25,7 @@ if typing.TYPE_CHECKING:
     from .tokens import TokenStats, entropy_from_logits, selective_log_softmax, token_stats
     from .topk import TopKStats, linear_topk_kl_divergence, topk_kl_divergence, topk_stats
 
-__version__ = "0.3.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DistillationLoss",
