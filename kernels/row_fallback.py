@@ -148,17 +148,19 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                 p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
                 token = tl.load(tokens_ptr + row) if HAS_TOKENS else row
-                outputs = Outputs(
-                    saved_ptr,
-                    logprob_ptr,
-                    entropy_ptr,
-                    ref_logprob_ptr,
-                    kl_ptr,
-                    ref_kl_ptr,
-                    lse_ptr,
-                    ref_lse_ptr,
+                out = row_outputs(
+                    Outputs(
+                        saved_ptr,
+                        logprob_ptr,
+                        entropy_ptr,
+                        ref_logprob_ptr,
+                        kl_ptr,
+                        ref_kl_ptr,
+                        lse_ptr,
+                        ref_lse_ptr,
+                    ),
+                    row,
                 )
-                out = row_outputs(outputs, row)
                 whole = Row(p_row, q_row, V, token, scale, ratio)
                 wide_scale = scale.to(tl.float64)
                 q_scale = wide_scale * ratio.to(tl.float64)

@@ -20,6 +20,7 @@ FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
+_HERE = contextlib.nullcontext()
 Grads = tuple[torch.dtype | None, ...]
 
 
@@ -28,7 +29,7 @@ def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return (
         torch.cuda.device(tensor.device)
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-        else contextlib.nullcontext()
+        else _HERE
     )
 
 
