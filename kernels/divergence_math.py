@@ -56,6 +56,14 @@ Second = namedtuple("Second", "formula origin centre centre_lo")
 EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
 
 
+# Float64 sums of a divergence other than the KL: Σ p·f, Σ p·u, Σ q·v, and Σ p
+# and Σ q, which are 1 but for the errors of the log-sum-exps.
+#
+# Rényi's: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and the number of
+# entries with p ≠ q.
+Sums = namedtuple("Sums", "value u v p q")
+
+
 @triton.jit
 def expm1(z):
     """Return e^z - 1 with a small relative error."""
@@ -164,6 +172,24 @@ def renyi_exponent(log_p, log_q, formula):
     power = log_p + (log_q - log_p) * formula.rest
     absent = tl.where(formula.rest > 0.0, log_p == float("-inf"), tl.exp(log_p) == 0.0)
     return tl.where(absent, float("-inf"), tl.where(power > 1.0e300, 1.0e300, power))
+
+
+@triton.jit
+def empty_sums(zeros, kind: tl.constexpr):
+    """Return the Sums of no entries."""
+    return Sums(zeros, zeros - (1.0e300 if kind.name == RENYI else 0.0), zeros, zeros, zeros)
+
+
+@triton.jit
+def add_sums(sums, kind: tl.constexpr):
+    """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
+    value = sums.value
+    if kind.name == RENYI:
+        u = tl.max(sums.u, 0)
+        value *= tl.exp(sums.u - u)
+    else:
+        u = tl.sum(sums.u, 0)
+    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0))
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Fallback: compute rows in float64 that the float32 sums of one pass cannot represent.
 
-Covers infinities, entries masked by a finite number on one side only, peaks far apart, logits of
-any size: with the row's largest logit subtracted, and d averaged relative to its value at the peak,
-the textbook formulas have enough digits in float64. Rows are read element by element, so no sum
-depends on a row's alignment.
+Covers infinities, entries masked by a finite number in one model, peaks far apart, logits of any
+size: the textbook formulas have enough digits in float64 with the row's largest logit subtracted,
+and d averaged relative to its value at the peak. No sum depends on a row's alignment.
 """
 
 from collections import namedtuple
@@ -11,7 +10,14 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .divergence_math import double_formula, double_terms, renyi_exponent
+from .divergence_math import (
+    Sums,
+    add_sums,
+    double_formula,
+    double_terms,
+    empty_sums,
+    renyi_exponent,
+)
 from .row_finish import not_above_zero, store_fields, store_lse, token_logits
 from .row_load import load_logit
 from .row_math import OF_KL, RENYI, soft_cap_slope
@@ -21,8 +27,7 @@ SIGN_BIT = tl.constexpr(-2147483648)
 # gradient does not.
 MEAN_FACTOR = tl.constexpr(2.0**-64)
 # Indices of the saved E_p[u] and E_q[v] of a divergence other than the KL, each as hi and lo.
-MEAN_U = tl.constexpr(5)
-MEAN_V = tl.constexpr(7)
+MEAN_U, MEAN_V = tl.constexpr(5), tl.constexpr(7)
 
 
 # Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
@@ -35,14 +40,6 @@ Fallback = namedtuple(
     "x_peak y_peak log_sum log_sum_ratio y_at_x_peak mean_p_from_peak x_at_y_peak "
     "mean_q_from_peak entropy",
 )
-
-
-# Float64 sums of a divergence other than the KL: Σ p·f, Σ p·u, Σ q·v (divergence_math.py), and Σ p
-# and Σ q, which are 1 but for the errors of the log-sum-exps.
-#
-# Rényi's: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and the number of
-# entries with p ≠ q.
-Sums = namedtuple("Sums", "value u v p q")
 
 
 @triton.jit
@@ -210,12 +207,11 @@ def save_stats(saved_ptr, stats):
 @triton.jit
 def load_stats(saved_ptr):
     """Return the Fallback that save_stats wrote."""
-    log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return Fallback(
         tl.load(saved_ptr).to(tl.float64),
         tl.load(saved_ptr + 2).to(tl.float64),
         -tl.load(saved_ptr + 1).to(tl.float64),
-        log_sum_ratio,
+        load_hi_lo(saved_ptr + 3),
         tl.load(saved_ptr + 5).to(tl.float64),
         tl.load(saved_ptr + 6).to(tl.float64) / MEAN_FACTOR,
         tl.load(saved_ptr + 7).to(tl.float64),
@@ -228,24 +224,6 @@ def load_stats(saved_ptr):
 def is_fallback(saved_ptr):
     """Return whether a row's saved values are a Fallback's."""
     return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
-
-
-@triton.jit
-def empty_sums(zeros, kind: tl.constexpr):
-    """Return the Sums of no entries."""
-    return Sums(zeros, zeros - (1.0e300 if kind.name == RENYI else 0.0), zeros, zeros, zeros)
-
-
-@triton.jit
-def add_sums(sums, kind: tl.constexpr):
-    """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
-    value = sums.value
-    if kind.name == RENYI:
-        u = tl.max(sums.u, 0)
-        value *= tl.exp(sums.u - u)
-    else:
-        u = tl.sum(sums.u, 0)
-    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0))
 
 
 @triton.jit

@@ -8,15 +8,8 @@ the states, for each segment, since only merging shows which rows take the fallb
 import triton
 import triton.language as tl
 
-from .fallback import (
-    Fallback,
-    Sums,
-    add_sums,
-    empty_sums,
-    fallback_log_sums,
-    fallback_statistics,
-    peak_ratios,
-)
+from .divergence_math import Sums, add_sums, empty_sums
+from .fallback import Fallback, fallback_log_sums, fallback_statistics, peak_ratios
 from .row_finish import Row, load_states, row_statistics
 from .row_load import Reading, row_offset, row_ratio, row_scale
 from .row_math import LOG2E, STATE, Kind, Want

@@ -1,5 +1,6 @@
 """Shards of a vocabulary beside the whole: cases, functions, and the comparison on one rank."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.multiprocessing
 
 import fastkl
 from fastkl import parallel, testing
+from fastkl.ops import chunks, gemm
 
 WORLD = 4
 Shard = fastkl.VocabShard
@@ -254,6 +256,28 @@ def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(local, mesh, [Replicate()])
+
+
+def recorded(order: list[str], letter: str, function: Callable, *args):
+    order.append(letter)
+    return function(*args)
+
+
+def overlapped(group: dist.ProcessGroup) -> str:
+    """Return the order of products, gathers and waits of three chunks of two models."""
+    head = fastkl.Head(torch.ones(16, 4).requires_grad_(), shard=Shard.megatron(group, 16, 64))
+    hidden, order = torch.ones(2, 30, 4), []
+
+    with mock.patch.object(chunks, "LARGEST_CHUNK", 12), contextlib.ExitStack() as patches:
+        for letter, where, name in (
+            ("p", gemm, "logits_into"),
+            ("g", parallel, "start_gather"),
+            ("w", parallel, "wait"),
+        ):
+            call = functools.partial(recorded, order, letter, getattr(where, name))
+            patches.enter_context(mock.patch.object(where, name, call))
+        fastkl.linear_kl_divergence(hidden[0], head, hidden[1], reduction="sum")
+    return "".join(order)
 
 
 def mistakes(rank: int, group: dist.ProcessGroup) -> None:

@@ -3,10 +3,8 @@ call on the whole vocabulary.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
-import functools
 import os
 import pathlib
 import sys
@@ -33,6 +31,7 @@ from parallel_cases import (
     compare,
     derivatives,
     mistakes,
+    overlapped,
     parallel_logits,
     replicated,
     results,
@@ -40,7 +39,6 @@ from parallel_cases import (
 
 import fastkl
 from fastkl import parallel, testing
-from fastkl.ops import chunks, gemm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -295,28 +293,6 @@ def costs(group: dist.ProcessGroup) -> None:
         assert bool(outside.isnan().all())
     with fastkl.use_backend("triton"):
         assert overlapped(group) == "ppg" + "ppwggw" * 2 + "wgw"
-
-
-def recorded(order: list[str], letter: str, function: Callable, *args):
-    order.append(letter)
-    return function(*args)
-
-
-def overlapped(group: dist.ProcessGroup) -> str:
-    """Return the order of products, gathers and waits of three chunks of two models."""
-    head = fastkl.Head(torch.ones(16, 4).requires_grad_(), shard=Shard.megatron(group, 16, 64))
-    hidden, order = torch.ones(2, 30, 4), []
-
-    with mock.patch.object(chunks, "LARGEST_CHUNK", 12), contextlib.ExitStack() as patches:
-        for letter, where, name in (
-            ("p", gemm, "logits_into"),
-            ("g", parallel, "start_gather"),
-            ("w", parallel, "wait"),
-        ):
-            call = functools.partial(recorded, order, letter, getattr(where, name))
-            patches.enter_context(mock.patch.object(where, name, call))
-        fastkl.linear_kl_divergence(hidden[0], head, hidden[1], reduction="sum")
-    return "".join(order)
 
 
 def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
