@@ -149,8 +149,8 @@ def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries, so that an
     equal share of the vocabulary holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are
-    cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments; a split
-    vocabulary has eight segments or more, so that the bits are the same on one to eight ranks.
+    cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments if they can
+    be that short; a split vocabulary has eight or more, for the same bits on 1, 2, 4 and 8 ranks.
     """
     parts, fewest = 16, 8 if width else 1
     while vocabulary > parts * LONGEST_SEGMENT:

@@ -59,8 +59,8 @@ EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
 # Float64 sums of a divergence other than the KL: Σ p·f, Σ p·u, Σ q·v, and Σ p
 # and Σ q, which are 1 but for the errors of the log-sum-exps.
 #
-# Rényi's: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and the number of
-# entries with p ≠ q.
+# Rényi's first three: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and
+# the number of entries with p ≠ q.
 Sums = namedtuple("Sums", "value u v p q")
 
 

@@ -158,13 +158,6 @@ def fallback_statistics(
 
 
 @triton.jit
-def fallback_log_sums(stats, scale, q_scale):
-    """Return the log-sum-exps of x/T and y/T."""
-    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
-    return stats.x_peak * scale + stats.log_sum, ref_lse
-
-
-@triton.jit
 def fallback_kl(stats, scale, q_scale):
     """Return KL(P‖Q) and KL(Q‖P), never negative; +inf also if the peak of one has no probability
     under the other, which would give (-inf) - (-inf).
@@ -293,7 +286,7 @@ def load_hi_lo(ptr):
 
 @triton.jit
 def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
-    """Return T times the gradients, from the saved values of fallback_divergence."""
+    """Return T times the gradients, from the saved values of store_divergence."""
     formula = double_formula(formula)
     mean_u = load_hi_lo(saved_ptr + MEAN_U)
     mean_v = load_hi_lo(saved_ptr + MEAN_V)
@@ -319,8 +312,8 @@ def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: 
     if want.kind.name > OF_KL:
         kl = store_divergence(out.saved, sums, formula, want.kind)
     store_fields(out, stats.entropy, kl, ref_kl, want)
-    lse, ref_lse = fallback_log_sums(stats, scale, q_scale)
-    store_lse(out, lse, ref_lse, want)
+    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
+    store_lse(out, stats.x_peak * scale + stats.log_sum, ref_lse, want)
     if reading.tokens:
         x, y = token_logits(row, want, reading)
         log_p = log_probability_p(x.to(tl.float64), stats, scale)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .divergence_math import Sums, add_sums, empty_sums
-from .fallback import Fallback, fallback_log_sums, fallback_statistics, peak_ratios
+from .fallback import Fallback, fallback_statistics, peak_ratios
 from .row_finish import Row, load_states, row_statistics
 from .row_load import Reading, row_offset, row_ratio, row_scale
 from .row_math import LOG2E, STATE, Kind, Want
@@ -31,6 +31,16 @@ def load_parts(part_ptr, mask):
     )
 
 
+@triton.jit
+def split_log_sum(lse, scale):
+    """Return a log-sum-exp as a logit somewhat below it, a float32 number as save_stats requires of
+    a peak, and the positive rest.
+    """
+    below = tl.minimum((lse - tl.fma(tl.abs(lse), 1.0e-6, 1.0)) / scale, 3.0e38)
+    peak = below.to(tl.float32).to(tl.float64)
+    return peak, lse - peak * scale
+
+
 # Row counts, strides, lengths and base addresses vary from step to step and must not cause a
 # recompile.
 @triton.jit(
@@ -48,6 +58,7 @@ def load_parts(part_ptr, mask):
     do_not_specialize_on_alignment=[
         "p_ptr",
         "q_ptr",
+        "mask_ptr",
         "temperature_ptr",
         "ratio_ptr",
         "state_ptr",
@@ -57,10 +68,11 @@ def load_parts(part_ptr, mask):
 def segment_log_sums(  # noqa: PLR0913
     p_ptr,
     q_ptr,
+    mask_ptr,
     temperature_ptr,
     ratio_ptr,
     state_ptr,  # as in row_forward, which has run
-    log_sums_ptr,  # [N, splits, 2] float64
+    log_sums_ptr,  # [N, splits, 4] float64: peak and log_sum of P, and of Q
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -71,21 +83,27 @@ def segment_log_sums(  # noqa: PLR0913
     segment: tl.int32,
     splits: tl.int32,
     BLOCK: tl.constexpr,  # entries of a segment read at a time
+    HAS_MASK: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """Write the log-sum-exps of P and Q over each segment of a part of a split vocabulary.
+    """Write the log-sum-exps of P and Q over each segment of a part of a split vocabulary, each as
+    peak·s + log_sum (s·ratio for Q), since one number cannot hold -1e30 and log V.
 
     Math:   row_statistics of the segment's state; where that is not valid, fallback_statistics.
     Grid:   (N · splits,), as row_forward.
-    Reads:  8 float32 per segment; where they are not valid, 3·V / splits of each tensor.
-    Writes: 2 float64 per segment.
-    Special values: -inf for a segment of no entries, or of -inf alone.
+    Reads:  8 float32 per segment; where they are not valid, 3·V / splits of each tensor; nothing of
+            a masked row.
+    Writes: 4 float64 per segment, except of masked rows.
+    Special values: a peak of -inf for a segment of no entries, or of -inf alone.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     first = tl.program_id(0) % splits * segment
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            return
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
@@ -93,18 +111,21 @@ def segment_log_sums(  # noqa: PLR0913
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
+    wide_scale = scale.to(tl.float64)
+    q_scale = wide_scale * ratio.to(tl.float64)
     one = tl.arange(0, 1)
     states = load_states(state_ptr + (tl.program_id(0).to(tl.int64) + one) * STATE, one == 0, want)
+    # Of the KL: gamma is not read.
     statistics = row_statistics(states, scale, scale, want)
-    saved = statistics.unshifted
-    wide_scale = scale.to(tl.float64)
+    unshifted = statistics.unshifted
     # These are base-2 and refer to a rounded scale: divide by that scale.
     factor = wide_scale / (scale * LOG2E).to(tl.float64)
-    lse = (saved.origin.to(tl.float64) + saved.log2_S.to(tl.float64)) * factor
-    ref_lse = (saved.log2_Z_q.to(tl.float64) + saved.log2_Z_q_lo.to(tl.float64)) * factor
+    lse = (unshifted.origin.to(tl.float64) + unshifted.log2_S.to(tl.float64)) * factor
+    ref_lse = (unshifted.log2_Z_q.to(tl.float64) + unshifted.log2_Z_q_lo.to(tl.float64)) * factor
     ref_lse += statistics.shift.to(tl.float64) * wide_scale
+    x_peak, log_sum = split_log_sum(lse, wide_scale)
+    y_peak, ref_log_sum = split_log_sum(ref_lse, q_scale)
     if statistics.valid == 0:
-        q_scale = wide_scale * ratio.to(tl.float64)
         part = Row(
             p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner) + first,
             q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner) + first,
@@ -114,36 +135,31 @@ def segment_log_sums(  # noqa: PLR0913
             ratio,
         )
         stats = fallback_statistics(part, wide_scale, q_scale, BLOCK, True, reading, True)
-        lse, ref_lse = fallback_log_sums(stats, wide_scale, q_scale)
-    log_sums_ptr += tl.program_id(0).to(tl.int64) * 2
-    tl.store(log_sums_ptr, lse)
-    tl.store(log_sums_ptr + 1, ref_lse)
-
-
-@triton.jit
-def merge_log_sums(ptr, mask, scale):
-    """Return the log-sum-exp of a row from those of its parts, at a vector of addresses, and in
-    place of the peak a logit a little below it: a float32 number, as save_stats requires.
-    """
-    values = tl.load(ptr, mask=mask, other=float("-inf"))
-    largest = tl.max(values, 0)
-    lse = largest + tl.log(tl.sum(tl.exp(values - largest), 0))
-    below = (lse - tl.fma(tl.abs(lse), 1.0e-6, 1.0)) / scale
-    return lse, below.to(tl.float32).to(tl.float64)
+        x_peak, log_sum, y_peak = stats.x_peak, stats.log_sum, stats.y_peak
+        ref_log_sum = log_sum + stats.log_sum_ratio
+    values = (x_peak, log_sum, y_peak, ref_log_sum)
+    for i in tl.static_range(4):
+        tl.store(log_sums_ptr + tl.program_id(0).to(tl.int64) * 4 + i, values[i])
 
 
 @triton.jit
 def fallback_of_log_sums(ptr, mask, scale, q_scale):
-    """Return a Fallback that gives the log-probabilities, from pairs of log-sum-exps at a vector of
-    addresses; log_sum stands in for the means and the entropy.
+    """Return a Fallback that gives the log-probabilities, from the results of segment_log_sums at a
+    vector of addresses; log_sum stands in for the means and the entropy.
     """
-    lse, x_peak = merge_log_sums(ptr, mask, scale)
-    ref_lse, y_peak = merge_log_sums(ptr + 1, mask, q_scale)
-    log_sum = lse - x_peak * scale
-    ratio = ref_lse - y_peak * q_scale - log_sum
+    x_peak, log_sum = merge_log_sums(ptr, mask, scale)
+    y_peak, ref_log_sum = merge_log_sums(ptr + 2, mask, q_scale)
     return Fallback(
-        x_peak, y_peak, log_sum, ratio, y_peak, log_sum, x_peak, log_sum, log_sum
+        x_peak, y_peak, log_sum, ref_log_sum - log_sum, y_peak, log_sum, x_peak, log_sum, log_sum
     )  # fmt: skip
+
+
+@triton.jit
+def merge_log_sums(ptr, mask, scale):
+    """Return the peak and log_sum of a row from those of its segments, at a vector of addresses."""
+    peaks = tl.load(ptr, mask=mask, other=float("-inf"))
+    peak, log_sum, _ = part_shares(peaks, tl.load(ptr + 1, mask=mask, other=0.0), scale)
+    return peak, log_sum
 
 
 @triton.jit

@@ -162,7 +162,7 @@ def forward(
     with current(p):
         counters = saved
         # Not cached between calls: another pool or stream may own the memory, as under CUDA graphs.
-        if shard.ranks or plan.splits > 1:
+        if not shard.merges and (shard.ranks or plan.splits > 1):
             first = NEVER_LAST if shard.ranks else 0
             counters = torch.full((layout.rows,), first, dtype=torch.int32, device=p.device)
         if state is None and plan.splits > 1:
@@ -227,35 +227,33 @@ def fallback(
 ) -> None:
     """Fill the parts [N, 9] float64 of a shard's fallback rows, which forward has marked; with
     `merges`, fill the rows from the parts [ranks, N, 9] of all ranks. For a divergence other than
-    the KL: [N, 5], given segment_log_sums of all ranks, [ranks, N, splits, 2].
+    the KL: [N, 5], given segment_log_sums of all ranks, [ranks, N, splits, 4].
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
-    split = parts, log_sums, shard.ranks, plan.splits
+    split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks, splits=plan.splits)
     with current(saved):
         _start_fallback(plan.fallback, problem, given, fields, divergence.share, split)
 
 
 def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exps of P and Q over each segment, [N, splits, 2] float64, from a shard's
-    states.
-    """
-    p, q, _, _, temperatures, ratios = tensors(problem)
-    layout = problem.layout
-    found = states.new_empty(layout.rows, plan.splits, 2, dtype=torch.float64)
+    """Return segment_log_sums, [N, splits, 4] float64, from a shard's states."""
+    p, q, _, mask, temperatures, ratios = tensors(problem)
+    found = states.new_zeros(problem.layout.rows, plan.splits, 4, dtype=torch.float64)
     with current(p):
         plan.log_sums.start(
-            layout.rows * plan.splits,
+            problem.layout.rows * plan.splits,
             dict(
                 p_ptr=p,
                 q_ptr=q,
+                mask_ptr=mask,
                 temperature_ptr=temperatures,
                 ratio_ptr=ratios,
                 state_ptr=states,
                 log_sums_ptr=found,
                 temperature=float(problem.temperature),
-                **layout.places,
-                V=layout.vocabulary,
+                **problem.layout.places,
+                V=problem.layout.vocabulary,
                 segment=plan.segment,
                 splits=plan.splits,
             ),
@@ -269,14 +267,13 @@ def _start_fallback(
     given: tuple[torch.Tensor, ...],
     fields: dict[str, torch.Tensor],
     share: float,
-    split: tuple[torch.Tensor | None, torch.Tensor | None, int, int] = (None, None, 0, 0),
+    split: dict[str, Any] | None = None,
 ) -> None:
-    """Start row_fallback without gradients; given: the problem's tensors; split: parts, log_sums,
-    ranks and splits of a split vocabulary.
+    """Start row_fallback without gradients; given: the problem's tensors; split: its arguments for
+    a split vocabulary.
     """
     p, q, tokens, _, temperatures, ratios = given
     saved = fields["saved_ptr"]
-    parts, log_sums, ranks, splits = split
     variant.start(
         -(-problem.layout.rows // FALLBACK_ROWS),
         dict(
@@ -288,8 +285,8 @@ def _start_fallback(
             **fields,
             grad_ptr=saved,
             weight_ptr=saved,
-            part_ptr=saved if parts is None else parts,
-            log_sums_ptr=saved if log_sums is None else log_sums,
+            part_ptr=saved,
+            log_sums_ptr=saved,
             temperature=float(problem.temperature),
             **problem.layout.places,
             stride_grad=0,
@@ -297,9 +294,10 @@ def _start_fallback(
             n_rows=problem.layout.rows,
             share=share,
             rest=1.0 - share,
-            ranks=ranks,
-            splits=splits,
-        ),
+            ranks=0,
+            splits=0,
+        )
+        | (split or {}),
     )
 
 

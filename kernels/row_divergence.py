@@ -132,10 +132,11 @@ def row_divergence(  # noqa: PLR0913
 
     Math:   divergence_math.py; defined by f_divergences.divergence.
     Grid:   as row_forward.
-    Reads:  N·V of p and q, 40 bytes per row; nothing of a masked row, or of a fallback row, already
-            computed by row_fallback.
+    Reads:  N·V of p and q, 40 bytes per row; nothing of a masked row, or of a fallback row, which
+            row_fallback computes.
     Writes: 6 · N · splits float32, read again by the last program; the divergence and three saved
-            values per row. With MERGE, both as row_forward.
+            values per row. With MERGE, reads 6 · ranks · splits float32 in place of p and q, and
+            writes no states.
     Saves:  E_p[u] and E_q[v], or for total variation Q(d < 0) and P(d ≥ 0), in place of the means
             of the KL's gradient, and the divergence in place of the entropy.
     Special values: a masked row keeps its zeros.
@@ -143,7 +144,8 @@ def row_divergence(  # noqa: PLR0913
     row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
     first = (tl.program_id(0) % (1 if MERGE else splits)) * segment
     saved_ptr += row * SAVED
-    done = is_fallback(saved_ptr)
+    marked = tl.load(saved_ptr)
+    done = is_fallback(saved_ptr) | (marked != marked)
     if HAS_MASK:
         done = done | (tl.load(mask_ptr + row) == 0)
     if done:

@@ -78,7 +78,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
     part_ptr,  # float64 values of parts, see PART and RANKS; otherwise any pointer
-    log_sums_ptr,  # [ranks, N, splits, 2] float64, of segment_log_sums; any pointer without SPLITS
+    log_sums_ptr,  # [ranks, N, splits, 4] float64, of segment_log_sums; any pointer without SPLITS
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -119,8 +119,8 @@ def row_fallback(  # noqa: PLR0913, PLR0915
             row_gradients, and f_divergences.divergence.
     Grid:   (⌈N / ROWS⌉,).
     Reads:  one saved value per row; 3·V of each tensor for a recomputed row, V more for a
-            divergence other than the KL and WITH_GRADIENT. With SPLITS, V once, and log_sums; with
-            RANKS, part and the sampled logit.
+            divergence other than the KL and WITH_GRADIENT. With SPLITS, log_sums, and
+            with PART too V once; with RANKS, part and the sampled logit.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT, V of the
             gradient of weight·KL to P. With PART, only part.
     Saves:  save_stats' ten values, marked by the sign of the second; for a divergence other than
@@ -136,11 +136,10 @@ def row_fallback(  # noqa: PLR0913, PLR0915
     rows = first + tl.arange(0, ROWS)
     origins = tl.load(saved_ptr + rows * SAVED, mask=rows < n_rows, other=0.0)
     marked = (origins != origins).to(tl.int32)
-    OTHER: tl.constexpr = KIND > 0
     if tl.max(marked, 0) > 0:
-        for index in range(ROWS):
-            if tl.max(tl.where(tl.arange(0, ROWS) == index, marked, 0), 0) > 0:
-                row = first + index
+        for i_row in range(ROWS):
+            if tl.max(tl.where(tl.arange(0, ROWS) == i_row, marked, 0), 0) > 0:
+                row = first + i_row
                 scale = row_scale(
                     temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW
                 )
@@ -164,27 +163,27 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                 whole = Row(p_row, q_row, V, token, scale, ratio)
                 wide_scale = scale.to(tl.float64)
                 q_scale = wide_scale * ratio.to(tl.float64)
-                VALUES: tl.constexpr = 5 if OTHER else 9
+                VALUES: tl.constexpr = 5 if KIND > 0 else 9
                 rank = tl.arange(0, max(RANKS, 1))
-                parts = part_ptr + (rank * n_rows.to(tl.int64) + row) * VALUES
+                part_ptrs = part_ptr + (rank * n_rows.to(tl.int64) + row) * VALUES
                 if SPLITS > 0:
-                    part = tl.arange(0, SPLITS)
-                    pair = (part // splits * n_rows.to(tl.int64) + row) * splits + part % splits
+                    index = tl.arange(0, SPLITS)
+                    place = (index // splits * n_rows.to(tl.int64) + row) * splits + index % splits
                     stats = fallback_of_log_sums(
-                        log_sums_ptr + pair * 2, part < ranks * splits, wide_scale, q_scale
+                        log_sums_ptr + place * 4, index < ranks * splits, wide_scale, q_scale
                     )
                 elif RANKS > 0:
                     stats = merge_parts(
-                        load_parts(parts, rank < ranks), wide_scale, q_scale, WITH_KL
+                        load_parts(part_ptrs, rank < ranks), wide_scale, q_scale, WITH_KL
                     )
                 else:
                     stats = fallback_statistics(
                         whole, wide_scale, q_scale, BLOCK, WITH_KL, reading, PART
                     )
                 sums = stats
-                if OTHER and RANKS > 0:
-                    sums = merge_sums(parts, rank < ranks, kind)
-                elif OTHER:
+                if KIND > 0 and RANKS > 0:
+                    sums = merge_sums(part_ptrs, rank < ranks, kind)
+                elif KIND > 0:
                     sums = divergence_sums(whole, stats, formula, BLOCK, kind, reading)
                 if PART:
                     for i in tl.static_range(VALUES):

@@ -112,8 +112,8 @@ def lane_sum(z):
 
 @triton.jit
 def or_lanes(bits):
-    """Return the bitwise or over axis 1, within each thread: the interpreter's tl.reduce_or visits
-    every element.
+    """Return the bitwise or over axis 1, within each thread; not tl.reduce_or, which the
+    interpreter runs element by element.
     """
     LANES: tl.constexpr = bits.shape[1]
     pairs = bits if LANES == 2 else tl.reshape(bits, [bits.shape[0], LANES // 2, 2])

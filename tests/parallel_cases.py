@@ -54,7 +54,7 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
     """
     generator = torch.Generator().manual_seed(vocabulary + rows)
     p, other = torch.randn(2, rows, vocabulary, generator=generator) * 2
-    q = p + noise * other
+    q, lowest = p + noise * other, torch.finfo(dtype).min
     kinds = [
         lambda row: q[row].add_(50.0),
         lambda row: q[row, -3].fill_(-torch.inf),
@@ -67,6 +67,9 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
         lambda row: q[row, p[row, :width].argmax()].fill_(-torch.inf),
         lambda row: (p[row, :width].fill_(-torch.inf), p[row, 1].fill_(torch.nan)),
         lambda row: (q[row, :width].fill_(-torch.inf), q[row, 1].fill_(torch.nan)),
+        lambda row: q[row].fill_(-1e30),
+        lambda row: (p[row].fill_(lowest), q[row].fill_(lowest)),
+        lambda row: p[row].fill_(lowest),
     ]
     for row, kind in zip(range(1, rows), kinds, strict=False):
         kind(row)
@@ -132,7 +135,7 @@ LOSSES = {
 FUNCTIONS |= {name: functools.partial(distilled, loss) for name, loss in LOSSES.items()}
 DIVERGENCES = ("kl", "mean", "jeffreys", "js", "renyi", "tv", "topk")
 # Functions whose logits the kernels gather.
-GATHERING = ("several", "support", "topk")
+GATHERING = ("several", "topk", "support")
 
 
 def results(function: Callable, given: Case, **more) -> tuple[list[torch.Tensor], list]:
@@ -165,8 +168,8 @@ class Count:
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
-    "even": (1024, 256, 13, torch.float32, 0.1, True),
-    "far": (1024, 256, 13, torch.bfloat16, 3.0, True),
+    "even": (1024, 256, 16, torch.float32, 0.1, True),
+    "far": (1024, 256, 16, torch.bfloat16, 3.0, True),
     "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
     "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
     "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
@@ -203,7 +206,7 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
     c, own = whole_case(name), columns(shard, width)
     mine = c.on(shard, width)
     for label, function in FUNCTIONS.items():
-        wanted = ("kl", "stats") if name in ("even", "far", "small") else ("kl",)
+        wanted = ("kl",) if name in ("large", "padded", "uneven") else ("kl", "stats", "js")
         if label not in wanted and (name != "even" or group.size() == 2):
             continue
         what = f"{name}, {backend}, {group.size()} ranks, {label}"
@@ -214,7 +217,8 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
             wholes = [expected(name, backend, label)]
             if backend == "triton" and equal:
                 wholes.append(expected(name, backend, label, shard=Shard(alone, 0, vocabulary)))
-        assert count.calls <= (4 if label in LOSSES else 2), what
+        most = 1 if label in GATHERING[:2] else 4 if label in LOSSES else 2
+        assert count.calls <= most or backend == "reference" and count.calls <= 2, what
         small = 1e-8 if label in DIVERGENCES else 2e-6
         for result, value in zip(found, wholes[0][0], strict=True):
             torch.testing.assert_close(result, value, rtol=2e-5, atol=small, equal_nan=True)
@@ -233,11 +237,11 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
             held = slice(shard.start, shard.start + own)
             finite = gradient[:, held].isfinite().all(-1)
             assert bool((finite == part[:, :own].isfinite().all(-1)).all()), what
-            size = gradient[finite].double().norm(dim=-1)
+            # Elsewhere the row may be NaN.
+            size = gradient[finite].double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
             error = (part[finite, :own].double() - gradient[finite, held]).norm(dim=-1)
             limit = 1e-5 if dtype == torch.float32 else 4e-3
-            # Elsewhere the row may be NaN, and its norm.
-            assert not bool((error > limit * size + 1e-9).any()), (what, error / size)
+            assert bool((error <= limit * size + 1e-9).all()), (what, error / size)
             if bits:
                 # Of an infinite KL some entries are -inf or NaN.
                 both = (part[:, :own], exact[:, held])

@@ -118,12 +118,12 @@ class ChunkedHead:
             else self.overwrites and reads_again
         )
 
-    def allocate(self, chunk: int, window: int, chunks: int) -> None:
-        """Allocate the buffers; chunks: how many coexist."""
+    def allocate(self, chunk: int, window: int, copies: int) -> None:
+        """Allocate the buffers; copies: of that for a chunk's logits."""
         if self.learns and not self.overwrites:
             self._window = self._buffer(window, self.hidden.dtype)
         if self.buffered:
-            buffers = [self._buffer(chunk, self.logits_dtype) for _ in range(chunks)]
+            buffers = [self._buffer(chunk, self.logits_dtype) for _ in range(copies)]
             self.logits = itertools.cycle(buffers)
 
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -183,10 +183,10 @@ class GivenLogits(ChunkedHead):
         self._rows, self._index = logits.reshape(-1, logits.shape[-1]), index
         tokens = self._rows if index is None else index
         super().__init__(weight.new_empty(len(tokens), 0), weight, None, logits.dtype)
+        self.buffered = False
 
     def settle(self, reads_again: bool) -> None:
         """Use no buffer."""
-        self.buffered = False
 
     def logits_and_gradient(self, rows: slice) -> tuple[torch.Tensor, None]:
         """Return the logits of a chunk, and None."""
@@ -225,7 +225,8 @@ def plan(
     chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     waiting = [head for head in taking_part if head.learns and not head.overwrites]
-    # Windows of several chunks, also to compute one chunk's logits while another's states travel.
+    # One chunk per window, unless a weight's sum wants large GEMMs or a chunk's gather overlaps the
+    # next chunk's GEMM.
     if not (waiting and (sums or width)):
         return chunk, chunk if waiting else max(chunk, tokens)
     gradients = vocabulary * sum([head.hidden.dtype.itemsize for head in waiting])

@@ -37,7 +37,9 @@ class Engine(abc.ABC):
     def steps(
         self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     ) -> Iterator[None]:
-        """Run forward on a split vocabulary; the iterator pauses while a gather runs."""
+        """Run forward on a split vocabulary and return an iterator that pauses while a gather runs,
+        here an empty one.
+        """
         self.forward(args, outputs, saved)
         return iter(())
 

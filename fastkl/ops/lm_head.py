@@ -207,10 +207,12 @@ class ChunkedHeads:
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
         waiting: Iterator[None] = iter(())
+        learns = any([head.learns for head in heads])
+        overlaps = self.args.cut.group and chunk < (window if learns else len(hidden))
         # Disable the caller's autocast: the dtypes here are already chosen.
         with torch.autocast(hidden.device.type, enabled=False):
             for head in heads:
-                head.allocate(chunk, window, 2 if self.args.cut.group else 1)
+                head.allocate(chunk, window, 2 if overlaps else 1)
             for start in range(0, len(hidden), window):
                 tokens = slice(start, min(start + window, len(hidden)))
                 for head in heads:
@@ -225,12 +227,12 @@ class ChunkedHeads:
                     started = engine(rows, self.args.at(rows, p, q), grad_p, grad_q)
                     del p, q, grad_p, grad_q
                     if started is not None:
-                        next(waiting, None)
+                        next(waiting, None)  # merge the previous chunk's states
                         next(started, None)
-                        deque(waiting, maxlen=0)
+                        deque(waiting, maxlen=0)  # run to its end
                         waiting = started
-                if tokens.stop == len(hidden) or any([head.learns for head in heads]):
-                    deque(waiting, maxlen=0)
+                if learns or tokens.stop == len(hidden):
+                    deque(waiting, maxlen=0)  # run to its end
                 if tokens.stop == len(hidden):
                     # Free the buffers: a GEMM's result may use their memory.
                     for head in heads:

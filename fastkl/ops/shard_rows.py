@@ -1,6 +1,6 @@
 """Rows whose vocabulary is split over processes. The kernels' states, the sums of a second read and
 the parts of fallback rows are all-gathered and merged on every rank. Backward needs no
-communication. The reference all-gathers the logits, in backward again.
+communication. The reference all-gathers the logits, and again in backward.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -68,8 +68,8 @@ def steps(
     args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
 ) -> Generator[None, None, None]:
     """Fill outputs and saved as Kernels.forward does for the whole vocabulary, from two
-    all_gathers: of the segments' states, and of the parts of fallback rows or the sums of a second
-    read. Yield while a gather runs.
+    all_gathers: of the segments' states, and of the parts of fallback rows, for an f-divergence
+    with the sums of its second read. Yield while a gather runs.
     """
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
     jeffreys = args.divergence.kind == "jeffreys"

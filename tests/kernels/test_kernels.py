@@ -168,6 +168,20 @@ def test_segment_lengths(preferred) -> None:
         assert 2 * segment > min(preferred, vocabulary), what
 
 
+# Shards hold whole segments, the same for 1, 2, 4 and 8 ranks, and for large vocabularies those of
+# the whole.
+@pytest.mark.parametrize("preferred", [8192, 16384])
+def test_segments_of_shards(preferred) -> None:
+    for vocabulary in (1024, 32000, 4 * preferred, 4 * preferred + 128, 128256, 151936, 524288):
+        (segment,) = {
+            config.segment_length(vocabulary, preferred, vocabulary // ranks)
+            for ranks in (1, 2, 4, 8)
+        }
+        assert vocabulary // 8 % segment == 0
+        whole = config.segment_length(vocabulary, preferred)
+        assert (segment == whole) == (vocabulary > 4 * preferred)
+
+
 # ---- compilation
 
 LAUNCHED = launch.row_forward, row_fallback, launch.row_backward
