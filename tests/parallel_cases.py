@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -260,6 +261,20 @@ def replicated(local: torch.Tensor, mesh: object) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(local, mesh, [Replicate()])
+
+
+def launched_in_order(mine: Case, shard: Shard) -> None:
+    """Compiled kernels take their arguments by position."""
+    from fastkl.kernels import launch
+
+    start = launch.Variant.start
+    with mock.patch.object(launch.Variant, "start", autospec=True, side_effect=start) as spy:
+        fastkl.js_divergence(mine.p, mine.q, shard=shard)
+        fastkl.kl_divergence(mine.p, mine.q, shard=shard)
+    for variant, _, arguments in (call.args for call in spy.call_args_list):
+        names = inspect.signature(variant.kernel.fn).parameters
+        assert [*arguments, *variant.constants] == [*names]
+    assert len({call.args[0].kernel for call in spy.call_args_list}) == 4
 
 
 def recorded(order: list[str], letter: str, function: Callable, *args):

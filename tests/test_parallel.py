@@ -30,6 +30,7 @@ from parallel_cases import (
     columns,
     compare,
     derivatives,
+    launched_in_order,
     mistakes,
     overlapped,
     parallel_logits,
@@ -293,6 +294,7 @@ def costs(group: dist.ProcessGroup) -> None:
         assert bool(outside.isnan().all())
     with fastkl.use_backend("triton"):
         assert overlapped(group) == "ppg" + "ppwggw" * 2 + "wgw"
+        launched_in_order(mine, shard)
 
 
 def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
