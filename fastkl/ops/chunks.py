@@ -123,8 +123,8 @@ class ChunkedHead:
         if self.learns and not self.overwrites:
             self._window = self._buffer(window, self.hidden.dtype)
         if self.buffered:
-            buffers = [self._buffer(chunk, self.logits_dtype) for _ in range(copies)]
-            self.logits = itertools.cycle(buffers)
+            buffers = self._buffer(chunk * copies, self.logits_dtype)
+            self.logits = itertools.cycle(buffers.split(chunk))
 
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""

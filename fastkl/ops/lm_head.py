@@ -207,7 +207,7 @@ class ChunkedHeads:
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
         waiting: Iterator[None] = iter(())
-        learns = any([head.learns for head in heads])
+        learns = self.args.cut.group and any([head.learns for head in heads])
         overlaps = self.args.cut.group and chunk < (window if learns else len(hidden))
         # Disable the caller's autocast: the dtypes here are already chosen.
         with torch.autocast(hidden.device.type, enabled=False):
