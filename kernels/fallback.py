@@ -173,11 +173,11 @@ def fallback_kl(stats, scale, q_scale):
 
 
 @triton.jit
-def save_stats(saved_ptr, stats):
+def save_stats(saved_ptr, stats, log_sum_ratio):
     """Write a Fallback to a row's saved values [10], marked by the sign bit of the second."""
-    high = stats.log_sum_ratio.to(tl.float32)
+    high = log_sum_ratio.to(tl.float32)
     low = tl.where(
-        tl.abs(high) < float("inf"), (stats.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
+        tl.abs(high) < float("inf"), (log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
     )
     # The largest term is 1, so log_sum is never negative and its sign bit is free.
     marked = stats.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
@@ -307,7 +307,11 @@ def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: 
     """
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
-    save_stats(out.saved, stats)
+    log_sum_ratio = stats.log_sum_ratio
+    if want.kind.name == RENYI:
+        # log Z is that of normalised p and q.
+        log_sum_ratio += tl.log(sums.q) - tl.log(sums.p)
+    save_stats(out.saved, stats, log_sum_ratio)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     if want.kind.name > OF_KL:
         kl = store_divergence(out.saved, sums, formula, want.kind)

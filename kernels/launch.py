@@ -24,7 +24,7 @@ FIELDS = Upstream._fields
 POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 # Prefetch whole segments into L2 if a call's logits take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
-# Float64 values per part of a fallback row, for the KL and for another divergence.
+# Float64 values per segment of a fallback row, for the KL and for another divergence.
 PART_VALUES, PART_SUMS = 9, 5
 # Initial value of a shard's counters, so that no program counts as the last and writes results.
 NEVER_LAST = -(2**30)
@@ -113,8 +113,8 @@ def forward_plan(
         (),
         KIND=kind,
         PART=shard.ranks > 0 and not shard.merges,
-        RANKS=triton.next_power_of_2(shard.ranks) if shard.merges else 0,
-        SPLITS=triton.next_power_of_2(splits * shard.ranks) if shard.ranks and kind else 0,
+        MERGE=shard.merges,
+        SPLITS=triton.next_power_of_2(splits * shard.ranks) if shard.ranks else 0,
         **wanted,
     )
     second = row_variant(
@@ -225,13 +225,19 @@ def fallback(
     parts: torch.Tensor,
     log_sums: torch.Tensor,
 ) -> None:
-    """Fill the parts [N, 9] float64 of a shard's fallback rows, which forward has marked; with
-    `merges`, fill the rows from the parts [ranks, N, 9] of all ranks. For a divergence other than
-    the KL: [N, 5], given segment_log_sums of all ranks, [ranks, N, splits, 4].
+    """Fill the parts [N, splits, 9] float64 of a shard's fallback rows, which forward has marked;
+    with `merges`, fill the rows from the parts of all ranks, [ranks, N, splits, 9]. For a
+    divergence other than the KL, 5 in place of 9, given segment_log_sums of all ranks.
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
-    split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks, splits=plan.splits)
+    split = dict(
+        part_ptr=parts,
+        log_sums_ptr=log_sums,
+        ranks=shard.ranks,
+        splits=plan.splits,
+        segment=plan.segment,
+    )
     with current(saved):
         _start_fallback(plan.fallback, problem, given, fields, divergence.share, split)
 
@@ -295,7 +301,8 @@ def _start_fallback(
             share=share,
             rest=1.0 - share,
             ranks=0,
-            splits=0,
+            splits=1,
+            segment=0,
         )
         | (split or {}),
     )

@@ -73,8 +73,8 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
         WITH_LSE=False,
         KIND=0,
         PART=False,
+        MERGE=False,
         SPLITS=0,
-        RANKS=0,
     )
     return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, phases, fallback)
 
@@ -163,7 +163,8 @@ def fused(
                 share=0.0,
                 rest=1.0,
                 ranks=0,
-                splits=0,
+                splits=1,
+                segment=0,
             ),
         )
 

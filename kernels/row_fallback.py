@@ -40,6 +40,7 @@ from .row_math import Kind, Want
         "rest",
         "ranks",
         "splits",
+        "segment",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -77,7 +78,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
     ref_lse_ptr,  # written by row_forward
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
-    part_ptr,  # float64 values of parts, see PART and RANKS; otherwise any pointer
+    part_ptr,  # float64 values of parts, see PART and MERGE; otherwise any pointer
     log_sums_ptr,  # [ranks, N, splits, 4] float64, of segment_log_sums; any pointer without SPLITS
     temperature: tl.float32,
     n_inner: tl.int32,
@@ -91,7 +92,8 @@ def row_fallback(  # noqa: PLR0913, PLR0915
     share: tl.float32,  # as in row_divergence; Rényi's order alpha
     rest: tl.float32,
     ranks: tl.int32,
-    splits: tl.int32,
+    splits: tl.int32,  # segments per row and rank, at least 1
+    segment: tl.int32,  # their length
     ROWS: tl.constexpr,  # rows per program
     BLOCK: tl.constexpr,  # entries of a row read at a time
     HAS_TOKENS: tl.constexpr,
@@ -106,21 +108,21 @@ def row_fallback(  # noqa: PLR0913, PLR0915
     HAS_RATIO: tl.constexpr,
     KIND: tl.constexpr,  # the divergence in place of the KL
     PART: tl.constexpr,  # the rows are parts of longer ones: write only part
-    RANKS: tl.constexpr,  # 0, or a power of two, at least ranks: merge the parts of all ranks
-    SPLITS: tl.constexpr,  # 0, or a power of two, at least ranks · splits: log_sums are given
+    MERGE: tl.constexpr,  # read part of all ranks in place of logits
+    SPLITS: tl.constexpr,  # 0, or for a split vocabulary a power of two, at least ranks · splits
 ):
     """Compute the rows that row_forward or row_fused marked with a NaN as first saved value.
 
-    Rows of a split vocabulary take two launches. With PART, part [N, 9] is the Fallback of this
-    process's columns, or for a divergence other than the KL part [N, 5] their Sums, given log_sums.
-    With RANKS, part of all ranks, [ranks, N, …], is merged.
+    Rows of a split vocabulary take two launches. PART writes part [N, splits, 9], the Fallback of
+    each segment of this process's columns, or for a divergence other than the KL part [N, splits,
+    5], their Sums, given log_sums. MERGE reads part of all ranks, [ranks, N, splits, …].
 
     Math:   Fallback, Sums and write_fallback, in float64; defined by reference.row_statistics and
             row_gradients, and f_divergences.divergence.
     Grid:   (⌈N / ROWS⌉,).
     Reads:  one saved value per row; 3·V of each tensor for a recomputed row, V more for a
-            divergence other than the KL and WITH_GRADIENT. With SPLITS, log_sums, and
-            with PART too V once; with RANKS, part and the sampled logit.
+            divergence other than the KL and WITH_GRADIENT. With PART or MERGE, as
+            above; for a divergence other than the KL log_sums too, and with PART V once.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT, V of the
             gradient of weight·KL to P. With PART, only part.
     Saves:  save_stats' ten values, marked by the sign of the second; for a divergence other than
@@ -144,9 +146,6 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW
                 )
                 ratio = row_ratio(ratio_ptr, row, row < n_rows, HAS_RATIO)
-                p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-                q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-                token = tl.load(tokens_ptr + row) if HAS_TOKENS else row
                 out = row_outputs(
                     Outputs(
                         saved_ptr,
@@ -160,35 +159,60 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     ),
                     row,
                 )
-                whole = Row(p_row, q_row, V, token, scale, ratio)
+                whole = Row(
+                    p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner),
+                    q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner),
+                    V,
+                    tl.load(tokens_ptr + row) if HAS_TOKENS else row,
+                    scale,
+                    ratio,
+                )
                 wide_scale = scale.to(tl.float64)
                 q_scale = wide_scale * ratio.to(tl.float64)
-                VALUES: tl.constexpr = 5 if KIND > 0 else 9
-                rank = tl.arange(0, max(RANKS, 1))
-                part_ptrs = part_ptr + (rank * n_rows.to(tl.int64) + row) * VALUES
-                if SPLITS > 0:
-                    index = tl.arange(0, SPLITS)
-                    place = (index // splits * n_rows.to(tl.int64) + row) * splits + index % splits
+                # The segments of all ranks, in order.
+                index = tl.arange(0, max(SPLITS, 1))
+                held = index < ranks * splits
+                place = (index // splits * n_rows.to(tl.int64) + row) * splits + index % splits
+                if SPLITS > 0 and KIND > 0:
                     stats = fallback_of_log_sums(
-                        log_sums_ptr + place * 4, index < ranks * splits, wide_scale, q_scale
+                        log_sums_ptr + place * 4, held, wide_scale, q_scale
                     )
-                elif RANKS > 0:
+                elif MERGE:
                     stats = merge_parts(
-                        load_parts(part_ptrs, rank < ranks), wide_scale, q_scale, WITH_KL
+                        load_parts(part_ptr + place * 9, held), wide_scale, q_scale, WITH_KL
                     )
-                else:
-                    stats = fallback_statistics(
-                        whole, wide_scale, q_scale, BLOCK, WITH_KL, reading, PART
-                    )
-                sums = stats
-                if KIND > 0 and RANKS > 0:
-                    sums = merge_sums(part_ptrs, rank < ranks, kind)
-                elif KIND > 0:
-                    sums = divergence_sums(whole, stats, formula, BLOCK, kind, reading)
+                elif not PART:
+                    stats = fallback_statistics(whole, wide_scale, q_scale, BLOCK, WITH_KL, reading)
                 if PART:
-                    for i in tl.static_range(VALUES):
-                        tl.store(part_ptr + row * VALUES + i, sums[i])
+                    for split in range(splits):
+                        first_entry = split * segment
+                        part = Row(
+                            whole.p + first_entry,
+                            whole.q + first_entry,
+                            tl.minimum(segment, V - first_entry),
+                            row,
+                            scale,
+                            ratio,
+                        )
+                        values = (
+                            divergence_sums(part, stats, formula, BLOCK, kind, reading)
+                            if KIND > 0
+                            else fallback_statistics(
+                                part, wide_scale, q_scale, BLOCK, WITH_KL, reading, True
+                            )
+                        )
+                        VALUES: tl.constexpr = 5 if KIND > 0 else 9
+                        for i in tl.static_range(VALUES):
+                            tl.store(part_ptr + (row * splits + split) * VALUES + i, values[i])
                 else:
+                    # Not read for the KL.
+                    sums = (
+                        stats
+                        if KIND == 0
+                        else merge_sums(part_ptr + place * 5, held, kind)
+                        if MERGE
+                        else divergence_sums(whole, stats, formula, BLOCK, kind, reading)
+                    )
                     store_fallback(out, whole, stats, sums, formula, want, reading)
                 if WITH_GRADIENT:
                     # Make the saved values, stored by one thread, visible to all threads before

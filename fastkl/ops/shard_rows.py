@@ -96,7 +96,7 @@ def steps(
     merged = _problem(of_tokens)
     launch.forward(merged, outputs, saved, series, merging, gathered)
     width = launch.PART_SUMS if other else launch.PART_VALUES
-    parts = saved.new_zeros(rows, width, dtype=torch.float64)
+    parts = saved.new_zeros(rows, plan.splits, width, dtype=torch.float64)
     launch.fallback(problem, outputs, saved, series, shard, parts, log_sums)
     if series.forward:
         launch.forward(problem, outputs, saved, series, shard, states, second=True)
