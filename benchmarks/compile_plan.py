@@ -101,8 +101,11 @@ def _divergences(where, stride, gradient):
         if kind in ("renyi", "skew_kl"):
             yield f"{kind}.fallback", chosen.fallback
             yield from _shards(kind, where, asked)
-        forward = chosen.forward if kind == "renyi" else chosen.second
-        yield f"{kind}.forward", forward, chosen.segment
+        yield (
+            f"{kind}.forward",
+            chosen.forward if kind == "renyi" else chosen.second,
+            chosen.segment,
+        )
         for side, wrt in {"p": (1, 0), "q": (0, 1), "both": (1, 1)}.items():
             sides = [gradient if each else None for each in wrt]
             _, backward = launch.backward_plan(where, ("kl",), constants, stride, *sides, ())

@@ -16,7 +16,7 @@ from fastkl.kernels import config
 TOKENS, GPUS, BATCH, NODE = 2**20, 64, 8192, 8
 # Gemma 3 27B's vocabulary and hidden size, bfloat16; tokens of a chunk of logits.
 V, H, ITEM, CHUNK = 262144, 5376, 2, 1024
-# Bytes per row: a segment's state, a rank's logits of the token, a rank's part of a fallback.
+# Bytes per row: a segment's state, a rank's logits of the token, a segment's part of a fallback.
 STATE, AT_TOKEN, PART = 32, 8, 72
 # NVIDIA H200 data sheet: bytes per second of memory, dense bfloat16 FLOP/s (half of the figure with
 # sparsity), bytes per second of NVLink 4 in one direction (half of 900 GB/s).
@@ -51,7 +51,8 @@ def collective(size, tp, reduces=False):
 def gathered(rows, tp):
     """Return the bytes, over all ranks, of each of the two gathers for rows of logits."""
     segment = config.segment_length(V, config.select("forward", "sm_90", ITEM, V).segment, V // tp)
-    return [rows * tp * (-(-V // tp // segment) * STATE + AT_TOKEN), rows * tp * PART]
+    per_segment = rows * tp * -(-V // tp // segment)
+    return [per_segment * STATE + rows * tp * AT_TOKEN, per_segment * PART]
 
 
 def cell(size, seconds, tp, rounds=1):

@@ -61,10 +61,10 @@ def kl_divergence(
             gradients, the total over all processes / world_size.
         shard: for a vocabulary split over processes, the columns that both tensors hold: a
             VocabShard, or a pair, one for each tensor; DTensors need none. Every rank gets the same
-            result. On a GPU two collectives forward, and none backward, gather 32 bytes per row and
-            segment and 80 per row and rank (other divergences than KL and Jeffreys' up to 96 and
-            48), and 40 bytes per row are kept; the reference backend, and either backend for a
-            pair, gathers and keeps all logits. No second derivative.
+            result. On a GPU two collectives forward, and none backward, gather 104 bytes per row
+            and segment (JSD, skew KL and total variation 136) and 8 per row and rank, and 40 bytes
+            per row are kept; the reference backend, and either backend for a pair, gathers and
+            keeps all logits. No second derivative.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
