@@ -193,7 +193,7 @@ def forward(
         if not second:
             plan.forward.start(programs, arguments)
         if RUN_FALLBACK and not shard.ranks:
-            _start_fallback(plan.fallback, problem, given, fields, divergence.share)
+            _start_fallback(plan, problem, given, fields, divergence.share)
         if second or (divergence.forward and not shard.ranks):
             plan.second.start(programs, {**arguments, **divergence.numbers(divergence.forward)})
 
@@ -231,15 +231,9 @@ def fallback(
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
-    split = dict(
-        part_ptr=parts,
-        log_sums_ptr=log_sums,
-        ranks=shard.ranks,
-        splits=plan.splits,
-        segment=plan.segment,
-    )
+    split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks)
     with current(saved):
-        _start_fallback(plan.fallback, problem, given, fields, divergence.share, split)
+        _start_fallback(plan, problem, given, fields, divergence.share, split)
 
 
 def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch.Tensor:
@@ -268,7 +262,7 @@ def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch
 
 
 def _start_fallback(
-    variant: Variant,
+    plan: ForwardPlan,
     problem: Problem,
     given: tuple[torch.Tensor, ...],
     fields: dict[str, torch.Tensor],
@@ -280,7 +274,7 @@ def _start_fallback(
     """
     p, q, tokens, _, temperatures, ratios = given
     saved = fields["saved_ptr"]
-    variant.start(
+    plan.fallback.start(
         -(-problem.layout.rows // FALLBACK_ROWS),
         dict(
             p_ptr=p,
@@ -301,8 +295,8 @@ def _start_fallback(
             share=share,
             rest=1.0 - share,
             ranks=0,
-            splits=1,
-            segment=0,
+            splits=plan.splits,
+            segment=plan.segment,
         )
         | (split or {}),
     )
