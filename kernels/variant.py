@@ -19,7 +19,7 @@ OPTIONS = {"enable_fp_fusion": False}
 FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
-FALLBACK_REGISTERS = 168
+FALLBACK_REGISTERS, PART_REGISTERS = 168, 224  # the loop over segments needs more
 _HERE = contextlib.nullcontext()
 Grads = tuple[torch.dtype | None, ...]
 
@@ -104,8 +104,8 @@ def fallback_variant(
     """
     constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
     warps = FALLBACK_THREADS // case.warp
-    items = frozenset(constants.items())
-    return _variant(kernel, case, grads, items, warps, FALLBACK_REGISTERS)
+    limit = PART_REGISTERS if constants.get("PART") else FALLBACK_REGISTERS
+    return _variant(kernel, case, grads, frozenset(constants.items()), warps, limit)
 
 
 def tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
