@@ -34,9 +34,9 @@ def count_paths(pickled):
     chosen = config.select("forward", ARCH, p.element_size(), p.shape[-1])
     paths, path_of = Counter(), row_segment.path_of
 
-    def counted(sums, weights, groups, want):
-        path = path_of(sums, weights, groups, want)
-        paths[path.handle.data.item()] += groups == chosen.groups  # an edge has groups of 1
+    def counted(sums, weights, want):
+        path = path_of(sums, weights, want)
+        paths[path.handle.data.item()] += len(weights.e) == chosen.groups  # an edge has 1
         return path
 
     with (
