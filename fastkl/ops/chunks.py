@@ -129,8 +129,7 @@ class ChunkedHead:
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""
         vocabulary = len(self.weight)
-        padded = torch.empty(tokens, row_width(vocabulary), dtype=dtype, device=self.hidden.device)
-        return padded[:, :vocabulary]
+        return empty_rows((tokens,), vocabulary, self.hidden, dtype)[:, :vocabulary]
 
     def open(self, window: slice, mask: torch.Tensor | None) -> None:
         """Begin a window: tokens whose gradients of logits are kept until one GEMM."""
@@ -196,6 +195,16 @@ class GivenLogits(ChunkedHead):
 def row_width(vocabulary: int) -> int:
     """Return the row width of a vocabulary, padded to 128-byte lines."""
     return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
+
+
+def empty_rows(
+    leading: Sequence[int], vocabulary: int, like: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return uninitialised rows [*leading, V padded to 128-byte lines] on the device of `like`."""
+    rows = like.new_empty((*leading, row_width(vocabulary)), dtype=dtype)
+    # With AMX, oneDNN's products read 16-bit rows up to a multiple of 32 entries: 0·NaN is NaN.
+    rows[..., vocabulary:] = 0
+    return rows
 
 
 def plan(

@@ -316,6 +316,17 @@ def test_no_probability_in_the_reference(implementation, call) -> None:
     linear_cases.assert_within(result, linear_cases.truth(case.but(tensors=without)), 1e-5)
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_uninitialised_memory_is_not_read(implementation, request, call) -> None:
+    """Not even padding, which oneDNN's products of 16-bit rows read with AMX."""
+    few(implementation, call == "mean")
+    case = MODELS["random all"][0](call).typed(*TYPES["bf16"][:2])
+    expected = linear_cases.outcome(case, implementation.device)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
+    linear_cases.assert_same(linear_cases.outcome(case, implementation.device), expected)
+
+
 @pytest.mark.parametrize("call", [*CALLS, *MORE_CALLS])
 def test_double_backward_is_refused(implementation, call) -> None:
     """create_graph=True and a derivative of the gradient: an error, not a wrong number, even where
