@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -143,22 +144,49 @@ class Cut(NamedTuple):
 WHOLE = Cut()
 
 
-def start_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    """Start an all_gather and return its result, [ranks, ...], which has to pass `wait` first."""
-    own = value.contiguous().view(1, *value.shape)
-    result: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(own, ranks, group)
-    return result
+def start_gather(
+    values: Sequence[torch.Tensor], group: str, ranks: int, call: object = None
+) -> torch.Tensor:
+    """Start one all_gather of the bytes of all values, for `wait`.
+
+    call: further properties of the call, in which the ranks must agree as in shapes and dtypes.
+    """
+    alike = call, [(*value.shape, value.dtype) for value in values]
+    # Not hash(), which differs between processes.
+    code = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(alike).encode())
+    first = torch.full((1,), code, dtype=torch.int64, device=values[0].device)
+    own = [value.contiguous().view(-1).view(torch.uint8) for value in (first, *values)]
+    packed = torch.cat(own).unsqueeze(0)
+    started: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(packed, ranks, group)
+    return started
 
 
-def wait(started: torch.Tensor) -> torch.Tensor:
-    """Return the result of a started collective; on a GPU its stream waits, not the host."""
-    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(started)
-    return result
+def wait(started: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the values of all ranks, each [ranks, ...], without a gradient; on a GPU its stream
+    waits, not the host. Ranks that do not agree in their calls raise an error; a GPU, later.
+    """
+    packed = torch.ops._c10d_functional.wait_tensor(started)
+    sizes = [value.numel() * value.itemsize for value in values]
+    codes, *parts = packed.split([8, *sizes], -1)
+    torch._assert_async(
+        (codes == codes[0]).all(),
+        "shard: expected the same call on all ranks of shard.group, got calls that differ in "
+        "function, rows, dtypes or options; pass the same arguments except for the logits",
+    )
+    return [
+        part.clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(value.dtype)
+        .view(len(packed), *value.shape)
+        for part, value in zip(parts, values, strict=True)
+    ]
 
 
-def all_gather(value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
-    """Return the values of all ranks of a group, [ranks, ...], without a gradient."""
-    return wait(start_gather(value, group, ranks))
+def all_gather(
+    values: Sequence[torch.Tensor], group: str, ranks: int, call: object = None
+) -> list[torch.Tensor]:
+    """Return the values of all ranks of a group, each [ranks, ...], without a gradient."""
+    return wait(start_gather(values, group, ranks, call), values)
 
 
 def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -183,7 +211,8 @@ def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor
             )
         )
     # Each logit is on one rank; the others have 0.
-    return torch.where(elsewhere, all_gather(mine.detach(), cut.group, cut.ranks).sum(0), mine)
+    (all_ranks,) = all_gather([mine.detach()], cut.group, cut.ranks, "logits_at")
+    return torch.where(elsewhere, all_ranks.sum(0), mine)
 
 
 def shards_of(
@@ -264,7 +293,9 @@ def sharded_logits(
     return list(whole), WHOLE
 
 
-def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def gather_columns(
+    cuts: Sequence[Cut], logits: Sequence[torch.Tensor], call: object = None
+) -> list[torch.Tensor]:
     """Return the logits of the whole vocabulary [..., V] for tensors with the same rows, in one
     all-gather.
     """
@@ -272,15 +303,10 @@ def gather_columns(cuts: Sequence[Cut], logits: Sequence[torch.Tensor]) -> list[
         torch.nn.functional.pad(value, (0, cut.width - value.shape[-1]))
         for cut, value in zip(cuts, logits, strict=True)
     ]
-    packed = [value.contiguous().view(torch.uint8) for value in padded]
-    ranks = all_gather(torch.cat(packed, -1), cuts[0].group, cuts[0].ranks)
-    parts = ranks.split([value.shape[-1] for value in packed], -1)
+    parts = all_gather(padded, cuts[0].group, cuts[0].ranks, call)
     return [
-        part.clone(memory_format=torch.contiguous_format)
-        .view(value.dtype)
-        .movedim(0, -2)
-        .flatten(-2)[..., : cut.vocabulary]
-        for cut, value, part in zip(cuts, logits, parts, strict=True)
+        part.movedim(0, -2).flatten(-2)[..., : cut.vocabulary]
+        for cut, part in zip(cuts, parts, strict=True)
     ]
 
 
@@ -305,9 +331,9 @@ class _Whole(torch.autograd.Function):
                 ]
                 for value, (cut, fits) in zip(logits, found, strict=True)
             ]
-            held = all_gather(
-                torch.tensor(mine, device=logits[0].device), cuts[0].group, cuts[0].ranks
-            ).tolist()
+            # As many numbers for one tensor as for two.
+            numbers = torch.tensor((mine * 2)[:2], device=logits[0].device)
+            held = all_gather([numbers], cuts[0].group, cuts[0].ranks)[0].tolist()
             wrong = [
                 i for i, each in enumerate(held) if each != held[0] or not all(x[4] for x in each)
             ]
@@ -341,7 +367,9 @@ def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     lengths = [len(hidden)]
     if shard.hidden_layout == "sequence":
         sizes, group = torch.tensor(lengths, device=hidden.device), shard.group
-        lengths = all_gather(sizes, group.group_name, group.size())[:, 0].tolist()
+        alike = hidden.dtype, hidden.shape[1:]
+        (all_sizes,) = all_gather([sizes], group.group_name, group.size(), alike)
+        lengths = all_sizes[:, 0].tolist()
     whole: torch.Tensor = _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-untyped-call]
     return whole
 
@@ -361,7 +389,8 @@ class _Hidden(torch.autograd.Function):
         ctx.own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
         padded = hidden.new_zeros(max(lengths), *hidden.shape[1:])
         padded[: len(hidden)] = hidden
-        parts = all_gather(padded, ctx.group, len(lengths))
+        ops: Any = torch.ops._c10d_functional
+        parts = ops.wait_tensor(ops.all_gather_into_tensor(padded[None], len(lengths), ctx.group))
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     @staticmethod

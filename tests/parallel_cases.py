@@ -1,9 +1,11 @@
 """Shards of a vocabulary beside the whole: cases, functions, and the comparison on one rank."""
 
 import contextlib
+import datetime
 import functools
 import inspect
 import itertools
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
@@ -161,9 +163,9 @@ class Count:
     def __init__(self) -> None:
         self.calls, self.gather = 0, parallel.start_gather
 
-    def __call__(self, value: torch.Tensor, group: str, ranks: int) -> torch.Tensor:
+    def __call__(self, *args) -> torch.Tensor:
         self.calls += 1
-        return self.gather(value, group, ranks)
+        return self.gather(*args)
 
 
 # V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4.
@@ -320,6 +322,23 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
         for start in (5, 6)[: 2 if rank in (1, 2) else 1]:  # the others do not see the gap
             with pytest.raises(ValueError, match="^shard: expected rank r's first column of p_log"):
                 fastkl.kl_divergence(logits, logits, shard=Shard(group, rank * start, 26 - start))
+    kl, other = fastkl.kl_divergence, rank == 2
+    half = logits.to((torch.float16, torch.bfloat16)[other])
+    several = torch.zeros(3, 2, dtype=torch.long)
+    calls = [
+        lambda: kl(logits, logits, shard=Shard.megatron(group, 5, 20 - other)),
+        lambda: kl(logits, logits, temperature=1.0 + other, shard=shard),
+        lambda: kl(half, half, shard=shard),
+        lambda: fastkl.renyi_divergence(logits, logits, alpha=2.0 + other, shard=shard),
+        lambda: (kl, fastkl.jeffreys_divergence)[other](logits, logits, shard=shard),
+        lambda: fastkl.selective_log_softmax(half, several, shard=shard),
+    ]
+    for call in calls:
+        with (
+            fastkl.use_backend("triton"),
+            pytest.raises(RuntimeError, match="^shard: expected the"),
+        ):
+            call()
     distillation, labels = fastkl.DistillationLoss(), torch.zeros(3, dtype=torch.long)
     for given in (group, (shard,), (shard, group), [shard, shard]):
         for call in (fastkl.kl_divergence, functools.partial(distillation, labels=labels)):
@@ -354,3 +373,12 @@ def derivatives(group: dist.ProcessGroup, backend: str) -> None:
             with pytest.raises((RuntimeError, ValueError), match="second|been used in the graph"):
                 (first,) = torch.autograd.grad(stats.entropy.sum(), p, create_graph=True)
                 torch.autograd.grad(first.square().sum(), p)
+
+
+def different_rows(rank: int, folder: str, rows: int) -> None:
+    store, limit = dist.FileStore(f"{folder}/store{rows}", 2), datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    logits = torch.zeros(rows if rank else 3, 5)
+    with fastkl.use_backend("triton"):
+        fastkl.kl_divergence(logits, logits, shard=Shard.megatron(dist.group.WORLD, 5, 10))
+    pathlib.Path(f"{folder}/passed").touch()

@@ -3,7 +3,7 @@ the parts of fallback rows are all-gathered and merged on every rank. Backward n
 communication. The reference all-gathers the logits, and again in backward.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def whole(args: RowArgs) -> RowArgs:
     if not args.cut.group:
         return args
     logits = [args.p] if args.q is None else [args.p, args.q]
-    p, *q = parallel.gather_columns([args.cut] * len(logits), logits)
+    p, *q = parallel.gather_columns([args.cut] * len(logits), logits, _alike(args))
     return args._replace(p=p, q=q[0] if q else None, cut=parallel.WHOLE)
 
 
@@ -72,6 +72,10 @@ def steps(
     with the sums of its second read. Yield while a gather runs.
     """
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
+    call = _alike(args, outputs)
+    if not rows:
+        yield from _gather(cut, call, saved)
+        return
     jeffreys = args.divergence.kind == "jeffreys"
     if jeffreys:
         outputs = {**outputs, "ref_kl": torch.empty_like(outputs["kl"])}
@@ -84,7 +88,7 @@ def steps(
     states = saved.new_zeros(rows * plan.splits * launch.STATE.value)
     launch.forward(problem, outputs, saved, series, shard, states)
     log_sums = launch.log_sums(problem, plan, states) if other else saved[:0]
-    gathered, at_token, log_sums = yield from _gather(cut, states, _at_token(own), log_sums)
+    gathered, at_token, log_sums = yield from _gather(cut, call, states, _at_token(own), log_sums)
     # One rank has a token's logit, the others have 0.
     p, q = at_token.sum(0).unsqueeze(-1)
     of_tokens = args._replace(
@@ -100,10 +104,10 @@ def steps(
     launch.fallback(problem, outputs, saved, series, shard, parts, log_sums)
     if series.forward:
         launch.forward(problem, outputs, saved, series, shard, states, second=True)
-        states, parts = yield from _gather(cut, states, parts)
+        states, parts = yield from _gather(cut, call, states, parts)
         launch.forward(merged, outputs, saved, series, merging, states, second=True)
     else:
-        (parts,) = yield from _gather(cut, parts)
+        (parts,) = yield from _gather(cut, call, parts)
     launch.fallback(merged, outputs, saved, series, merging, parts, log_sums)
     if jeffreys:
         outputs["kl"] += outputs["ref_kl"]
@@ -120,18 +124,21 @@ def _at_token(own: RowArgs) -> torch.Tensor:
     return found
 
 
-def _gather(cut: parallel.Cut, *values: torch.Tensor) -> Generator[None, None, list[torch.Tensor]]:
-    """Return the values of all ranks, each [ranks, ...], from one all_gather of their bytes; yield
-    while it runs.
+def _alike(args: RowArgs, fields: Iterable[str] = ()) -> object:
+    """Return what the ranks' calls must have in common besides shapes; of tensors, the dtype."""
+    options = *args[:5], *args.scaling, args.divergence, *args.cut[2:], *fields
+    return [value.dtype if isinstance(value, torch.Tensor) else value for value in options]
+
+
+def _gather(
+    cut: parallel.Cut, call: object, *values: torch.Tensor
+) -> Generator[None, None, list[torch.Tensor]]:
+    """Return the values of all ranks, each [ranks, ...], from one all_gather; yield while it runs.
+    call: as in start_gather.
     """
-    own = [value.view(-1).view(torch.uint8) for value in values]
-    gathered = parallel.start_gather(torch.cat(own), cut.group, cut.ranks)
+    started = parallel.start_gather(values, cut.group, cut.ranks, call)
     yield
-    parts = parallel.wait(gathered).split([len(value) for value in own], 1)
-    return [
-        part.view(value.dtype).reshape(cut.ranks, *value.shape).contiguous()
-        for part, value in zip(parts, values, strict=True)
-    ]
+    return parallel.wait(started, values)
 
 
 def _problem(args: RowArgs) -> Any:
