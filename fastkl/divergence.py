@@ -63,8 +63,8 @@ def kl_divergence(
             VocabShard, or a pair, one for each tensor; DTensors need none. Every rank gets the same
             result. On a GPU two collectives forward, and none backward, gather 104 bytes per row
             and segment (JSD, skew KL and total variation 136) and 8 per row and rank, and 40 bytes
-            per row are kept; the reference backend, and either backend for a pair, gathers and
-            keeps all logits. No second derivative.
+            per row are kept; a pair takes one more, which moves one tensor's columns to the other's
+            ranks. The reference backend gathers and keeps all logits. No second derivative.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical

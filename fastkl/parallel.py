@@ -280,17 +280,48 @@ def checked_cut(shard: VocabShard, name: str, own: int) -> Cut:
 def sharded_logits(
     shard: Shards, native: bool, logits: dict[str, torch.Tensor]
 ) -> tuple[list[torch.Tensor], Cut]:
-    """Check `shard` and return the logits and their Cut; without `native`, or for a pair, the
-    logits of the whole vocabulary and no Cut. All ranks take the same path.
+    """Check `shard` and return the logits and their Cut; without `native` the logits of the whole
+    vocabulary and no Cut. All ranks take the same path.
     """
     if shard is None:
         return list(logits.values()), WHOLE
     shards = shards_of(shard, logits)
-    if native and isinstance(shard, VocabShard):
-        cuts = [checked_cut(shard, name, value.shape[-1]) for name, value in logits.items()]
-        return list(logits.values()), cuts[0]
+    if native:
+        pairs = zip(shards, logits.items(), strict=True)
+        cuts = [checked_cut(each, name, value.shape[-1]) for each, (name, value) in pairs]
+        if cuts[0] == cuts[-1]:
+            return list(logits.values()), cuts[0]
+        (p, q), group = logits.values(), shards[0].group
+        # Move P if only Q needs a gradient: then backward has no collective.
+        if q.requires_grad and not p.requires_grad:
+            return [move_columns(p, group, cuts[0], cuts[1], q.shape[-1]), q], cuts[1]
+        return [p, move_columns(q, group, cuts[1], cuts[0], p.shape[-1])], cuts[0]
     whole = _Whole.apply(shards, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
     return list(whole), WHOLE
+
+
+def move_columns(
+    logits: torch.Tensor, group: dist.ProcessGroup, held: Cut, wanted: Cut, own: int
+) -> torch.Tensor:
+    """Return this rank's `own` columns of the layout `wanted`, 0 for padding, from each rank's
+    logits [..., columns of `held`]: one all_to_all, and one in backward.
+    """
+
+    def count(source: int, target: int) -> int:
+        """Count the columns that rank `source` of `held` and rank `target` of `wanted` share."""
+        start = max(source * held.width, target * wanted.width)
+        end = min((source + 1) * held.width, (target + 1) * wanted.width, held.vocabulary)
+        return max(end - start, 0)
+
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    rank, ranks, leading = group.rank(), range(held.ranks), logits.shape[:-1]
+    sent, got = [count(rank, r) for r in ranks], [count(r, rank) for r in ranks]
+    packed = torch.cat([part.reshape(-1) for part in logits[..., : sum(sent)].split(sent, -1)])
+    sizes, sent_sizes = ([leading.numel() * n for n in columns] for columns in (got, sent))
+    moved = all_to_all_single_autograd(packed, sizes, sent_sizes, group).split(sizes)
+    parts = [part.view(*leading, n) for part, n in zip(moved, got, strict=True)]
+    return torch.nn.functional.pad(torch.cat(parts, -1), (0, own - sum(got)))
 
 
 def gather_columns(
