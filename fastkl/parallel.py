@@ -306,14 +306,13 @@ def move_columns(
     """Return this rank's `own` columns of the layout `wanted`, 0 for padding, from each rank's
     logits [..., columns of `held`]: one all_to_all, and one in backward.
     """
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     def count(source: int, target: int) -> int:
         """Count the columns that rank `source` of `held` and rank `target` of `wanted` share."""
         start = max(source * held.width, target * wanted.width)
         end = min((source + 1) * held.width, (target + 1) * wanted.width, held.vocabulary)
         return max(end - start, 0)
-
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     rank, ranks, leading = group.rank(), range(held.ranks), logits.shape[:-1]
     sent, got = [count(rank, r) for r in ranks], [count(r, rank) for r in ranks]
