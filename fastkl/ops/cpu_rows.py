@@ -69,7 +69,8 @@ def statistics(
         return {"kl": save(kl_rows, saved)}, saved, valid
     both = not fields.isdisjoint(("ref_kl", "ref_logprob", "ref_lse"))
     found = [_sums(part, "entropy" in fields, both, room) for part in parts]
-    sums = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    columns = zip(*[each.values() for each in found], strict=True)
+    sums = dict(zip(found[0], map(torch.cat, columns), strict=True))
     log_sum = _log_sum(sums["weight"], sums["largest"])
     kept, scale = {TOP: sums["top"], LOG_SUM: log_sum}, block.scale
     results, valid = {"lse": sums["top"] * scale + log_sum}, log_sum.isfinite()
