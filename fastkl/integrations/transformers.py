@@ -344,8 +344,7 @@ class TeacherMixin:
             "load it with AutoModelForCausalLM",
             TypeError,
         )
-        trainer: Any = super()
-        trainer.__init__(*args, compute_loss_func=self._distillation, **kwargs)
+        super().__init__(*args, compute_loss_func=self._distillation, **kwargs)  # type: ignore[call-arg]
         self.distillation_loss = distillation_loss or DistillationLoss()
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
@@ -361,8 +360,7 @@ class TeacherMixin:
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():
             self._teacher_logits: torch.Tensor = self.teacher(**given).logits
-        trainer: Any = super()
-        return trainer.compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _distillation(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

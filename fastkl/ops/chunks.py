@@ -192,16 +192,12 @@ class GivenLogits(ChunkedHead):
         return self._rows[rows if self._index is None else self._index[rows]], None
 
 
-def row_width(vocabulary: int) -> int:
-    """Return the row width of a vocabulary, padded to 128-byte lines."""
-    return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
-
-
 def empty_rows(
     leading: Sequence[int], vocabulary: int, like: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return uninitialised rows [*leading, V padded to 128-byte lines] on the device of `like`."""
-    rows = like.new_empty((*leading, row_width(vocabulary)), dtype=dtype)
+    width = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
+    rows = like.new_empty((*leading, width), dtype=dtype)
     # With AMX, oneDNN's products read 16-bit rows up to a multiple of 32 entries: 0·NaN is NaN.
     rows[..., vocabulary:] = 0
     return rows

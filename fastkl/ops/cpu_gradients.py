@@ -139,15 +139,12 @@ def gradients(
     if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
         columns = saved[:, :, None].unbind(1)
         shift = columns[SHIFT] if bool(saved[:, SHIFT].any()) else None
-        terms = _KLTerms(
-            shift,
-            columns[CENTRE],
-            columns[LOG1P_T] - columns[MEAN],
-            upstream["kl"][:, None] * block.scale,
-        )
+        centre, kl = columns[CENTRE], columns[LOG1P_T] - columns[MEAN]
+        factor = upstream["kl"][:, None] * block.scale
         for first in range(0, len(saved), step):
             rows = slice(first, first + step)
-            _kl_gradients(block.part(rows), terms.part(rows), *part_of(grads, rows), room)
+            terms = rows_of(shift, rows), centre[rows], kl[rows], factor[rows]
+            _kl_gradients(block.part(rows), terms, part_of(grads, rows), room)
         return
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = saved.clone()[:, :, None]
@@ -178,35 +175,21 @@ def gradients(
             _gradients(tile, start, values, shifted, only, part_g, tile_grads, room)
 
 
-class _KLTerms(NamedTuple):
-    """The shift and centre subtracted from y - x, the KL, and s·upstream of each row, [k, 1]; shift
-    is None if it is 0 in every row.
-    """
-
-    shift: torch.Tensor | None
-    centre: torch.Tensor
-    kl: torch.Tensor
-    factor: torch.Tensor
-
-    def part(self, rows: slice) -> "_KLTerms":
-        """Return the rows `rows`."""
-        shift, centre, kl, factor = self
-        return _KLTerms(rows_of(shift, rows), centre[rows], kl[rows], factor[rows])
-
-
 def _kl_gradients(
     block: Block,
-    terms: _KLTerms,
-    grad_p: torch.Tensor | None,
-    grad_q: torch.Tensor | None,
+    terms: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor],
+    grads: Sides,
     room: Room,
 ) -> None:
-    """Fill the gradients of a KL alone, of whole rows, times `factor`; all logits are read before
-    any gradient is written.
+    """Fill the gradients of a KL alone, of whole rows; all logits are read before any gradient is
+    written.
+
+    terms: shift (None if it is 0 in every row) and centre subtracted from y - x, the KL, and
+    s·upstream, [k, 1] each.
     """
     x, y, _, scale = block
     assert y is not None
-    shift, centre, kl, factor = terms
+    (shift, centre, kl, factor), (grad_p, grad_q) = terms, grads
     # A float32 gradient serves as the buffer of e.
     e = (
         grad_p

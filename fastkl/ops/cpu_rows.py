@@ -53,29 +53,6 @@ def takes_whole_rows(logits: torch.Tensor) -> bool:
     return logits.shape[-1] <= LONGEST_16_BIT_ROW or logits.dtype == torch.float32
 
 
-class _Sums(NamedTuple):
-    """Sums and extremes of each row, [k, 1]; None if not requested.
-
-    e is a softmax: weight = Σ e, largest = max e, Σ exp((x - top)·s) = weight/largest.
-    """
-
-    top: torch.Tensor
-    weight: torch.Tensor
-    largest: torch.Tensor
-    log_mean: torch.Tensor | None = None
-    token: torch.Tensor | None = None  # (x - top)·s at the row's token
-    shift: torch.Tensor | None = None
-    centre: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    largest_d: torch.Tensor | None = None  # max |d|
-    ref_weight: torch.Tensor | None = None
-    ref_largest: torch.Tensor | None = None
-    ref_top: torch.Tensor | None = None
-    ref_token: torch.Tensor | None = None
-    h: torch.Tensor | None = None  # Σ e·(expm1(d) - d)
-    ref_h: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
-
-
 def statistics(
     block: Block, fields: set[str], room: Room, step: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -84,29 +61,26 @@ def statistics(
     """
     rows = len(block.x)
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
+    saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
+    saved[:, KIND] = LEAN
     if fields == {"kl"} and takes_whole_rows(block.x):
-        saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
-        saved[:, KIND] = LEAN
         kl_rows = [kl_only(part, room("e", part.x.shape), room) for part in parts]
         valid = torch.cat([each.valid()[:, 0] for each in kl_rows])
         return {"kl": save(kl_rows, saved)}, saved, valid
     both = not fields.isdisjoint(("ref_kl", "ref_logprob", "ref_lse"))
     found = [_sums(part, "entropy" in fields, both, room) for part in parts]
-    sums = _Sums._make(
-        None if column[0] is None else torch.cat(column) for column in zip(*found, strict=True)
-    )
-    saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
-    log_sum = _log_sum(sums.weight, sums.largest)
-    kept, scale = {TOP: sums.top, LOG_SUM: log_sum}, block.scale
-    results, valid = {"lse": sums.top * scale + log_sum}, log_sum.isfinite()
-    if sums.token is not None:
-        results["logprob"] = sums.token - log_sum
-    if sums.log_mean is not None:
-        kept[LOG_MEAN] = sums.log_mean / sums.weight
+    columns = zip(*[each.values() for each in found], strict=True)
+    sums = dict(zip(found[0], map(torch.cat, columns), strict=True))
+    log_sum = _log_sum(sums["weight"], sums["largest"])
+    kept, scale = {TOP: sums["top"], LOG_SUM: log_sum}, block.scale
+    results, valid = {"lse": sums["top"] * scale + log_sum}, log_sum.isfinite()
+    if "token" in sums:
+        results["logprob"] = sums["token"] - log_sum
+    if "log_mean" in sums:
+        kept[LOG_MEAN] = sums["log_mean"] / sums["weight"]
         results["entropy"] = log_sum - kept[LOG_MEAN]
     if block.y is not None:
         valid &= _finish_pair(sums, both, scale, results, kept)
-    saved[:, KIND] = LEAN
     for column, value in kept.items():
         saved[:, column] = value[:, 0]
     return {name: value[:, 0] for name, value in results.items()}, saved, valid[:, 0]
@@ -182,55 +156,45 @@ def _centre(
     return shift, centre
 
 
-def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
-    """Compute the sums of a block; both: also ref_h and the log-sum-exp of Q."""
+def _sums(block: Block, entropy: bool, both: bool, room: Room) -> dict[str, torch.Tensor]:
+    """Compute sums and extremes of each row, [k, 1]; both: also ref_h and the log-sum-exp of Q.
+
+    e is a softmax: weight = Σ e, largest = max e, Σ exp((x - top)·s) = weight/largest. token is
+    (x - top)·s at the row's token, largest_d = max |d|, h = Σ e·(expm1(d) - d) and ref_h =
+    Σ e·(d·expm1(d) - expm1(d) + d).
+    """
     x, y, tokens, scale = block
     x = wide(x, room("x", x.shape))
     work = room("work", x.shape)
     e = softmax(x, scale, room("e", x.shape), work)
-    top = x.amax(-1, keepdim=True)
-    weight, largest, log_mean, token = row_sum(e), e.amax(-1, keepdim=True), None, None
+    top, weight = x.amax(-1, keepdim=True), row_sum(e)
+    sums = {"top": top, "weight": weight, "largest": e.amax(-1, keepdim=True)}
     if entropy:
         z = work if not is_one(scale) else torch.sub(x, top, out=work)
-        log_mean = dot(z.clamp_(min=LOWEST_Z), e, work)
+        sums["log_mean"] = dot(z.clamp_(min=LOWEST_Z), e, work)
     if tokens is not None:
         tokens = tokens[:, None]
-        token = (x.gather(-1, tokens) - top) * scale
+        sums["token"] = (x.gather(-1, tokens) - top) * scale
     if y is None:
-        return _Sums(top, weight, largest, log_mean, token)
+        return sums
     d = difference(y, x, None, None, room)
     shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
-    ref_weight = ref_largest = ref_top = ref_token = None
     if both:
         # Sum Q directly: with a near-certain token, 1 - q needs the digits of this sum.
         wide_y = wide(y, room("part of e", x.shape))
         ref_top = wide_y.amax(-1, keepdim=True)
         q = softmax(wide_y, scale, room("part of d", x.shape), work)
         ref_weight, ref_largest = row_sum(q), q.amax(-1, keepdim=True)
+        sums |= {"ref_top": ref_top, "ref_weight": ref_weight, "ref_largest": ref_largest}
         if tokens is not None:
-            ref_token = (wide_y.gather(-1, tokens) - ref_top) * scale
+            sums["ref_token"] = (wide_y.gather(-1, tokens) - ref_top) * scale
     largest_d, h, ref_h = _series_sums(e, d, mean, both, room)
     shift, largest_d = (
         torch.zeros_like(centre) if value is None else value for value in (shift, largest_d)
     )
-    return _Sums(
-        top,
-        weight,
-        largest,
-        log_mean,
-        token,
-        shift,
-        centre,
-        mean,
-        largest_d,
-        ref_weight,
-        ref_largest,
-        ref_top,
-        ref_token,
-        h,
-        ref_h,
-    )
+    sums |= {"shift": shift, "centre": centre, "mean": mean, "largest_d": largest_d, "h": h}
+    return sums if ref_h is None else {**sums, "ref_h": ref_h}
 
 
 def _series_sums(
@@ -297,7 +261,7 @@ def _numbers(factors: tuple[float, ...], device: torch.device) -> tuple[torch.Te
 
 
 def _finish_pair(
-    sums: _Sums,
+    sums: dict[str, torch.Tensor],
     both: bool,
     scale: torch.Tensor | float,
     results: dict[str, torch.Tensor],
@@ -306,31 +270,26 @@ def _finish_pair(
     """Put the fields of both tensors into `results` and the columns of `saved` into `kept`; return
     whether float32 suffices for each row, [k, 1].
     """
-    assert sums.mean is not None and sums.h is not None and sums.largest_d is not None
-    assert sums.shift is not None and sums.centre is not None
-    mean, h = sums.mean / sums.weight, sums.h / sums.weight
+    mean, h = sums["mean"] / sums["weight"], sums["h"] / sums["weight"]
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
     valid = (
-        (sums.largest_d < LARGEST_CPU_D)
+        (sums["largest_d"] < LARGEST_CPU_D)
         & (kl < LARGEST_KL)
-        & (sums.shift.abs() < LARGEST_CPU_SHIFT)
+        & (sums["shift"].abs() < LARGEST_CPU_SHIFT)
     )
-    kept |= {SHIFT: sums.shift, CENTRE: sums.centre, LOG1P_T: log1p_t, MEAN: mean}
+    kept |= {SHIFT: sums["shift"], CENTRE: sums["centre"], LOG1P_T: log1p_t, MEAN: mean}
     if both:
-        assert sums.ref_h is not None
-        ref_h = sums.ref_h / sums.weight
+        ref_h = sums["ref_h"] / sums["weight"]
         inverse = 1.0 / (1.0 + t)
         ref_kl = results["ref_kl"] = (ref_h * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         kept[REF_MEAN] = (ref_h + t) * inverse
         valid &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
-        assert sums.ref_weight is not None and sums.ref_largest is not None
-        assert sums.ref_top is not None
-        ref_log_sum = _log_sum(sums.ref_weight, sums.ref_largest)
-        results["ref_lse"] = sums.ref_top * scale + ref_log_sum
-        if sums.ref_token is not None:
-            results["ref_logprob"] = kept[REF_LOGPROB] = sums.ref_token - ref_log_sum
+        ref_log_sum = _log_sum(sums["ref_weight"], sums["ref_largest"])
+        results["ref_lse"] = sums["ref_top"] * scale + ref_log_sum
+        if "ref_token" in sums:
+            results["ref_logprob"] = kept[REF_LOGPROB] = sums["ref_token"] - ref_log_sum
     return valid
 
 

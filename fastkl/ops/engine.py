@@ -5,7 +5,6 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
 import abc
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,10 +129,9 @@ class Kernels(Engine):
             for _ in shard_rows.steps(args, outputs, saved):
                 pass
             return
-        run = functools.partial(_forward, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])
-            run(problem, *part)
+            _forward(args.divergence, problem, *part)
 
     def backward(
         self,
@@ -150,7 +148,6 @@ class Kernels(Engine):
         if p.stride(-1) != 1 or (q is not None and q.stride(-1) != 1):
             # A saved-tensor hook may return logits with another stride along the vocabulary.
             args = args._replace(p=p.contiguous(), q=None if q is None else q.contiguous())
-        run = functools.partial(_backward, args.divergence)
         for rows, problem in problems(args):
             part = (saved, upstream, grad_p, grad_q)
             if rows is not None:
@@ -160,7 +157,7 @@ class Kernels(Engine):
                     rows_of(grad_p, rows),
                     rows_of(grad_q, rows),
                 )
-            run(problem, *part)
+            _backward(args.divergence, problem, *part)
 
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
         launch = launchers()
@@ -254,10 +251,11 @@ class Reference(Engine):
         grad_p: torch.Tensor | None,
         grad_q: torch.Tensor | None,
     ) -> None:
-        backward = reference_rows.backward
         if args.cut.group:
-            return shard_rows.backward(backward, args, saved, upstream, (grad_p, grad_q))
-        backward(args, saved, upstream, grad_p, grad_q)
+            return shard_rows.backward(
+                reference_rows.backward, args, saved, upstream, (grad_p, grad_q)
+            )
+        reference_rows.backward(args, saved, upstream, grad_p, grad_q)
 
     def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
         return 1.0 / (

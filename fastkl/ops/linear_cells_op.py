@@ -182,8 +182,10 @@ def _backward(
         CellUpstream(log_sum, peak, saved, g_listed, g_log_sum),
         unobserved=overwriting(ctx, _gradients),
     )
-    by_name = dict(zip(SIX, gradients, strict=True))
-    return returned({name: by_name[name] for name in names}, ListInputs)
+    return returned(
+        {name: value for name, value in zip(SIX, gradients, strict=True) if name in names},
+        ListInputs,
+    )
 
 
 linear_cells = DualOp(

@@ -279,8 +279,10 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
         RowUpstream._make([saved, *g_fields, False, False]),
         unobserved=overwriting(ctx, _gradients),
     )
-    by_name = dict(zip(SIX, gradients, strict=True))
-    return returned({name: by_name[name] for name in names}, StatisticsInputs)
+    return returned(
+        {name: value for name, value in zip(SIX, gradients, strict=True) if name in names},
+        StatisticsInputs,
+    )
 
 
 # ---- FLOP counts: arguments hold shapes in place of tensors; masked tokens are counted

@@ -154,11 +154,10 @@ class ChunkedHeads:
         """Return results of the tokens computed as results of all tokens, 0 for the others."""
         if self.index is None:
             return values
-        found = {}
-        for name, value in values.items():
-            found[name] = value.new_zeros(self.tokens, *value.shape[1:])
-            found[name][self.index] = value
-        return found
+        return {
+            name: value.new_zeros(self.tokens, *value.shape[1:]).index_put_((self.index,), value)
+            for name, value in values.items()
+        }
 
     def gradients(
         self, fields: Collection[str], wrt: Collection[str], engine: OfChunk

@@ -49,18 +49,18 @@ def empty_gradient(
     gradient.
     """
     p, q = inputs.p, inputs.q
-    if not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad or not p.numel():
-        return None
-    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
-        return None
-    if p.dtype == torch.float16:
+    if (
+        not (p.requires_grad and torch.is_grad_enabled())
+        or q.requires_grad
+        or not p.numel()
+        or (isinstance(normalizer, torch.Tensor) and normalizer.requires_grad)
         # The stored gradient may overflow although the gradient times the upstream one does not.
-        return None
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        or p.dtype == torch.float16
         # A captured backward may be replayed more often than its forward, and would scale its
         # gradient each time.
-        return None
-    if not _modes.eager(p, q, inputs.mask, inputs.temperature):
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or not _modes.eager(p, q, inputs.mask, inputs.temperature)
+    ):
         return None
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
     together = ENGINES[inputs.backend].computes_together(inputs.args, like)

@@ -250,7 +250,7 @@ def planned(heads, chunk_size: int | None = None, taking_part=None) -> tuple[int
 def workspace(heads: list[chunks.ChunkedHead]) -> int:
     """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
     (chunk, window), total = planned(heads), 0
-    vocabulary = chunks.row_width(heads[0].weight.shape[0])
+    vocabulary = -(-heads[0].weight.shape[0] // chunks.ROW_ELEMENTS) * chunks.ROW_ELEMENTS
     for head in heads:
         wide = not head.learns or head.logits_dtype != head.hidden.dtype
         total += wide * chunk * vocabulary * head.logits_dtype.itemsize

@@ -34,11 +34,9 @@ def overview(base: dict[str, Any], found: Sequence[Any], floor: Any) -> dict[str
 def text(whole: dict[str, Any], width: int) -> str:
     """Write the overview in lines of about this width."""
     reports = whole["candidates"]
-    lines = [model_line("A", whole["base"])]
-    lines += [model_line(each["letter"], each["models"][1]) for each in reports]
-    lines = [part for line in lines for part in fill(line, width)]
-    every = [whole["base"], *(each["models"][1] for each in reports)]
-    lines += fill(f"text  {text_line(reports[0] | {'models': every})}", width)
+    models = {"A": whole["base"], **{each["letter"]: each["models"][1] for each in reports}}
+    lines = [part for model in models.items() for part in fill(model_line(*model), width)]
+    lines += fill(f"text  {text_line(reports[0] | {'models': [*models.values()]})}", width)
     head = ["", "mean KL", "95 %", "99.9 %", "max", "same top-1", "acceptance", "size"]
     rows = [
         [each["letter"], *_figures(each["summary"]), size(each["models"][1]["bytes"])]
@@ -46,9 +44,11 @@ def text(whole: dict[str, Any], width: int) -> str:
     ]
     if whole["floor"]:
         rows.append(["floor", *_figures(whole["floor"]), ""])
-    lines += ["", "KL(A‖·), nats per token:", *table([head, *rows], "<>>>>>>>", width)]
-    lines += ["", intervals_line(reports[0]["summary"])]
-    lines += ["", "differences of mean KL over the same tokens; p: of a sign-flip test"]
+    lines += [
+        *("", "KL(A‖·), nats per token:", *table([head, *rows], "<>>>>>>>", width)),
+        *("", intervals_line(reports[0]["summary"])),
+        *("", "differences of mean KL over the same tokens; p: of a sign-flip test"),
+    ]
     for each in whole["differences"]:
         sure = "{:.3g} … {:.3g}  p = {p:.2g}".format(*each["interval"], **each) if each["p"] else ""
         lines.append(f"{each['more']} - {each['less']}  {each['mean']:.3g}  {sure}".rstrip())

@@ -174,6 +174,11 @@ def evaluate(
 def report(numbers: Figures, settings: Settings) -> str:
     """Format the numbers as text and tables."""
     corpus, final, reference = numbers["corpus"], numbers["final"], numbers["reference"]
+    heads = [["", *heading] for heading in list(zip(*COLUMNS.values(), strict=True))[:2]]
+    rows = [
+        [name, *(format(figures[key], COLUMNS[key][2]) for key in COLUMNS)]
+        for name, figures in final.items()
+    ]
     parts = [
         f"corpus:    {corpus['files']} files of Python's standard library, "
         f"{corpus['characters'] / 1e6:.1f} M characters, {corpus['tokens'] / 1e6:.2f} M "
@@ -182,17 +187,10 @@ def report(numbers: Figures, settings: Settings) -> str:
         f"{reference['parameters'] / 1e6:.1f} M parameters, loss {reference['loss'][-1]:.2f} nats "
         f"per token after {settings.reference_steps} steps\n"
         f"policy:    PPO, {settings.steps} steps of {settings.samples} samples\n"
-        f"fastkl:    {numbers['backend']}"
-    ]
-    heads = [["", *heading] for heading in list(zip(*COLUMNS.values(), strict=True))[:2]]
-    rows = [
-        [name, *(format(figures[key], COLUMNS[key][2]) for key in COLUMNS)]
-        for name, figures in final.items()
-    ]
-    parts.append("\n".join(table([*heads, *rows], "<" + ">" * len(COLUMNS))))
-    parts += [
-        textwrap.fill(sentence, TEXT_WIDTH)
-        for sentence in (conclusion(*final.values()), watch(numbers, settings))
+        f"fastkl:    {numbers['backend']}",
+        "\n".join(table([*heads, *rows], "<" + ">" * len(COLUMNS))),
+        textwrap.fill(conclusion(*final.values()), TEXT_WIDTH),
+        textwrap.fill(watch(numbers, settings), TEXT_WIDTH),
     ]
     for name, figures in final.items():
         lines = "{}«{}»".format(*figures["samples"][0]).strip("\n").split("\n")
