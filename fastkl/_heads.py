@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks, _head_checks, _modes, _value_checks, backend
+from .collectives import hidden_states
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token
-from .parallel import WHOLE, Cut, VocabShard, checked_cut, hidden_states
+from .parallel import WHOLE, Cut, VocabShard, checked_cut
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31

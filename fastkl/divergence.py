@@ -7,9 +7,10 @@ import torch
 from . import _checks, _reduce, backend
 from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
+from .collectives import sharded_logits
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
-from .parallel import WHOLE, Shards, sharded_logits
+from .parallel import WHOLE, Shards
 
 
 @takes_dtensors
@@ -63,8 +64,9 @@ def kl_divergence(
             VocabShard, or a pair, one for each tensor; DTensors need none. Every rank gets the same
             result. On a GPU two collectives forward, and none backward, gather 104 bytes per row
             and segment (JSD, skew KL and total variation 136) and 8 per row and rank, and 40 bytes
-            per row are kept; a pair takes one more, which moves one tensor's columns to the other's
-            ranks. The reference backend gathers and keeps all logits. No second derivative.
+            per row are kept. For a pair with different widths, one more moves one tensor's columns
+            to the other's ranks, and one backward if both require a gradient. The reference backend
+            gathers and keeps all logits. No second derivative.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical

@@ -11,11 +11,12 @@ import torch
 
 from . import _checks, _modes, _value_checks, backend, f_divergences
 from ._dtensors import takes_dtensors
+from .collectives import logits_at, sharded_logits
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import WHOLE, Shards, logits_at, sharded_logits
+from .parallel import WHOLE, Shards
 
 
 class TokenStats(NamedTuple):

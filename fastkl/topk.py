@@ -9,12 +9,13 @@ from . import _checks, _modes, _reduce, backend, f_divergences
 from ._dtensors import takes_dtensors
 from ._heads import Given, Head, keeps_logits, prepare, whole_vocabulary
 from ._types import Reduction
+from .collectives import sharded_logits
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .parallel import Shards, sharded_logits
+from .parallel import Shards
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]

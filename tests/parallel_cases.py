@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import fastkl
-from fastkl import parallel, testing
+from fastkl import collectives, testing
 from fastkl.ops import chunks, gemm
 
 WORLD = 4
@@ -161,7 +161,7 @@ class Count:
     """Counts the gathers of a call."""
 
     def __init__(self) -> None:
-        self.calls, self.gather = 0, parallel.start_gather
+        self.calls, self.gather = 0, collectives.start_gather
 
     def __call__(self, *args) -> torch.Tensor:
         self.calls += 1
@@ -215,7 +215,7 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
         what = f"{name}, {backend}, {group.size()} ranks, {label}"
         count = Count()
         with fastkl.use_backend(backend):
-            with mock.patch.object(parallel, "start_gather", count):
+            with mock.patch.object(collectives, "start_gather", count):
                 found, parts = results(function, mine, shard=shard)
             wholes = [expected(name, backend, label)]
             if backend == "triton" and equal:
@@ -292,8 +292,8 @@ def overlapped(group: dist.ProcessGroup) -> str:
     with mock.patch.object(chunks, "LARGEST_CHUNK", 12), contextlib.ExitStack() as patches:
         for letter, where, name in (
             ("p", gemm, "logits_into"),
-            ("g", parallel, "start_gather"),
-            ("w", parallel, "wait"),
+            ("g", collectives, "start_gather"),
+            ("w", collectives, "wait"),
         ):
             call = functools.partial(recorded, order, letter, getattr(where, name))
             patches.enter_context(mock.patch.object(where, name, call))
@@ -339,6 +339,8 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
             pytest.raises(RuntimeError, match="^shard: expected the"),
         ):
             call()
+    with pytest.raises(RuntimeError, match="^shard: expected the same call on all ranks"):
+        fastkl.token_stats(logits, several[:, 0], logits if other else None, shard=shard)
     distillation, labels = fastkl.DistillationLoss(), torch.zeros(3, dtype=torch.long)
     for given in (group, (shard,), (shard, group), [shard, shard]):
         for call in (fastkl.kl_divergence, functools.partial(distillation, labels=labels)):
@@ -376,7 +378,8 @@ def derivatives(group: dist.ProcessGroup, backend: str) -> None:
 
 
 def different_rows(rank: int, folder: str, rows: int) -> None:
-    store, limit = dist.FileStore(f"{folder}/store{rows}", 2), datetime.timedelta(seconds=20)
+    """Call with 3 rows on rank 0 and `rows` on rank 1; leave a file if the call returns."""
+    store, limit = dist.FileStore(f"{folder}/store{rows}", 2), datetime.timedelta(hours=1)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     logits = torch.zeros(rows if rank else 3, 5)
     with fastkl.use_backend("triton"):

@@ -127,9 +127,9 @@ class ChunkedHead:
             self.logits = itertools.cycle(buffers.split(chunk))
 
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""
+        """Return an uninitialised [tokens, V], a view of padded rows."""
         vocabulary = len(self.weight)
-        return empty_rows((tokens,), vocabulary, self.hidden, dtype)[:, :vocabulary]
+        return padded_rows((tokens,), vocabulary, self.hidden, dtype)[:, :vocabulary]
 
     def open(self, window: slice, mask: torch.Tensor | None) -> None:
         """Begin a window: tokens whose gradients of logits are kept until one GEMM."""
@@ -192,13 +192,15 @@ class GivenLogits(ChunkedHead):
         return self._rows[rows if self._index is None else self._index[rows]], None
 
 
-def empty_rows(
+def padded_rows(
     leading: Sequence[int], vocabulary: int, like: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return uninitialised rows [*leading, V padded to 128-byte lines] on the device of `like`."""
+    """Return rows [*leading, V padded to a multiple of 64] on the device of `like`: V entries
+    uninitialised, the padding 0.
+    """
     width = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
     rows = like.new_empty((*leading, width), dtype=dtype)
-    # With AMX, oneDNN's products read 16-bit rows up to a multiple of 32 entries: 0·NaN is NaN.
+    # oneDNN's AMX GEMMs multiply 16-bit rows up to a multiple of 32 entries: 0·NaN would be NaN.
     rows[..., vocabulary:] = 0
     return rows
 

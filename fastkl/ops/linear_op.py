@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import empty_rows
+from .chunks import padded_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, Scaling, flat, row_args
@@ -148,9 +148,9 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
 
 
 def kept_logits(inputs: LinearInputs, keep: bool) -> list[Tensor | None]:
-    """Return uninitialised memory for all logits of each model; None without `keep`."""
+    """Return padded_rows for all logits of each model; None without `keep`."""
     return [
-        empty_rows(states.shape[:-1], len(inputs.weight), states, inputs.logits_dtype)
+        padded_rows(states.shape[:-1], len(inputs.weight), states, inputs.logits_dtype)
         if keep and states is not None
         else None
         for states in (inputs.hidden, inputs.ref_hidden)

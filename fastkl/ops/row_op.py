@@ -112,7 +112,8 @@ def _statistics(inputs: RowInputs) -> Outputs:
     """Compute (*FIELDS, saved): requested fields [...], and values [..., SAVED] for backward."""
     results = empty_outputs(inputs.p, inputs.fields)
     saved = results[-1]
-    if saved.numel() or inputs.group:  # a rank without rows takes part
+    # Without rows a rank gathers too: other ranks may have some, and would wait.
+    if saved.numel() or inputs.group:
         outputs = {FIELDS[at]: results[at] for at in positions(inputs.fields)}
         if inputs.p.dim() != 2:
             outputs = {name: value.view(-1) for name, value in outputs.items()}

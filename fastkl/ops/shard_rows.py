@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import parallel
+from .. import collectives
+from ..parallel import WHOLE, Cut
 from .fields import Divergence, PerRow, RowArgs
 from .near_series import near_series
 from .problems import launchers, problems
@@ -25,7 +26,7 @@ def local(args: RowArgs) -> RowArgs:
         tokens = tokens.masked_fill((tokens < 0) | (tokens >= columns), -1)
     p, q = (None if value is None else value[..., :columns] for value in (args.p, args.q))
     assert p is not None
-    return args._replace(p=p, q=q, tokens=tokens, cut=parallel.WHOLE)
+    return args._replace(p=p, q=q, tokens=tokens, cut=WHOLE)
 
 
 def whole(args: RowArgs) -> RowArgs:
@@ -33,8 +34,8 @@ def whole(args: RowArgs) -> RowArgs:
     if not args.cut.group:
         return args
     logits = [args.p] if args.q is None else [args.p, args.q]
-    p, *q = parallel.gather_columns([args.cut] * len(logits), logits, _alike(args))
-    return args._replace(p=p, q=q[0] if q else None, cut=parallel.WHOLE)
+    p, *q = collectives.gather_columns([args.cut] * len(logits), logits, _signature(args))
+    return args._replace(p=p, q=q[0] if q else None, cut=WHOLE)
 
 
 def zero_padding(args: RowArgs, grads: Sequence[PerRow]) -> list[PerRow]:
@@ -69,12 +70,12 @@ def steps(
 ) -> Generator[None, None, None]:
     """Fill outputs and saved as Kernels.forward does for the whole vocabulary, from two
     all_gathers: of the segments' states, and of the parts of fallback rows, for an f-divergence
-    with the sums of its second read. Yield while a gather runs.
+    with the sums of its second read; without rows, from one. Yield while a gather runs.
     """
     launch, own, cut, rows = launchers(), local(args), args.cut, len(saved)
-    call = _alike(args, outputs)
-    if not rows:
-        yield from _gather(cut, call, saved)
+    signature = _signature(args, outputs)
+    if not rows:  # other ranks may have some, and would wait
+        yield from _gather(cut, signature, saved)
         return
     jeffreys = args.divergence.kind == "jeffreys"
     if jeffreys:
@@ -88,7 +89,8 @@ def steps(
     states = saved.new_zeros(rows * plan.splits * launch.STATE.value)
     launch.forward(problem, outputs, saved, series, shard, states)
     log_sums = launch.log_sums(problem, plan, states) if other else saved[:0]
-    gathered, at_token, log_sums = yield from _gather(cut, call, states, _at_token(own), log_sums)
+    values = states, _at_token(own), log_sums
+    gathered, at_token, log_sums = yield from _gather(cut, signature, *values)
     # One rank has a token's logit, the others have 0.
     p, q = at_token.sum(0).unsqueeze(-1)
     of_tokens = args._replace(
@@ -104,10 +106,10 @@ def steps(
     launch.fallback(problem, outputs, saved, series, shard, parts, log_sums)
     if series.forward:
         launch.forward(problem, outputs, saved, series, shard, states, second=True)
-        states, parts = yield from _gather(cut, call, states, parts)
+        states, parts = yield from _gather(cut, signature, states, parts)
         launch.forward(merged, outputs, saved, series, merging, states, second=True)
     else:
-        (parts,) = yield from _gather(cut, call, parts)
+        (parts,) = yield from _gather(cut, signature, parts)
     launch.fallback(merged, outputs, saved, series, merging, parts, log_sums)
     if jeffreys:
         outputs["kl"] += outputs["ref_kl"]
@@ -124,21 +126,23 @@ def _at_token(own: RowArgs) -> torch.Tensor:
     return found
 
 
-def _alike(args: RowArgs, fields: Iterable[str] = ()) -> object:
-    """Return what the ranks' calls must have in common besides shapes; of tensors, the dtype."""
-    options = *args[:5], *args.scaling, args.divergence, *args.cut[2:], *fields
-    return [value.dtype if isinstance(value, torch.Tensor) else value for value in options]
+def _signature(args: RowArgs, fields: Iterable[str] = ()) -> object:
+    """Return the options in which all ranks' calls must agree; of a tensor, its dtype."""
+    p, q, tokens, mask, temperature, scaling, divergence, cut = args
+    options = p, q, tokens, mask, temperature, *scaling, divergence, cut.vocabulary, cut.width
+    return [x.dtype if isinstance(x, torch.Tensor) else x for x in (*options, *fields)]
 
 
 def _gather(
-    cut: parallel.Cut, call: object, *values: torch.Tensor
+    cut: Cut, signature: object, *values: torch.Tensor
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Return the values of all ranks, each [ranks, ...], from one all_gather; yield while it runs.
-    call: as in start_gather.
+
+    signature: as in start_gather.
     """
-    started = parallel.start_gather(values, cut.group, cut.ranks, call)
+    started = collectives.start_gather(values, cut.group, cut.ranks, signature)
     yield
-    return parallel.wait(started, values)
+    return collectives.wait(started, values)
 
 
 def _problem(args: RowArgs) -> Any:

@@ -166,12 +166,13 @@ def matrix(value: Tensor) -> Tensor:
 def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
     """Compute (listed [..., K], *Outside of [...]) as fill_cells."""
     results = empty_cells(inputs.logits, inputs.ids)
+    args = shard_rows.whole(_rows(inputs))
     if results[1].numel():
         listed, log_sum, peak, saved = results
         others = Outside(log_sum.view(-1), peak.view(-1), saved.view(-1, SAVED))
         fill_cells(
             ENGINES[inputs.backend],
-            shard_rows.whole(_rows(inputs)),
+            args,
             matrix(inputs.ids),
             listed.view(-1, listed.shape[-1]),
             others,

@@ -293,8 +293,8 @@ def test_peak_of_kept_logits(monkeypatch, logits_dtype, fields, learned) -> None
         more = models * planned(heads_on_meta(*SHAPE, (False, False)))[0] * rows * 2
     backward = memory.allocations(lambda: gradients_of(found[0], made))
     assert backward["peak"] <= models * 2 * (n * h + v * h) + more + SLACK
-    # oneDNN's product with AMX takes 1.25 times that besides.
-    assert logits_dtype == FP32 or 2 * v * h <= backward["largest"] < 2 * n * v
+    # The weight's gradient; the workspace of oneDNN's GEMM is 1.245 times that on a Xeon with AMX.
+    assert logits_dtype == FP32 or 2 * v * h <= backward["largest"] <= 1.25 * 2 * v * h
 
 
 @pytest.mark.parametrize("recompute", [True, False, None])
