@@ -14,6 +14,26 @@ from . import _checks
 from .parallel import WHOLE, Cut, Shards, VocabShard, checked_cut, cut_of, shards_of
 
 
+def packed(values: Sequence[torch.Tensor], signature: object) -> torch.Tensor:
+    """Return the bytes of `values` after a checksum [16] that is the same on all ranks whose
+    signatures have the same repr.
+    """
+    # Not hash(), which differs between processes. 0: not checked, since shapes may be symbolic.
+    code = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(signature).encode())
+    first = torch.full((2,), code, dtype=torch.int64, device=values[0].device)
+    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in (first, *values)])
+
+
+def expect_same(checksums: torch.Tensor) -> None:
+    """Check that the checksums of all ranks, [ranks, 16], are the same."""
+    torch._assert_async(
+        (checksums == checksums[0]).all() | (checksums == 0).all(-1).any(),
+        # torch takes at most 254 characters.
+        "shard: expected the same call on all ranks of shard.group, got calls that differ in "
+        "function, rows, dtypes or options; pass the same arguments but each rank's own columns",
+    )
+
+
 def start_gather(
     values: Sequence[torch.Tensor], group: str, ranks: int, signature: object = None
 ) -> torch.Tensor:
@@ -24,13 +44,9 @@ def start_gather(
     each process.
     """
     described = signature, [(*value.shape, value.dtype) for value in values]
-    # Not hash(), which differs between processes. 0: not checked, since shapes may be symbolic.
-    code = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(described).encode())
-    # Twice, so that the values begin at a multiple of 16 bytes.
-    checksum = torch.full((2,), code, dtype=torch.int64, device=values[0].device)
-    own = [value.contiguous().view(-1).view(torch.uint8) for value in (checksum, *values)]
-    packed = torch.cat(own).unsqueeze(0)
-    started: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(packed, ranks, group)
+    started: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(
+        packed(values, described).unsqueeze(0), ranks, group
+    )
     return started
 
 
@@ -40,20 +56,15 @@ def wait(started: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Te
 
     Raises: RuntimeError if the ranks' checksums differ; on a GPU a device-side assertion.
     """
-    packed = torch.ops._c10d_functional.wait_tensor(started)
+    gathered = torch.ops._c10d_functional.wait_tensor(started)
     sizes = [value.numel() * value.itemsize for value in values]
-    checksums, *parts = packed.split([16, *sizes], -1)
-    torch._assert_async(
-        (checksums == checksums[0]).all() | (checksums == 0).all(-1).any(),
-        # torch takes at most 254 characters.
-        "shard: expected the same call on all ranks of shard.group, got calls that differ in "
-        "function, rows, dtypes or options; pass the same arguments but each rank's own columns",
-    )
+    checksums, *parts = gathered.split([16, *sizes], -1)
+    expect_same(checksums)
     return [
         part.clone(memory_format=torch.contiguous_format)
         .view(-1)
         .view(value.dtype)
-        .view(len(packed), *value.shape)
+        .view(len(gathered), *value.shape)
         for part, value in zip(parts, values, strict=True)
     ]
 
@@ -90,9 +101,8 @@ def logits_at(logits: torch.Tensor, ids: torch.Tensor, cut: Cut) -> torch.Tensor
             )
         )
     # Each logit is on one rank; the others have 0.
-    signature = "logits_at", cut.vocabulary, cut.width
-    (all_ranks,) = all_gather([mine.detach()], cut.group, cut.ranks, signature)
-    return torch.where(elsewhere, all_ranks.sum(0), mine)
+    (found,) = all_gather([mine.detach()], cut.group, cut.ranks, (cut.vocabulary, cut.width))
+    return torch.where(elsewhere, found.sum(0), mine)
 
 
 def sharded_logits(
@@ -116,37 +126,12 @@ def sharded_logits(
             return values, cuts[0]
         p, q = values
         # Move a tensor without gradient, else Q: backward needs a collective only if both have one.
-        if q.requires_grad and not p.requires_grad:
-            return [move_columns(p, group, cuts[0], cuts[1], q.shape[-1]), q], cuts[1]
-        return [p, move_columns(q, group, cuts[1], cuts[0], p.shape[-1])], cuts[0]
+        learn = p.requires_grad, q.requires_grad
+        if learn == (False, True):
+            return [Moved.apply(p, group, *cuts, q.shape[-1], learn), q], cuts[1]  # type: ignore[no-untyped-call]
+        return [p, Moved.apply(q, group, *cuts[::-1], p.shape[-1], learn)], cuts[0]  # type: ignore[no-untyped-call]
     whole = _Whole.apply(shards, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
     return list(whole), WHOLE
-
-
-def move_columns(
-    logits: torch.Tensor, group: dist.ProcessGroup, held: Cut, wanted: Cut, own: int
-) -> torch.Tensor:
-    """Return this rank's `own` columns of the layout `wanted`, [..., own] with 0 for padding, from
-    all ranks' logits [..., columns of `held`].
-
-    One all_to_all of the columns without padding; with a gradient, one more in backward.
-    """
-    # Not at the top, because torch may be built without it.
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
-
-    def shared(source: int, target: int) -> int:
-        """Count the columns that rank `source` of `held` passes to rank `target` of `wanted`."""
-        start = max(source * held.width, target * wanted.width)
-        end = min((source + 1) * held.width, (target + 1) * wanted.width, held.vocabulary)
-        return max(end - start, 0)
-
-    rank, ranks, leading = group.rank(), range(held.ranks), logits.shape[:-1]
-    sent, received = [shared(rank, r) for r in ranks], [shared(r, rank) for r in ranks]
-    packed = torch.cat([part.reshape(-1) for part in logits[..., : sum(sent)].split(sent, -1)])
-    sizes, sent_sizes = ([leading.numel() * n for n in columns] for columns in (received, sent))
-    moved = all_to_all_single_autograd(packed, sizes, sent_sizes, group).split(sizes)
-    parts = [part.view(*leading, n) for part, n in zip(moved, received, strict=True)]
-    return torch.cat([*parts, logits.new_zeros(*leading, own - sum(received))], -1)
 
 
 def gather_columns(
@@ -166,6 +151,59 @@ def gather_columns(
         part.movedim(0, -2).flatten(-2)[..., : cut.vocabulary]
         for cut, part in zip(cuts, parts, strict=True)
     ]
+
+
+class Moved(torch.autograd.Function):
+    """Moves columns to another layout of the vocabulary, and their gradient back."""
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor, group: dist.ProcessGroup, held: Cut, wanted: Cut, own: int, learn: Any
+    ) -> torch.Tensor:
+        """Return this rank's `own` columns of the layout `wanted`, [..., own] with 0 for padding,
+        from all ranks' logits [..., columns of `held`], in one all_to_all.
+
+        learn: which tensors of the call need a gradient, for the checksum.
+        """
+
+        def shared(source: int, target: int) -> int:
+            """Count the columns that rank `source` passes to rank `target`."""
+            ends = (source + 1) * held.width, (target + 1) * wanted.width, held.vocabulary
+            return len(range(max(source * held.width, target * wanted.width), min(ends)))
+
+        rank, ranks, leading = group.rank(), range(held.ranks), logits.shape[:-1]
+        sent, received = [shared(rank, r) for r in ranks], [shared(r, rank) for r in ranks]
+        signature = held[2:], wanted[2:], (*leading, logits.dtype, learn)
+        pieces = [packed([x], signature) for x in logits[..., : sum(sent)].split(sent, -1)]
+        sizes = [16 + leading.numel() * columns * logits.itemsize for columns in received]
+        ops: Any = torch.ops._c10d_functional
+        moved = ops.all_to_all_single(
+            torch.cat(pieces), sizes, [*map(len, pieces)], group.group_name
+        )
+        parts = ops.wait_tensor(moved).split(sizes)
+        expect_same(torch.stack([part[:16] for part in parts]))
+        found = [
+            part[16:].clone().view(logits.dtype).view(*leading, columns)
+            for part, columns in zip(parts, received, strict=True)
+        ]
+        return torch.cat([*found, logits.new_zeros(*leading, own - sum(received))], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Keep the two layouts, exchanged."""
+        logits, group, held, wanted, _, learn = inputs
+        ctx.back = group, wanted, held, logits.shape[-1], learn
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Move the gradient back."""
+        return Moved.apply(upstream, *ctx.back), *[None] * 5  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], logits: torch.Tensor, *layouts: Any) -> Any:
+        """Treat the mapped dimension as a leading one."""
+        mapped = logits.movedim(in_dims[0], 0)
+        return Moved.apply(mapped, *layouts), 0  # type: ignore[no-untyped-call]
 
 
 class _Whole(torch.autograd.Function):
@@ -225,9 +263,10 @@ def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     lengths = [len(hidden)]
     if shard.hidden_layout == "sequence":
         sizes, group = torch.tensor(lengths, device=hidden.device), shard.group
-        signature = hidden.dtype, hidden.shape[1:]
-        (all_sizes,) = all_gather([sizes], group.group_name, group.size(), signature)
-        lengths = all_sizes[:, 0].tolist()
+        described = hidden.dtype, hidden.shape[1:]
+        lengths = (
+            all_gather([sizes], group.group_name, group.size(), described)[0].flatten().tolist()
+        )
     whole: torch.Tensor = _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-untyped-call]
     return whole
 

@@ -332,7 +332,7 @@ def test_one_graph(one_process) -> None:
     places = [parallel.cut_of(shard, width)[0] for width in (64, 66)]
 
     def moved(p: torch.Tensor) -> torch.Tensor:
-        return collectives.move_columns(p, one_process, *places, own=66)[:, :64]
+        return collectives.Moved.apply(p, one_process, *places, 66, (True, False))[:, :64]
 
     for call, given in (
         (lambda p, q: fastkl.kl_divergence(p, q, shard=shard), (whole.p, whole.q)),
