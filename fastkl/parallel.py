@@ -25,7 +25,8 @@ class VocabShard:
 
     Args:
         group: a torch.distributed process group: the tensor-parallel one.
-        start: the first column of this process's tensor.
+        start: the first column of this process's tensor: on rank r, r times the width of the first
+            rank's, even beyond the vocabulary.
         vocab_size: the size of the vocabulary without padding; if the models' vocabularies differ,
             the smaller, shared one.
         hidden_layout: for the functions on hidden states, with Head(shard=...). "replicated": every

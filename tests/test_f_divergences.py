@@ -99,6 +99,7 @@ def test_gradients_are_finite_where_the_value_is(kind, share) -> None:
 def test_gradients_of_the_textbooks_formula(name, kind) -> None:
     member, sizes = MEMBERS[name], (0.3, 1.0, 3.0, 30.0)
     p, q = testing.sizes_pair(kind, sizes, (0.0, 3.0), 23, torch.float64)
+    q[-1, 3] = -1e18 if name == "renyi 2.0" else q[-1, 3]
     upstream = testing.upstream_for(p[:, 0])
     expected = plain_gradients(member, p, q, upstream)
     results = member.exact_gradients(p, q, upstream)

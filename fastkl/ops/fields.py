@@ -69,7 +69,7 @@ class RowArgs(NamedTuple):
 
     q, tokens, mask: None if absent. temperature: a number or a vector. divergence: if not the KL,
     "kl" is the only field. cut: position of the logits in a split vocabulary; token ids then refer
-    to the whole vocabulary.
+    to the whole vocabulary. call_rows: rows of a call on hidden states, of which these are a chunk.
     """
 
     p: torch.Tensor
@@ -80,10 +80,11 @@ class RowArgs(NamedTuple):
     scaling: Scaling = Scaling()
     divergence: Divergence = Divergence()
     cut: Cut = WHOLE
+    call_rows: int = 0
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""
-        _, _, tokens, mask, temperature, scaling, divergence, cut = self
+        _, _, tokens, mask, temperature, scaling, divergence, cut, call_rows = self
         return RowArgs(
             p,
             q,
@@ -95,6 +96,7 @@ class RowArgs(NamedTuple):
             else scaling,
             divergence,
             cut,
+            call_rows,
         )
 
 

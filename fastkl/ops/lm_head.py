@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from .. import _value_checks
+from .. import _value_checks, collectives
 from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
@@ -60,7 +60,7 @@ class ChunkedHeads:
                 if isinstance(args.temperature, torch.Tensor):
                     _value_checks.temperatures_positive(args.temperature)
                 _value_checks.ratios_finite(args.scaling.ratio)
-        self.args = args
+        self.args = args._replace(call_rows=self.tokens)
         self.all: list[ChunkedHead] = []
         second = ref_hidden, weight if ref_weight is None else ref_weight, ref_bias
         for states, own_weight, own_bias in ((hidden, weight, bias), second):
@@ -205,6 +205,8 @@ class ChunkedHeads:
         a collective runs: its first one while the next chunk's GEMMs run.
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
+        if self.args.cut.group and not len(hidden):  # ranks with tokens would wait
+            collectives.all_gather([hidden], self.args.cut.group, self.args.cut.ranks)
         waiting: Iterator[None] = iter(())
         learns = self.args.cut.group and any([head.learns for head in heads])
         overlaps = self.args.cut.group and chunk < (window if learns else len(hidden))

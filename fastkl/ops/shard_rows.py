@@ -128,9 +128,10 @@ def _at_token(own: RowArgs) -> torch.Tensor:
 
 def _signature(args: RowArgs, fields: Iterable[str] = ()) -> object:
     """Return the options in which all ranks' calls must agree; of a tensor, its dtype."""
-    p, q, tokens, mask, temperature, scaling, divergence, cut = args
+    p, q, tokens, mask, temperature, scaling, divergence, cut, call_rows = args
     options = p, q, tokens, mask, temperature, *scaling, divergence, cut.vocabulary, cut.width
-    return [x.dtype if isinstance(x, torch.Tensor) else x for x in (*options, *fields)]
+    described = [x.dtype if isinstance(x, torch.Tensor) else x for x in options]
+    return described, call_rows, *fields
 
 
 def _gather(
