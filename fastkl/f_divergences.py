@@ -60,7 +60,7 @@ def gradients(
         d, log_z = _log_ratio(log_p, log_q), _log_z(log_p, log_q, share)
         r = (_log_r(log_p, log_q, share) - log_z).exp()
         to_p, to_q = (1.0 - share) * d - log_z, -share * d - log_z
-        # The digits of to_p and to_q are lost beside a d of 1e17, as of an entry masked in one model.
+        # Beside a d of 1e17, as of an entry masked in one model, to_p and to_q have no digits.
         near = d.abs() < 1e6
         r_minus_p = torch.where(near & (to_p.abs() < 1.0), p * torch.expm1(to_p), r - p)
         q_minus_r = torch.where(near & (to_q.abs() < 1.0), -q * torch.expm1(to_q), q - r)

@@ -332,6 +332,10 @@ def mistakes(rank: int, group: dist.ProcessGroup) -> None:
         lambda: fastkl.renyi_divergence(logits, logits, alpha=2.0 + other, shard=shard),
         lambda: (kl, fastkl.jeffreys_divergence)[other](logits, logits, shard=shard),
         lambda: fastkl.selective_log_softmax(half, several, shard=shard),
+        lambda: fastkl.linear_kl_divergence(  # the first chunks are alike
+            *[torch.zeros(12 + 4 * other, 2), fastkl.Head(torch.zeros(5, 2), shard=shard)] * 2,
+            chunk_size=4,
+        ),
     ]
     for call in calls:
         with (

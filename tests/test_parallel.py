@@ -260,9 +260,14 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
             mock.patch.object(collectives, "start_gather", count),
             CommDebugMode() as moves,  # does not see into ops
         ):
-            kl = fastkl.kl_divergence(*given[:2], shard=given[2])
-            torch.autograd.grad(kl.nansum(), leaves)
+            torch.autograd.grad(fastkl.kl_divergence(*given[:2], shard=given[2]).nansum(), leaves)
         assert count.calls == 2 and moves.get_total_counts() == counted
+    with fastkl.use_backend("triton"):
+        testing.assert_same_bits(
+            torch.vmap(functools.partial(fastkl.kl_divergence, shard=shards))(p[None], q[None])[0],
+            fastkl.kl_divergence(p, q, shard=shards),
+            "under vmap",
+        )
 
 
 def main(rank: int, folder: str) -> None:
