@@ -62,7 +62,7 @@ class Entry:
         return chosen
 
 
-_EMULATED = "the interpreter pays per operation, not per element: wide tiles"
+_EMULATED = "a GPU's segments in forward; wide tiles, as the interpreter pays per operation"
 _H200 = "NVIDIA H200, Triton 3.6.0, 2026-11-26"
 _AS_H200 = "as measured on an H200; not timed on this architecture"
 _SMALL = "a short row: few threads, so that none idles"
@@ -74,14 +74,14 @@ TABLE = (
         "interpreter",
         2,
         None,
-        RowConfig(256, 2, 32768, _EMULATED),
+        RowConfig(256, 2, 16384, _EMULATED),
         RowConfig(1024, 4, 32768, _EMULATED),
     ),
     Entry(
         "interpreter",
         4,
         None,
-        RowConfig(256, 2, 32768, _EMULATED),
+        RowConfig(256, 2, 8192, _EMULATED),
         RowConfig(1024, 4, 32768, _EMULATED),
     ),
     # A warp of 64 threads.

@@ -168,7 +168,8 @@ class Count:
         return self.gather(*args)
 
 
-# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4.
+# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4;
+# of "large" also without a group.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
     "even": (1024, 256, 16, torch.float32, 0.1, True),
@@ -218,7 +219,8 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
             with mock.patch.object(collectives, "start_gather", count):
                 found, parts = results(function, mine, shard=shard)
             wholes = [expected(name, backend, label)]
-            if backend == "triton" and equal:
+            # A long row has these segments without a shard too.
+            if backend == "triton" and equal and name != "large":
                 wholes.append(expected(name, backend, label, shard=Shard(alone, 0, vocabulary)))
         most = 1 if label in GATHERING[:2] else 4 if label in LOSSES else 2
         assert count.calls <= most or backend == "reference" and count.calls <= 2, what
