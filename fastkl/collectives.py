@@ -158,7 +158,12 @@ class Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: torch.Tensor, group: dist.ProcessGroup, held: Cut, wanted: Cut, own: int, learn: Any
+        logits: torch.Tensor,
+        group: dist.ProcessGroup,
+        held: Cut,
+        wanted: Cut,
+        own: int,
+        learn: tuple[bool, bool],
     ) -> torch.Tensor:
         """Return this rank's `own` columns of the layout `wanted`, [..., own] with 0 for padding,
         from all ranks' logits [..., columns of `held`], in one all_to_all.
