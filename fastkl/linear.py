@@ -226,9 +226,8 @@ def linear_token_stats(  # noqa: PLR0913
         whole_vocabulary(inputs, "support")
         shape = *hidden.shape[:-1], len(inputs.weight)
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
-        models = inputs._replace(mask=kept.counted).models()
         restricted = []
-        for one in models:
+        for one in inputs._replace(mask=kept.counted).models():
             relative, _, peak, *_ = linear_cells(one, ListInputs(kept.ids, keep, False))
             divisor = one.temperature if one.temperatures is None else one.temperatures
             restricted.append((relative, peak / divisor))
