@@ -322,9 +322,11 @@ def compare_models(  # noqa: PLR0913
         repr(texts)[:80],
         "put a single text in a list",
     )
-    allowed = {"score": ("all", "second-half"), "by": ("document", "line")}
-    for name, choice in {"score": score, "by": by}.items():
-        expect(choice in allowed[name], name, f"one of {allowed[name]}", repr(choice), "choose one")
+    for name, choice, allowed in (
+        ("score", score, ("all", "second-half")),
+        ("by", by, ("document", "line")),
+    ):
+        expect(choice in allowed, name, f"one of {allowed}", repr(choice), "choose one")
     for name, number, least in (("window", window, 8), ("stride", stride, 1), ("top", top, 1)):
         holds = (number is None and name != "top") or (isinstance(number, int) and number >= least)
         expect(holds, name, f"an int of at least {least}", repr(number), "pass one")
