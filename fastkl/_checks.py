@@ -240,10 +240,10 @@ def per_row(
         )
 
 
-def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
-    """Return K of ids [..., K]; 1 for an object that per_row rejects."""
+def list_shape(name: str, ids: torch.Tensor, leading: Sequence[int]) -> torch.Size:
+    """Return the shape [..., K] of a list per token; K = 1 for an object that per_row rejects."""
     if not isinstance(ids, torch.Tensor) or ids.is_nested:
-        return 1
+        return torch.Size((*leading, 1))
     expect(
         ids.dim() == len(leading) + 1 and ids.shape[-1] > 0,
         name,
@@ -251,7 +251,7 @@ def entries(name: str, ids: torch.Tensor, leading: Sequence[int]) -> int:
         tuple(ids.shape),
         f"one id per token is {name}[..., None]",
     )
-    return ids.shape[-1]
+    return torch.Size((*leading, ids.shape[-1]))
 
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
@@ -295,22 +295,20 @@ def temperature(
             "convert it with .float()",
         )
         not_forward_mode(name, value)
-    else:
+    elif not is_number(value):
         what = "a positive number or a float tensor of the leading shape"
-        if not is_number(value):
-            floats = hasattr(value, "__float__")
-            remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
-            expect(False, name, what, value, remedy, TypeError)
-        if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
-            what = "a positive finite number within 2^-126 … 2^126"
-            expect(False, name, what, value, "pass 1.0, which leaves the logits as they are")
+        floats = hasattr(value, "__float__")
+        remedy = f"pass float({name})" if floats else tensor_remedy(name, value, "")
+        expect(False, name, what, value, remedy, TypeError)
+    elif not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
+        what = "a positive finite number within 2^-126 … 2^126"
+        expect(False, name, what, value, "pass 1.0, which leaves the logits as they are")
 
 
 def fixed_temperature(name: str, value: float, elsewhere: str) -> None:
     """Check the temperature of a module, a number; the function `elsewhere` takes one per token."""
     remedy = f"call {elsewhere} for a temperature per token"
-    number = not isinstance(value, torch.Tensor)
-    expect(number, name, "a positive number", value, remedy, TypeError)
+    expect(not isinstance(value, torch.Tensor), name, "a positive number", value, remedy, TypeError)
     temperature(value, torch.Size(), torch.device("cpu"), name)
 
 

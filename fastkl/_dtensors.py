@@ -42,9 +42,9 @@ def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
     for argument, value in given.items():
         if hasattr(value, "dim") and value.dim():
             wanted = placements if argument.endswith("logits") else outer
-            fits = isinstance(value, DTensor) and value.device_mesh == mesh
             _checks.expect(
-                fits
+                isinstance(value, DTensor)
+                and value.device_mesh == mesh
                 and value.placements == wanted
                 and (wanted is outer or value.shape == first.shape)
                 and not any(x.is_partial() for x in wanted),
@@ -75,7 +75,8 @@ def on_local(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
             "pass reduction='none' and sum the result",
         )
         like = torch.empty((*leading[: part.dim()], *part.shape[len(leading) :]), device="meta")
-        options: Any = dict(shape=like.shape, stride=like.stride(), run_check=False)
-        return DTensor.from_local(part, mesh, outer, **options)
+        return DTensor.from_local(
+            part, mesh, outer, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
     return type(found)(*map(distributed, found)) if isinstance(found, tuple) else distributed(found)

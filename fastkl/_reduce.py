@@ -7,10 +7,9 @@ from typing import get_args
 import torch
 
 from . import _checks
-from ._types import PenaltyReduction, Reduction
+from ._types import Reduction
 
 REDUCTIONS = get_args(Reduction)
-PENALTY_REDUCTIONS = get_args(PenaltyReduction)
 
 
 def check(

@@ -13,7 +13,6 @@ import torch
 from . import _checks
 
 Backend = Literal["triton", "reference"]
-BACKENDS = get_args(Backend)
 # Evaluated once: not every torch release can trace find_spec.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +34,7 @@ class use_backend:  # noqa: N801  (used like a function)
     def __init__(self, name: Backend | None) -> None:
         global _forced
         if name is not None:
-            _checks.choice("name", name, BACKENDS)
+            _checks.choice("name", name, get_args(Backend))
         self._before = _forced
         _forced = name
 
@@ -101,15 +100,12 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
     Raises TypeError or ValueError for inputs that token_stats(logits, …, ref_logits) does not
     accept. Example: print(fastkl.explain(logits))
     """
-    _checks.logits("logits", logits)
-    if ref_logits is not None:
-        _checks.logits("ref_logits", ref_logits)
-        _checks.same_shape("ref_logits", ref_logits, "logits", logits)
-    both = (logits,) if ref_logits is None else (logits, ref_logits)
+    other = logits if ref_logits is None else ref_logits
+    _checks.two_logits("logits", logits, "ref_logits", other)
     backend = _forced or ("triton" if logits.is_cuda else "reference")
     place = "a GPU" if logits.is_cuda else logits.device.type
     why = f"use_backend({_forced!r})" if _forced else f"the logits are on {place}"
-    return Explanation(backend, why, triton_problems(*both) if backend == "triton" else ())
+    return Explanation(backend, why, triton_problems(logits, other) if backend == "triton" else ())
 
 
 def select(*logits: torch.Tensor, read_rows: bool = True) -> str:

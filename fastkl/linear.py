@@ -2,7 +2,7 @@
 exist only if they are few or requested.
 """
 
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import torch
 
@@ -12,10 +12,7 @@ from ._heads import Head as Head
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.linear_op import StatisticsInputs, linear_statistics
-from .tokens import Support, TokenStats
-
-if TYPE_CHECKING:
-    from .tokens import PairedTokenStats, PolicyTokenStats
+from .tokens import PairedTokenStats, PolicyTokenStats, Support, TokenStats
 
 
 @overload
@@ -36,7 +33,7 @@ def linear_token_stats(
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
-) -> "PolicyTokenStats": ...
+) -> PolicyTokenStats: ...
 @overload
 def linear_token_stats(
     hidden: torch.Tensor,
@@ -55,7 +52,7 @@ def linear_token_stats(
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
-) -> "PairedTokenStats": ...
+) -> PairedTokenStats: ...
 @overload
 def linear_token_stats(
     hidden: torch.Tensor,
@@ -229,9 +226,8 @@ def linear_token_stats(  # noqa: PLR0913
         whole_vocabulary(inputs, "support")
         shape = *hidden.shape[:-1], len(inputs.weight)
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
-        models = inputs._replace(mask=kept.counted).models()
         restricted = []
-        for one in models:
+        for one in inputs._replace(mask=kept.counted).models():
             relative, _, peak, *_ = linear_cells(one, ListInputs(kept.ids, keep, False))
             divisor = one.temperature if one.temperatures is None else one.temperatures
             restricted.append((relative, peak / divisor))

@@ -39,7 +39,7 @@ class _Penalty(torch.nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("direction", direction, get_args(Direction))
-        _checks.choice("reduction", reduction, _reduce.PENALTY_REDUCTIONS)
+        _checks.choice("reduction", reduction, get_args(PenaltyReduction))
         for name, value in {
             "temperature": temperature,
             "ref_temperature": temperature if ref_temperature is None else ref_temperature,

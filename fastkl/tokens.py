@@ -2,10 +2,8 @@
 from one read of their logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 
@@ -37,20 +35,19 @@ class TokenStats(NamedTuple):
     ref_lse: torch.Tensor | None
 
 
-if TYPE_CHECKING:
+class PolicyTokenStats(TokenStats):
+    """TokenStats of given tokens, as a type checker sees it."""
 
-    class PolicyTokenStats(TokenStats):
-        """TokenStats of given tokens, as a type checker sees it."""
+    logprob: torch.Tensor
 
-        logprob: torch.Tensor
 
-    class PairedTokenStats(PolicyTokenStats):
-        """TokenStats with a reference, as a type checker sees it: no field is None."""
+class PairedTokenStats(PolicyTokenStats):
+    """TokenStats with a reference, as a type checker sees it: no field is None."""
 
-        ref_logprob: torch.Tensor
-        kl: torch.Tensor
-        ref_kl: torch.Tensor
-        ref_lse: torch.Tensor
+    ref_logprob: torch.Tensor
+    kl: torch.Tensor
+    ref_kl: torch.Tensor
+    ref_lse: torch.Tensor
 
 
 @overload
@@ -206,11 +203,10 @@ class Support(NamedTuple):
         shape: tuple[int, ...],
         device: torch.device,
         chosen: str,
-    ) -> Support:
+    ) -> "Support":
         """Check the ids for logits of the given shape and sort them."""
         *leading, vocabulary = shape
-        entries = _checks.entries("support", ids, leading)
-        _checks.tokens(ids, torch.Size((*leading, entries)), device, "support")
+        _checks.tokens(ids, _checks.list_shape("support", ids, leading), device, "support")
         ids = sorted_ids(ids.long(), vocabulary)
         absent = absent_entries(ids, vocabulary)
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
@@ -261,10 +257,9 @@ class Support(NamedTuple):
         for q in log_q:
             found["kl"] = f_divergences.divergence(log_p, q, "kl", 0.0)
             found["ref_kl"] = f_divergences.divergence(q, log_p, "kl", 0.0)
-        zero = log_p.new_zeros(())
         return TokenStats._make(
             [
-                torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
+                torch.where(self.counted, found[name], 0.0).to(dtype) if name in found else None
                 for name in FIELDS
             ]
         )

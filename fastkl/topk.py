@@ -329,8 +329,8 @@ def _divergence(
     total, student_mass = (
         x.masked_fill(too_much[..., 0], torch.nan) for x in (total, student_mass)
     )
-    values, zero = (total, student_mass, mass[..., 0].exp()), total.new_zeros(())
-    return TopKStats(*[torch.where(counted, x, zero).to(dtype) for x in values]), counted
+    values = total, student_mass, mass[..., 0].exp()
+    return TopKStats(*[torch.where(counted, x, 0.0).to(dtype) for x in values]), counted
 
 
 def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
@@ -370,14 +370,10 @@ def _log1mexp(value: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    leading: torch.Size,
-    device: torch.device,
-    logprobs: torch.Tensor,
-    ids: torch.Tensor,
-    how: _How,
+    leading: torch.Size, device: torch.device, logprobs: torch.Tensor, ids: torch.Tensor, how: _How
 ) -> None:
     """Check the list and the options, for a student of leading shape `leading`."""
-    given = torch.Size((*leading, _checks.entries("topk_ids", ids, leading))), device
+    given = _checks.list_shape("topk_ids", ids, leading), device
     kind, remedy = "an int32 or int64 tensor", "convert it with .long()"
     _checks.per_row("topk_ids", ids, *given, (torch.int64, torch.int32), kind, remedy)
     kind, remedy = "a float tensor of log-probabilities", "convert it with .float()"
@@ -391,11 +387,13 @@ def _check(
     )
     _checks.choice("direction", how.direction, get_args(TopkDirection))
     _checks.choice("tail", how.tail, get_args(Tail))
-    if how.direction == "js":
-        _checks.share("beta", 0.5 if how.beta is None else how.beta)
-    else:
-        _checks.expect(
-            how.beta is None, "beta", f"None for {how.direction!r}", how.beta, "leave it out"
-        )
+    _checks.expect(
+        how.beta is None or how.direction == "js",
+        "beta",
+        f"None for {how.direction!r}",
+        how.beta,
+        "leave it out",
+    )
+    _checks.share("beta", 0.5 if how.beta is None else how.beta)
     if how.clip is not None:
         _checks.positive("clip", how.clip, "pass None for no bound")

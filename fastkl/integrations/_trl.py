@@ -159,8 +159,11 @@ def hidden_states(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> Any:
     """Compute the hidden states [B, T-1, H] that predict every token but the first."""
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    return causal_lm(model).base_model(**given).last_hidden_state[:, :-1]
+    return (
+        causal_lm(model)
+        .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        .last_hidden_state[:, :-1]
+    )
 
 
 def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:

@@ -258,9 +258,12 @@ class ExactGRPOTrainer(GRPOTrainer):
         """Yield the unwrapped reference in eval mode; with PEFT, the policy without its adapter."""
         own = self.ref_model is None
         reference = self.accelerator.unwrap_model(model if own else self.ref_model)
-        training, adapter = reference.training, contextlib.nullcontext()
-        if own:
-            adapter = use_adapter(reference, "ref" if "ref" in reference.peft_config else None)
+        training = reference.training
+        adapter = (
+            use_adapter(reference, "ref" if "ref" in reference.peft_config else None)
+            if own
+            else contextlib.nullcontext()
+        )
         try:
             with adapter:
                 yield reference.eval()

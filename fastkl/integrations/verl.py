@@ -206,8 +206,6 @@ def install_kl_penalty() -> None:
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
     verls = _module(CORE).kl_penalty
-    if verls is kl_penalty:
-        return
     _same_arguments(verls, kl_penalty)
     for name, module in list(sys.modules.items()):
         if name.startswith("verl.") and getattr(module, "kl_penalty", None) is verls:
@@ -282,9 +280,8 @@ def install_forward_kl_topk() -> None:
     arguments.
     """
     losses: Any = _module(FSDP_LOSSES)
-    if losses.compute_forward_kl_topk is not forward_kl_topk:
-        _same_arguments(losses.compute_forward_kl_topk, forward_kl_topk)
-        losses.compute_forward_kl_topk = forward_kl_topk
+    _same_arguments(losses.compute_forward_kl_topk, forward_kl_topk)
+    losses.compute_forward_kl_topk = forward_kl_topk
 
 
 def _weight_of(beta: Any) -> float:

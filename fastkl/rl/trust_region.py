@@ -153,14 +153,14 @@ class TrustRegion:
         # Each parameter once; no optimizer moves frozen ones.
         every = {id(each): each for group in optimizer.param_groups for each in group["params"]}
         parameters = [one for one in every.values() if one.requires_grad or one.grad is not None]
-        old = _copies(parameters)
+        old = [parameter.detach().clone() for parameter in parameters]
         try:
             optimizer.step(*(() if closure is None else (closure,)))
             for attempt in range(self.tries + 1):
                 # Interpolate every fraction between both ends: halving in place would get stuck in
                 # a 16-bit type, where half of the last bit rounds up again.
                 if attempt == 1:
-                    new = _copies(parameters)
+                    new = [parameter.detach().clone() for parameter in parameters]
                 if attempt > 0:
                     _place(parameters, old, new, self.shrink**attempt)
                 with torch.no_grad():
@@ -179,10 +179,6 @@ class TrustRegion:
             raise
         _place(parameters, old)
         return StepResult("undone", 0.0, kl)
-
-
-def _copies(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()

@@ -11,8 +11,6 @@ from typing import Any
 from .demo import DISTILL, QUICK, Settings
 from .files import STDOUT
 
-# Arguments of add_argument, by option: help text, other arguments.
-Arguments = dict[str, tuple[str, dict[str, Any]]]
 # Suffixes of pictures; the suffix chooses the format.
 PICTURES = (".png", ".svg", ".pdf")
 TEXTS: dict[str, dict[str, Any]] = {
@@ -118,7 +116,8 @@ DEVICE: tuple[str, dict[str, Any]] = (
         metavar="DEVICE",
     ),
 )
-ARGUMENTS: dict[str, Arguments] = {
+# By sub-command and option: help text, and the other arguments of add_argument.
+ARGUMENTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "demo": {
         "--algorithm": (
             "ppo: fine-tune without and with the KL penalty; distill: teach a smaller model "

@@ -47,7 +47,6 @@ TARGET, POSITION = "kl/target", "kl/position_"
 DRAWN = (*PANELS, *QUANTILES, TARGET, "kl/spike")
 # Larger steps are not distinct in float64; larger figures do not fit an axis.
 LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
-WROTE = "a file that KLMonitor(jsonl=...) wrote"
 # No date, so that the same runs give the same bytes.
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 Run = dict[str, np.ndarray]
@@ -99,7 +98,12 @@ def read_run(source: Path) -> Run:
     If the file goes back to an earlier step, as after resuming from a checkpoint, the later lines
     replace the steps from there on.
     """
-    with told("RUN.jsonl", WROTE, repr(str(source)), "number its steps from 0, or pass another"):
+    with told(
+        "RUN.jsonl",
+        "a file that KLMonitor(jsonl=...) wrote",
+        repr(str(source)),
+        "number its steps from 0, or pass another",
+    ):
         steps: dict[float, dict[str, float]] = {}
         for line in read_jsonl(source):
             step = float(line.get("step", next(reversed(steps), -1.0) + 1))
@@ -155,11 +159,12 @@ def picture(
     profiled = any(_has(run, f"{POSITION}1") for run in runs.values())
     heights = [PANELS[name][1] for name in names] + [PROFILE_HEIGHT] * profiled
     figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    panels: list[Axes] = []
-    for name in names:
-        axes = figure.add_subplot(grid[len(panels)], sharex=panels[0] if panels else None)
-        panels.append(axes)
+    panels: list[Axes] = [
+        *figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    ]
+    for name, axes in zip(names, panels, strict=False):
+        if axes is not panels[0]:
+            axes.sharex(panels[0])
         if name == "kl/mean":
             _scale_kl(axes, runs)
         for run, colour in zip(runs.values(), COLOURS, strict=False):
@@ -169,10 +174,9 @@ def picture(
             axes.axhline(height, color=GREY, linestyle="--", linewidth=1.2, label=label)
         axes.set_ylabel(PANELS[name][0])
         axes.tick_params(labelbottom=name == names[-1])
-    panels[-1].set_xlabel("step")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if profiled:
-        panels.append(figure.add_subplot(grid[-1]))
         _draw_profiles(panels[-1], runs)
     for axes in panels:
         axes.grid(alpha=0.2)
@@ -289,9 +293,13 @@ def _draw_profiles(axes: Axes, runs: Mapping[str, Run]) -> None:
         middles = (np.arange(len(parts)) + 0.5) * 100 / len(parts)
         some = math.ceil(table.shape[1] / 10)
         if len(runs) == 1:
-            first = table[:, :some].mean(1)
             axes.plot(
-                middles, first, ".--", color=colour, alpha=0.6, label="first tenth of the steps"
+                middles,
+                table[:, :some].mean(1),
+                ".--",
+                color=colour,
+                alpha=0.6,
+                label="first tenth of the steps",
             )
         axes.plot(
             middles, table[:, -some:].mean(1), ".-", color=colour, label="last tenth of the steps"

@@ -60,8 +60,11 @@ class LogitsFile:
             f"{size} bytes in {name!r}",
             "write it anew",
         )
-        self.tokens = np.fromfile(name, "<i4", context * chunks, offset=start)
-        self.tokens = self.tokens.reshape(chunks, context).astype(np.int64)
+        self.tokens = (
+            np.fromfile(name, "<i4", context * chunks, offset=start)
+            .reshape(chunks, context)
+            .astype(np.int64)
+        )
         expect(
             0 <= self.tokens.min() and self.tokens.max() < self.rows,
             self.argument,
@@ -183,26 +186,27 @@ def llama_table(scored: pd.DataFrame) -> str:
     correlation = np.corrcoef(nll_q, nll_base)[0, 1]
     mse, mse_error = _mean(change**2)
     rms, (same, same_error) = math.sqrt(mse), _mean(scored["same_top1"].to_numpy())
-    lines = [
-        "====== Perplexity statistics ======",
-        f"Mean PPL(Q)                   : {ppl_q:10.6f} ± {ppl_q * q_error:10.6f}",
-        f"Mean PPL(base)                : {ppl_base:10.6f} ± {ppl_base * base_error:10.6f}",
-        f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * correlation:6.2f}%",
-        f"Mean ln(PPL(Q)/PPL(base))     : {log_ratio:10.6f} ± {ratio_error:10.6f}",
-        f"Mean PPL(Q)/PPL(base)         : {ratio:10.6f} ± {ratio * ratio_error:10.6f}",
-        f"Mean PPL(Q)-PPL(base)         : {ppl_q - ppl_base:10.6f} ± {off:10.6f}",
-        "",
-        "====== KL divergence statistics ======",
-        "Mean    KLD: {:10.6f} ± {:10.6f}".format(*_mean(kld)),
-        *_quantiles("KLD", kld, "{:10.6f}"),
-        "",
-        "====== Token probability statistics ======",
-        "Mean    Δp: {:6.3f} ± {:5.3f} %".format(*(100 * each for each in _mean(change))),
-        *_quantiles("Δp", 100 * change, "{:6.3f}%"),
-        f"RMS Δp    : {100 * rms:6.3f} ± {50 * mse_error / rms if rms else 0:5.3f} %",
-        f"Same top p: {100 * same:6.3f} ± {100 * same_error:5.3f} %",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "====== Perplexity statistics ======",
+            f"Mean PPL(Q)                   : {ppl_q:10.6f} ± {ppl_q * q_error:10.6f}",
+            f"Mean PPL(base)                : {ppl_base:10.6f} ± {ppl_base * base_error:10.6f}",
+            f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * correlation:6.2f}%",
+            f"Mean ln(PPL(Q)/PPL(base))     : {log_ratio:10.6f} ± {ratio_error:10.6f}",
+            f"Mean PPL(Q)/PPL(base)         : {ratio:10.6f} ± {ratio * ratio_error:10.6f}",
+            f"Mean PPL(Q)-PPL(base)         : {ppl_q - ppl_base:10.6f} ± {off:10.6f}",
+            "",
+            "====== KL divergence statistics ======",
+            "Mean    KLD: {:10.6f} ± {:10.6f}".format(*_mean(kld)),
+            *_quantiles("KLD", kld, "{:10.6f}"),
+            "",
+            "====== Token probability statistics ======",
+            "Mean    Δp: {:6.3f} ± {:5.3f} %".format(*(100 * each for each in _mean(change))),
+            *_quantiles("Δp", 100 * change, "{:6.3f}%"),
+            f"RMS Δp    : {100 * rms:6.3f} ± {50 * mse_error / rms if rms else 0:5.3f} %",
+            f"Same top p: {100 * same:6.3f} ± {100 * same_error:5.3f} %",
+        ]
+    )
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

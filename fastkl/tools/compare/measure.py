@@ -55,8 +55,11 @@ def measure(
             values = token_values(
                 (logits, model.logits), (own, other), window.tokens, vocabulary, block, values_of
             )
-            named = {"logprob_a": base, "logprob_b": candidate, "kl_ab": base}
-            for column, model_of in named.items():
+            for column, model_of in (
+                ("logprob_a", base),
+                ("logprob_b", candidate),
+                ("kl_ab", base),
+            ):
                 expect(
                     not values[column].isna().any(),
                     model_of.argument,

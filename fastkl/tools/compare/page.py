@@ -94,8 +94,7 @@ def page(
         "Mean KL(A‖B) by position in the document",
         [(each["from"], each["kl_ab"]) for each in report["positions"]],
     )
-    for title, align, rows in tables(report):
-        yield html_table(title, align, rows)
+    yield from (html_table(*each) for each in tables(report))
     for name, kind in ((f"{report['by']}s", "units"), ("tokens", "top")):
         links = (
             f'<a href="#t{each["index"]}">{clean(location(each))}</a>'
@@ -110,8 +109,9 @@ def page(
     anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
     for name, document in tokens.groupby("document", sort=False):
         yield f'<h2>{clean(str(name))}</h2>\n<div class="text">'
-        for row in document.itertuples():
-            yield token_html(row, bounds, row.Index in anchors, label)
+        yield from (
+            token_html(row, bounds, row.Index in anchors, label) for row in document.itertuples()
+        )
         yield "</div>\n"
     yield TAIL
 

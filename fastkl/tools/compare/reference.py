@@ -51,13 +51,15 @@ def save_reference(
     if model.head.bias is not None:
         tensors["bias"] = model.head.bias
     described = json.dumps({"about": model.about, **text._asdict()})
-    save = partial(
-        safetensors.torch.save_file,
-        {name: each.detach().cpu().contiguous() for name, each in tensors.items()},
-        metadata=FORMAT
-        | {"described": described, "tokenizer": tokenizer.own.backend_tokenizer.to_str()},
+    write_whole(
+        path,
+        partial(
+            safetensors.torch.save_file,
+            {name: each.detach().cpu().contiguous() for name, each in tensors.items()},
+            metadata=FORMAT
+            | {"described": described, "tokenizer": tokenizer.own.backend_tokenizer.to_str()},
+        ),
     )
-    write_whole(path, save)
 
 
 class ReferenceFile:

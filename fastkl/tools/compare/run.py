@@ -146,15 +146,13 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
 
 # ---- shares of processes
 
-# Result of compare_share: (text digest, values by candidate and window), (text, descriptions of the
-# models).
-Share = tuple[tuple[int, list[list[pd.DataFrame]]], tuple[Read, list[dict[str, Any]]]]
-
 
 def compare_share(
     settings: Namespace, base: Any, others: Sequence[Any], rank: int, count: int
-) -> Share:
-    """Compute the values of every count-th window."""
+) -> tuple[tuple[int, list[list[pd.DataFrame]]], tuple[Read, list[dict[str, Any]]]]:
+    """Compute the values of every count-th window; return (digest of the text, values by candidate
+    and window) and (text, descriptions of the models).
+    """
     expect(
         count == 1 or STDIN not in settings.text,
         "--text",
@@ -214,7 +212,6 @@ def join(
         parts = itertools.chain(*(values[at] for _, values in shared))
         tokens = table.join(pd.concat(parts))
         result = {
-            "sentence": "",
             "letter": other.letter,
             "models": [about[0], model],
             **described,
@@ -226,8 +223,9 @@ def join(
             "top": figures.worst_tokens(tokens, settings.top, read.tokenizer.label),
             "note": base.note(figures.scored_of(tokens)) if "kld" in tokens else "",
         }
-        result["sentence"] = report.sentence(result)
-        comparisons.append(Comparison(result, tokens, read.tokenizer))
+        comparisons.append(
+            Comparison({"sentence": report.sentence(result), **result}, tokens, read.tokenizer)
+        )
     return comparisons, about[0] | described
 
 
@@ -251,8 +249,9 @@ def run_compare(settings: Namespace) -> int:
     found, base = compare(settings, *open_models(settings))
     floor = found.pop() if settings.floor else None
     for each in found:
-        each.report["floor"] = floor and floor.report["summary"]
-        each.report["seconds"] = time.perf_counter() - start
+        each.report.update(
+            floor=floor and floor.report["summary"], seconds=time.perf_counter() - start
+        )
     width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns))
     if len(found) == 1:
         whole, text = found[0].report, partial(report.text_report, width=width)
@@ -323,9 +322,11 @@ def compare_models(  # noqa: PLR0913
         repr(texts)[:80],
         "put a single text in a list",
     )
-    allowed = {"score": ("all", "second-half"), "by": ("document", "line")}
-    for name, choice in {"score": score, "by": by}.items():
-        expect(choice in allowed[name], name, f"one of {allowed[name]}", repr(choice), "choose one")
+    for name, choice, allowed in (
+        ("score", score, ("all", "second-half")),
+        ("by", by, ("document", "line")),
+    ):
+        expect(choice in allowed, name, f"one of {allowed}", repr(choice), "choose one")
     for name, number, least in (("window", window, 8), ("stride", stride, 1), ("top", top, 1)):
         holds = (number is None and name != "top") or (isinstance(number, int) and number >= least)
         expect(holds, name, f"an int of at least {least}", repr(number), "pass one")
