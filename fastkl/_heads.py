@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks, _head_checks, _modes, _value_checks, backend
-from .collectives import hidden_states
+from ._collectives import hidden_states
 from .ops.fields import result_dtype
 from .ops.linear_op import SIX, LinearInputs
 from .ops.row_op import per_token

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from . import _checks, _reduce, backend
+from ._collectives import sharded_logits
 from ._dtensors import takes_dtensors
 from ._types import DivergenceName, Reduction
-from .collectives import sharded_logits
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 from .parallel import WHOLE, Shards

@@ -8,8 +8,8 @@ from typing import NamedTuple, cast, overload
 import torch
 
 from . import _checks, _modes, _value_checks, backend, f_divergences
+from ._collectives import logits_at, sharded_logits
 from ._dtensors import takes_dtensors
-from .collectives import logits_at, sharded_logits
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics

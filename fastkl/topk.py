@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from . import _checks, _modes, _reduce, backend, f_divergences
+from ._collectives import sharded_logits
 from ._dtensors import takes_dtensors
 from ._heads import Given, Head, keeps_logits, prepare, whole_vocabulary
 from ._types import Reduction
-from .collectives import sharded_logits
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import fastkl
-from fastkl import collectives, testing
+from fastkl import _collectives, testing
 from fastkl.ops import chunks, gemm
 
 WORLD = 4
@@ -161,7 +161,7 @@ class Count:
     """Counts the gathers of a call."""
 
     def __init__(self) -> None:
-        self.calls, self.gather = 0, collectives.start_gather
+        self.calls, self.gather = 0, _collectives.start_gather
 
     def __call__(self, *args) -> torch.Tensor:
         self.calls += 1
@@ -216,7 +216,7 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
         what = f"{name}, {backend}, {group.size()} ranks, {label}"
         count = Count()
         with fastkl.use_backend(backend):
-            with mock.patch.object(collectives, "start_gather", count):
+            with mock.patch.object(_collectives, "start_gather", count):
                 found, parts = results(function, mine, shard=shard)
             wholes = [expected(name, backend, label)]
             # A long row has these segments without a shard too.
@@ -294,8 +294,8 @@ def overlapped(group: dist.ProcessGroup) -> str:
     with mock.patch.object(chunks, "LARGEST_CHUNK", 12), contextlib.ExitStack() as patches:
         for letter, where, name in (
             ("p", gemm, "logits_into"),
-            ("g", collectives, "start_gather"),
-            ("w", collectives, "wait"),
+            ("g", _collectives, "start_gather"),
+            ("w", _collectives, "wait"),
         ):
             call = functools.partial(recorded, order, letter, getattr(where, name))
             patches.enter_context(mock.patch.object(where, name, call))

@@ -42,7 +42,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fastkl
-from fastkl import collectives, parallel, testing
+from fastkl import _collectives, parallel, testing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -193,7 +193,7 @@ def costs(group: dist.ProcessGroup) -> None:
     p = mine.p.requires_grad_()
     with (
         fastkl.use_backend("triton"),
-        mock.patch.object(collectives, "start_gather", count),
+        mock.patch.object(_collectives, "start_gather", count),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
     ):
         stats = fastkl.token_stats(p, mine.tokens, mine.q, shard=shard)
@@ -238,7 +238,7 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
                 torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-7)
             else:
                 testing.assert_same_bits(result, value, f"padded differently, {label}")
-        gradients = collectives.gather_columns(places, gradients)
+        gradients = _collectives.gather_columns(places, gradients)
         for part, gradient, shard in zip(parts, gradients, pair, strict=True):
             own = columns(shard, part.shape[-1])
             value = gradient[:, shard.start : shard.start + own]
@@ -257,7 +257,7 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
         count = Count()
         with (
             fastkl.use_backend("triton"),
-            mock.patch.object(collectives, "start_gather", count),
+            mock.patch.object(_collectives, "start_gather", count),
             CommDebugMode() as moves,  # does not see into ops
         ):
             torch.autograd.grad(fastkl.kl_divergence(*given[:2], shard=given[2]).nansum(), leaves)
@@ -337,7 +337,7 @@ def test_one_graph(one_process) -> None:
     places = [parallel.cut_of(shard, width)[0] for width in (64, 66)]
 
     def moved(p: torch.Tensor) -> torch.Tensor:
-        return collectives.Moved.apply(p, one_process, *places, 66, (True, False))[:, :64]
+        return _collectives.Moved.apply(p, one_process, *places, 66, (True, False))[:, :64]
 
     for call, given in (
         (lambda p, q: fastkl.kl_divergence(p, q, shard=shard), (whole.p, whole.q)),

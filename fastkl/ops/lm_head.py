@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from .. import _value_checks, collectives
+from .. import _collectives, _value_checks
 from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
@@ -206,7 +206,7 @@ class ChunkedHeads:
         """
         (chunk, window), hidden = lengths, self.all[0].hidden
         if self.args.cut.group and not len(hidden):  # ranks with tokens would wait
-            collectives.all_gather([hidden], self.args.cut.group, self.args.cut.ranks)
+            _collectives.all_gather([hidden], self.args.cut.group, self.args.cut.ranks)
         waiting: Iterator[None] = iter(())
         learns = self.args.cut.group and any([head.learns for head in heads])
         overlaps = self.args.cut.group and chunk < (window if learns else len(hidden))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import collectives
+from .. import _collectives
 from ..parallel import WHOLE, Cut
 from .fields import Divergence, PerRow, RowArgs
 from .near_series import near_series
@@ -34,7 +34,7 @@ def whole(args: RowArgs) -> RowArgs:
     if not args.cut.group:
         return args
     logits = [args.p] if args.q is None else [args.p, args.q]
-    p, *q = collectives.gather_columns([args.cut] * len(logits), logits, _signature(args))
+    p, *q = _collectives.gather_columns([args.cut] * len(logits), logits, _signature(args))
     return args._replace(p=p, q=q[0] if q else None, cut=WHOLE)
 
 
@@ -141,9 +141,9 @@ def _gather(
 
     signature: as in start_gather.
     """
-    started = collectives.start_gather(values, cut.group, cut.ranks, signature)
+    started = _collectives.start_gather(values, cut.group, cut.ranks, signature)
     yield
-    return collectives.wait(started, values)
+    return _collectives.wait(started, values)
 
 
 def _problem(args: RowArgs) -> Any:
