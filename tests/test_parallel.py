@@ -225,8 +225,11 @@ def padded_differently(group: dist.ProcessGroup, backend: str) -> None:
     one, places = whole.on(shards[0], 252), [parallel.cut_of(shards[0], 252)[0]] * 2
     mine = one._replace(q=whole.on(shards[1], 256).q)
     unpadded = one._replace(p=one.p[:, : columns(shards[0], 252)])
-    labels = ("stats", "js", *LOSSES)
-    given = [*((label, mine, shards) for label in labels), ("stats", unpadded, shards[:1] * 2)]
+    given = [
+        *((label, mine, shards) for label in ("stats", "js", *LOSSES)),
+        ("stats", unpadded, shards[:1] * 2),
+        ("stats", unpadded._replace(q=mine.q), shards),
+    ]
     for label, held, pair in given:
         with fastkl.use_backend(backend):
             expected, gradients = results(FUNCTIONS[label], one, shard=shards[0])
