@@ -170,7 +170,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                 wide_scale = scale.to(tl.float64)
                 q_scale = wide_scale * ratio.to(tl.float64)
                 # The segments of all ranks, in order.
-                index = tl.arange(0, max(SPLITS, 1))
+                index = tl.arange(0, SPLITS if SPLITS > 0 else 1)
                 held = index < ranks * splits
                 place = (index // splits * n_rows.to(tl.int64) + row) * splits + index % splits
                 if SPLITS > 0 and KIND > 0:
