@@ -1,11 +1,12 @@
 """Row gradients on a CPU, from the values saved by cpu_rows.statistics."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from .cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
+from .cpu_passes import SHORT, Block, Room, difference, dot, is_one, over, softmax, softmax_sum, wide
 from .cpu_rows import (
     CENTRE,
     KIND,
@@ -20,11 +21,7 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
-# 100,000 entries its sums are off by 1e-5.
-SHORT = 4096
-# Bytes that LentMemory may allocate for the last rows, or a fourteenth of the gradient or one row
-# if that is more.
+# Bytes of LentMemory's own; a twentieth of a gradient four times as large or larger.
 OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -39,47 +36,71 @@ def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sid
 
 
 class LentMemory:
-    """Scratch memory borrowed from gradient rows not yet written; the last rows get their own
-    memory.
+    """Scratch memory for blocks of rows: a small piece of its own, and gradient rows not yet
+    written.
 
     separate: whether the gradient and the logits have different storages.
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
         # Float32 buffers of a row: d, products and, for 16-bit logits, the softmax.
-        self._buffers = 2 if grad.dtype == torch.float32 else 3
-        row_bytes = 4 * self._buffers * grad.shape[1]
-        self._rows, self._vocabulary, self._step = *grad.shape, 2 * step
-        self._own_room = Room(0, p.device)
+        self._names = ("d", "work", "e")[: 2 if grad.dtype == torch.float32 else 3]
+        self._rows, self._vocabulary, self._step = *grad.shape, step
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
         self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
-        self._gradient_rows = row_bytes // (grad.shape[1] * grad.element_size())
+        own_bytes = OWN_BYTES if grad.nbytes < 4 * OWN_BYTES else grad.nbytes // 20
+        self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
+        self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
+        self._lent, self._lent_rows = self._own[:0], grad.itemsize / 4
         if self._lends:
             # An odd last entry of a 16-bit gradient is left out.
             even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
-            self._memory = even.view(torch.float32)
-        self._own_rows = max(1, min(2 * step, max(grad.nbytes // 14, OWN_BYTES) // row_bytes))
+            self._lent = even.view(torch.float32)
 
-    def blocks(self, begin: int | None, rows: int) -> Iterator[tuple[slice, Room]]:
-        """Yield (rows of a block, buffers) for `rows` rows, numbered from 0.
+    def blocks(self, begin: int | None, rows: int) -> tuple[list[int], Iterator[Room]]:
+        """Return the rows of each block, and its buffers, for `rows` rows.
 
         begin: the gradient row of the first; None for gathered rows, which lend no memory.
         """
-        start, room, lent = 0, self._own_room, 0
-        while start < rows:
-            count = 0
-            if begin is not None and self._lends:
-                free = self._rows - begin - start - 1
-                count = min(self._step, free // (1 + self._gradient_rows))
-            if count <= self._own_rows:
-                count, room, lent = self._own_rows, self._own_room, 0
-            elif count != lent:
-                entries, lent = count * self._vocabulary, count
-                memory = self._memory[self._memory.numel() - self._buffers * entries :]
-                room = Room(0, memory.device, memory.view(self._buffers, entries).unbind())
-            yield slice(start, min(start + count, rows)), room
-            start += count
+        unwritten = 0 if begin is None or not self._lends else self._rows - begin
+        buffers = len(self._names)
+        plan = _plan(rows, unwritten, self._own_rows, self._lent_rows, self._step, buffers)
+        return [count for count, _ in plan], self._rooms(plan)
+
+    def _rooms(self, plan: list[tuple[int, int]]) -> Iterator[Room]:
+        room, last = Room(0, self._own.device), None
+        for count, own in plan:
+            if (count, own) != last:
+                buffers, last, entries = {}, (count, own), count * self._vocabulary
+                for i, name in enumerate(self._names):
+                    # From the start of own memory, or up to the end of the gradient.
+                    memory, at = (self._own, i) if i < own else (self._lent, i - len(self._names))
+                    start = memory.storage_offset() + at * entries % memory.numel()
+                    buffers[name] = memory.as_strided(
+                        (count, self._vocabulary), (self._vocabulary, 1), start
+                    )
+                room = Room(0, self._own.device, buffers)
+            yield room
+
+
+@functools.lru_cache
+def _plan(
+    rows: int, unwritten: int, own_rows: int, lent_rows: float, step: int, buffers: int
+) -> list[tuple[int, int]]:
+    """Return (rows, buffers in own memory) of each block of at most `step` rows.
+
+    unwritten: the gradient rows from the first on, each of which lends `lent_rows` rows of float32.
+    """
+    plan = []
+    while rows:
+        for count in range(min(rows, step), 0, -1):
+            own = min(buffers, own_rows // count)
+            if own == buffers or (unwritten - count - 1) * lent_rows >= (buffers - own) * count:
+                break
+        plan.append((count, own))
+        rows, unwritten = rows - count, unwritten - count
+    return plan
 
 
 def kl_and_gradient(
@@ -102,11 +123,13 @@ def kl_and_gradient(
     fallback = WHOLE if near else (~result.valid())[:, 0].nonzero()[:, 0]
     copies = block.part(fallback) if fallback.numel() else block
     _about_mean(room("d", e.shape), e, result.weight, room)
-    _write(e, factor / result.weight, grad, None, None)
+    _write(e, over(factor, result.weight), grad, None, None)
     return result, fallback, copies
 
 
-def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, room: Room) -> None:
+def _about_mean(
+    d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor | float, room: Room
+) -> None:
     """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
     if d.shape[1] > SHORT:
         torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight)), e, out=e)
@@ -202,8 +225,8 @@ def _kl_gradients(
     )
     if not is_one(scale):
         d.mul_(scale)
-    weight = row_sum(softmax(x, scale, e))
-    factor = factor / weight
+    weight = softmax_sum(softmax(x, scale, e))
+    factor = over(factor, weight)
     if grad_q is not None:
         q_minus_p = room("q - p", x.shape)  # times weight
         torch.sub(d, dot(e, d, q_minus_p) + kl, out=q_minus_p).expm1_().mul_(e)

@@ -6,6 +6,11 @@ from typing import NamedTuple
 import torch
 
 
+# Longest row whose softmax, and its backward (one pass instead of four), are accurate enough: at
+# 100,000 entries their sums are off by 1e-5.
+SHORT = 4096
+
+
 class Block(NamedTuple):
     """Rows computed together: logits [k, V] of P and of Q, of any dtype except float64, tokens [k]
     and 1/T, [k, 1] or a number.
@@ -26,34 +31,35 @@ class Block(NamedTuple):
             scale[rows] if isinstance(scale, torch.Tensor) else scale,
         )
 
+    def split(self, counts: list[int]) -> "list[Block]":
+        """Cut into blocks of `counts` rows."""
+        columns = [
+            side.split(counts) if isinstance(side, torch.Tensor) else [side] * len(counts)
+            for side in self
+        ]
+        return list(map(Block, *columns))
+
 
 class Room:
     """Float32 buffers by name, each as large as the largest shape requested.
 
-    elements: entries per block, for the caller. vectors: memory for the first buffers, used if
-    large enough.
+    elements: entries per block, for the caller. buffers: the first buffers, contiguous.
     """
 
     def __init__(
-        self, elements: int, device: torch.device, vectors: Sequence[torch.Tensor] = ()
+        self, elements: int, device: torch.device, buffers: dict[str, torch.Tensor] | None = None
     ) -> None:
-        self.elements, self._device, self._vectors = elements, device, list(vectors)
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._views: dict[str, torch.Tensor] = {}
+        self.elements, self._device, self._buffers = elements, device, buffers or {}
+        self._views = dict(self._buffers)
 
     def __call__(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         view = self._views.get(name)
         if view is None or view.shape != shape:
             buffer, size = self._buffers.get(name), shape[0] * shape[1]
             if buffer is None or buffer.numel() < size:
-                if self._vectors and self._vectors[-1].numel() >= size:
-                    buffer = self._vectors.pop()
-                else:
-                    buffer = torch.empty(size, dtype=torch.float32, device=self._device)
+                buffer = torch.empty(size, dtype=torch.float32, device=self._device)
                 self._buffers[name] = buffer
-            if buffer.numel() > size:
-                buffer = buffer[:size]
-            view = self._views[name] = buffer.view(shape)
+            view = self._views[name] = buffer.view(-1)[:size].view(shape)
         return view
 
 
@@ -64,6 +70,18 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
     if values.shape[0] == 1 and torch.get_num_threads() > 1:
         return values.expand(2, -1).sum(-1, True)[:1]
     return values.sum(-1, True)
+
+
+def softmax_sum(e: torch.Tensor) -> torch.Tensor | float:
+    """Return Σ e of a softmax [k, 1], or 1 for short rows: torch's softmax sums a long row less
+    accurately than row_sum.
+    """
+    return row_sum(e) if e.shape[1] > SHORT else 1.0
+
+
+def over(values: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """Return values/weight."""
+    return values if is_one(weight) else values / weight
 
 
 def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ go to reference.py.
 With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
     KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
-If all |d| < 1, h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums
-are as small as the result: t = E[h] + W. Its degree is 5, or 4 if all |d| < 1/2. Other rows take
-one expm1 per entry.
+If all |d| < 1 (1/2 for fields of Q), h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a
+polynomial, whose sums are as small as the result: t = E[h] + W. Other rows take one expm1 per
+entry.
 
 KL only: forward and backward take one softmax each, or one in total if computed together; the
 gradient to P is proportional to p·(d - W).
@@ -16,11 +16,12 @@ row's values select its steps. So the bits of a row do not depend on other rows.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
-from .cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
+from .cpu_passes import Block, Room, difference, dot, is_one, over, row_sum, softmax, softmax_sum, wide
 
 # Columns of `saved` for rows computed here. KIND is LEAN in these rows, 0 in rows of reference.py.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
@@ -36,14 +37,12 @@ LOWEST_Z = -1e4
 # Largest KL, in nats: for KL(P‖Q) only, and for the fields of Q, where 1 - q of a near-certain
 # token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# Bounds of |d| for the polynomials, whose coefficients are minimax in relative error.
-NEAR_D, NEAREST_D = 1.0, 0.5
-# h/d² for |d| ≤ 1/2, error 0.8e-6.
-H_NEAREST = (0.4999999597, 0.1666628011, 0.04166747686, 0.008395411037, 0.001391465294)
-# h/d² for |d| ≤ 1, error 1.6e-6.
-H_NEAR = (0.5000007505, 0.1666658922, 0.04165279481, 0.00833525517, 0.001426253689, 0.0001997766196)
-# ref_h/d² for |d| ≤ 1/2, error 4.6e-6.
-REF_H_NEAREST = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
+# Bounds of |d| for the polynomials of h, and of ref_h, minimax in relative error.
+NEAR_D, REF_NEAR_D = 1.0, 0.5
+# h/d², error 1.9e-6, and 0.4e-6 for |d| ≤ 0.1.
+H_NEAR = (0.5, 0.1666658806, 0.04165601175, 0.008335687446, 0.001423601396, 0.0001992960491)
+# ref_h/d², error 4.6e-6.
+REF_H_NEAR = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
 
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
@@ -87,20 +86,21 @@ def statistics(
 
 
 class KLRows(NamedTuple):
-    """Each row's KL, the centre and shift subtracted from y - x, Σ e (weight) and max |d|, [k, 1].
+    """Each row's Σ e·h, Σ e (weight), the centre and shift subtracted from y - x, and max |d|,
+    [k, 1].
 
-    shift is None if it is 0 in every row, largest_d if all |d| < NEAREST_D.
+    shift is None if it is 0 in every row, largest_d if all |d| < NEAR_D.
     """
 
-    kl: torch.Tensor
+    h: torch.Tensor
+    weight: torch.Tensor | float
     centre: torch.Tensor
-    weight: torch.Tensor
     shift: torch.Tensor | None
     largest_d: torch.Tensor | None
 
     def valid(self) -> torch.Tensor:
         """Return whether float32 suffices for each row, [k, 1]."""
-        valid = self.kl < LARGEST_KL
+        valid = self.h < math.expm1(LARGEST_KL) * self.weight
         if self.largest_d is not None:
             valid &= self.largest_d < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
@@ -111,40 +111,41 @@ def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
 
     saved: LEAN as KIND, and 0 elsewhere.
     """
-    kl = torch.cat([part.kl for part in parts])[:, 0]
-    saved[:, CENTRE], saved[:, LOG1P_T] = torch.cat([part.centre for part in parts])[:, 0], kl
+    # KL = log1p(t) - W with t = E[h] + W. Leave out W, the rounding error of the centre: it changes
+    # the KL by -E[h]·W only.
+    mean_h = [over(part.h, part.weight) for part in parts]
+    centre = [part.centre for part in parts]
+    kl = torch.cat(mean_h).log1p_().clamp_(min=0.0)[:, 0]
+    saved[:, CENTRE], saved[:, LOG1P_T] = torch.cat(centre)[:, 0], kl
     if any(part.shift is not None for part in parts):
-        shifts = [torch.zeros_like(part.kl) if part.shift is None else part.shift for part in parts]
+        shifts = [torch.zeros_like(part.h) if part.shift is None else part.shift for part in parts]
         saved[:, SHIFT] = torch.cat(shifts)[:, 0]
     return kl
 
 
 def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
-    """Compute the KL of a block; leave softmax(x·s) in `e`, which must not alias x, and d in
+    """Compute the sums of a block's KL; leave softmax(x·s) in `e`, which must not alias x, and d in
     room("d").
     """
     assert block.y is not None
     x = wide(block.x, e)
     d = difference(block.y, x, None, None, room)
     softmax(x, block.scale, e)
-    # softmax sums a long row less accurately than row_sum.
-    weight = row_sum(e)
+    weight = softmax_sum(e)
     shift, centre = _centre(block, e, weight, d, room)
     largest_d, h, _ = _series_sums(e, d, None, False, room)
-    # KL = log1p(t) - W with t = E[h] + W. Leave out W, the rounding error of the centre: it changes
-    # the KL by -E[h]·W only.
-    return KLRows(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, largest_d)
+    return KLRows(h, weight, centre, shift, largest_d)
 
 
 def _centre(
-    block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room
+    block: Block, e: torch.Tensor, weight: torch.Tensor | float, d: torch.Tensor, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Subtract E[y - x] from d = y - x and multiply by the scale, in place; return that mean as a
     whole number (shift) and the rest (centre), [k, 1].
     """
     assert block.y is not None
     work, shift = room("work", d.shape), None
-    centre = dot(e, d, work).div_(weight)
+    centre = over(dot(e, d, work), weight)
     if not _largest(centre) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
         x = wide(block.x, room("x", d.shape))
@@ -200,40 +201,29 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> dict[str, torc
 def _series_sums(
     e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Compute (max |d|, Σ e·h, Σ e·ref_h or None) of each row; None for max |d| below NEAREST_D.
+    """Compute (max |d|, Σ e·h, Σ e·ref_h or None) of each row; None for max |d| if all are near.
 
     mean: Σ e·d, if it was computed.
     """
-    work = room("work", d.shape)
-    nearest = _largest(d) < NEAREST_D
-    largest_d = None if nearest else torch.maximum(-d.amin(-1, True), d.amax(-1, True))
-    h = _series(e, d, H_NEAREST, work)
-    ref_h = _series(e, d, REF_H_NEAREST, work) if both else None
-    if largest_d is None:
-        return largest_d, h, ref_h
-    is_near = largest_d < (NEAREST_D if both else NEAR_D)
-    for selected, by_series in ((is_near & (largest_d >= NEAREST_D), True), (~is_near, False)):
-        rows = selected[:, 0].nonzero()[:, 0]
-        if not rows.numel():
-            continue
-        part_e, part_d, part_work = e, d, work
-        if rows.numel() < d.shape[0]:
-            shape = rows.numel(), d.shape[1]
-            part_e, part_d, part_work = (
-                room(name, shape) for name in ("part of e", "part of d", "work")
-            )
-            torch.index_select(e, 0, rows, out=part_e)
-            torch.index_select(d, 0, rows, out=part_d)
-        if by_series:
-            h[rows] = _series(part_e, part_d, H_NEAR, part_work)
-            continue
-        product = torch.expm1(part_d, out=part_work).mul_(part_e)
-        total = row_sum(product)
-        if both:
-            ref_total = row_sum(product.mul_(part_d))
-        h[rows] = total - (dot(part_e, part_d, part_work) if mean is None else mean[rows])
-        if ref_h is not None:
-            ref_h[rows] = ref_total - h[rows]
+    work, near = room("work", d.shape), REF_NEAR_D if both else NEAR_D
+    h = _series(e, d, H_NEAR, work)
+    ref_h = _series(e, d, REF_H_NEAR, work) if both else None
+    if _largest(d) < near:
+        return None, h, ref_h
+    largest_d = torch.maximum(-d.amin(-1, True), d.amax(-1, True))
+    rows = (~(largest_d < near))[:, 0].nonzero()[:, 0]
+    if rows.numel() < d.shape[0]:
+        shape = rows.numel(), d.shape[1]
+        e = torch.index_select(e, 0, rows, out=room("part of e", shape))
+        d = torch.index_select(d, 0, rows, out=room("part of d", shape))
+        work = room("work", shape)
+    product = torch.expm1(d, out=work).mul_(e)
+    total = row_sum(product)
+    if ref_h is not None:
+        ref_total = row_sum(product.mul_(d))
+    h[rows] = total - (dot(e, d, work) if mean is None else mean[rows])
+    if ref_h is not None:
+        ref_h[rows] = ref_total - h[rows]
     return largest_d, h, ref_h
 
 

@@ -13,6 +13,7 @@ from .cpu_gradients import Sides, part_of
 from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
 
 
+@torch.inference_mode()
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
 
@@ -57,6 +58,7 @@ def computes_together(args: RowArgs, grad_p: torch.Tensor) -> bool:
     )
 
 
+@torch.inference_mode()
 def kl_and_gradient(
     args: RowArgs,
     kl: torch.Tensor,
@@ -86,13 +88,14 @@ def kl_and_gradient(
         factor, keep = factors[rows], gathered or not memory.separate
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
-        for part, room in memory.blocks(begin, x.shape[0]):
-            result, fallback, copies = cpu_gradients.kl_and_gradient(
-                block.part(part), factor[part], grad[part], room, keep
-            )
+        counts, rooms = memory.blocks(begin, x.shape[0])
+        parts = block.split(counts), factor.split(counts), grad.split(counts), rooms
+        start = 0
+        for count, *part in zip(counts, *parts, strict=True):
+            result, fallback, copies = cpu_gradients.kl_and_gradient(*part, keep)
             found.append(result)
             if fallback.numel():
-                at = fallback + part.start
+                at = fallback + start
                 row_temperature = rows_of(rows_of(temperature, rows), at)
                 *results, grad[at] = _fallback_rows(
                     RowArgs(copies.x, copies.y, temperature=row_temperature),
@@ -100,6 +103,7 @@ def kl_and_gradient(
                     grad.dtype,
                 )
                 fallbacks.append((at, *results))
+            start += count
         values[:] = cpu_rows.save(found, kept)
         for at, *results in fallbacks:
             values[at], kept[at] = results
@@ -222,6 +226,7 @@ def _scaled(args: RowArgs) -> RowArgs:
     return args._replace(p=x, q=y)
 
 
+@torch.inference_mode()
 def backward(
     args: RowArgs,
     saved: torch.Tensor,

@@ -21,11 +21,11 @@ def statistics_elements(logits: torch.Tensor) -> int:
 
 
 def gradient_elements(logits: torch.Tensor) -> int:
-    """Return the elements per block for gradients, possibly part of a long row: two buffers take 5
+    """Return the elements per block for gradients, possibly part of a long row: two buffers take 9
     % of the memory of one of the tensors.
     """
     whole = logits.shape[-1] if cpu_rows.takes_whole_rows(logits) else 256
-    return max(whole, _block(4, logits.nbytes // 40) // 2)
+    return max(whole, _block(4, logits.nbytes // 44) // 2)
 
 
 def _block(most: int, elements: int) -> int:
@@ -62,14 +62,14 @@ def blocks(
         for i in range(p.shape[0]):
             yield from blocks(p[i], None if q is None else q[i], mask, most, start + i * count)
         return
-    step = rows_per_block(p)
-    # On the CPU, whatever the default device: the numbers are read on the host and become slices.
-    rows = (
-        torch.arange(len(x), device="cpu")
+    step, count = rows_per_block(p), len(x)
+    most = max(step, most)
+    parts = (
+        [slice(first, min(first + most, count)) for first in range(0, count, most)]
         if mask is None
-        else mask[start : start + len(x)].nonzero()[:, 0]
+        else _runs(mask[start : start + count].nonzero()[:, 0], most, step)
     )
-    for part in _runs(rows, max(step, most), step):
+    for part in parts:
         numbers = (
             slice(part.start + start, part.stop + start)
             if isinstance(part, slice)

@@ -143,8 +143,8 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
     fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
-    lent = cpu_gradients.LentMemory(rows.p, rows.q, fresh, max(1, elements // V)).blocks(0, 31)
-    assert own > 1 or elements < V or any(part.stop > part.start + 1 for part, _ in lent)
+    memory = cpu_gradients.LentMemory(rows.p, rows.q, fresh, max(1, elements // V))
+    assert own > 1 or elements < V or max(memory.blocks(0, 31)[0]) > 1
     for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
         for name, value in together(rows._replace(p=x), weights, grad).named().items():
             # Treat all NaNs as equal, and -0 as 0.
@@ -153,13 +153,13 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, vocabulary", [(2048, 1000), (64, 32000), (80, 40001)])
+@pytest.mark.parametrize("rows, vocabulary", [(512, 1000), (64, 32000), (80, 40001)])
 def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
-    p, q = testing.pair("normal3", rows, vocabulary, 0.01, dtype=dtype)
+    p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=dtype)
     peak = cpu.peak_bytes(
         lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"), p.requires_grad_(), q
     )
-    assert peak <= 1.13 * p.nbytes, peak / p.nbytes
+    assert peak <= 1.1 * p.nbytes, peak / p.nbytes
 
 
 def test_no_upstream_gradient_is_one_of_zeros() -> None:
