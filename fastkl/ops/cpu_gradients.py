@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_passes import SHORT, Block, Room, difference, dot, is_one, over, softmax, softmax_sum, wide
+from .cpu_passes import (
+    SHORT,
+    Block,
+    Room,
+    difference,
+    dot,
+    is_one,
+    over,
+    softmax,
+    softmax_sum,
+    wide,
+)
 from .cpu_rows import (
     CENTRE,
     KIND,
@@ -127,12 +138,10 @@ def kl_and_gradient(
     return result, fallback, copies
 
 
-def _about_mean(
-    d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor | float, room: Room
-) -> None:
+def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor | None, room: Room) -> None:
     """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
     if d.shape[1] > SHORT:
-        torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight)), e, out=e)
+        torch.mul(d.sub_(over(dot(e, d, room("work", d.shape)), weight)), e, out=e)
     elif d.shape[0] > 1 or torch.get_num_threads() == 1:
         torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
     else:  # torch splits a single row's sum across threads

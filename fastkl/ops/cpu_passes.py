@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # Longest row whose softmax, and its backward (one pass instead of four), are accurate enough: at
 # 100,000 entries their sums are off by 1e-5.
 SHORT = 4096
@@ -72,16 +71,16 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
     return values.sum(-1, True)
 
 
-def softmax_sum(e: torch.Tensor) -> torch.Tensor | float:
-    """Return Σ e of a softmax [k, 1], or 1 for short rows: torch's softmax sums a long row less
-    accurately than row_sum.
+def softmax_sum(e: torch.Tensor) -> torch.Tensor | None:
+    """Return Σ e of a softmax [k, 1], or None for 1 in short rows: torch's softmax sums a long row
+    less accurately than row_sum.
     """
-    return row_sum(e) if e.shape[1] > SHORT else 1.0
+    return row_sum(e) if e.shape[1] > SHORT else None
 
 
-def over(values: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """Return values/weight."""
-    return values if is_one(weight) else values / weight
+def over(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Return values/weight; None counts as 1."""
+    return values if weight is None else values / weight
 
 
 def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -91,7 +90,7 @@ def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def is_one(scale: torch.Tensor | float) -> bool:
     """Return whether a scale is the number 1, so that no pass is needed."""
-    return not isinstance(scale, torch.Tensor) and scale == 1.0
+    return type(scale) is float and scale == 1.0
 
 
 def difference(

@@ -4,9 +4,8 @@ go to reference.py.
 With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
     KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
-If all |d| < 1 (1/2 for fields of Q), h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a
-polynomial, whose sums are as small as the result: t = E[h] + W. Other rows take one expm1 per
-entry.
+In near rows h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums are
+as small as the result: t = E[h] + W. Other rows take one expm1 per entry.
 
 KL only: forward and backward take one softmax each, or one in total if computed together; the
 gradient to P is proportional to p·(d - W).
@@ -21,7 +20,18 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_passes import Block, Room, difference, dot, is_one, over, row_sum, softmax, softmax_sum, wide
+from .cpu_passes import (
+    Block,
+    Room,
+    difference,
+    dot,
+    is_one,
+    over,
+    row_sum,
+    softmax,
+    softmax_sum,
+    wide,
+)
 
 # Columns of `saved` for rows computed here. KIND is LEAN in these rows, 0 in rows of reference.py.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
@@ -37,12 +47,18 @@ LOWEST_Z = -1e4
 # Largest KL, in nats: for KL(P‖Q) only, and for the fields of Q, where 1 - q of a near-certain
 # token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# Bounds of |d| for the polynomials of h, and of ref_h, minimax in relative error.
-NEAR_D, REF_NEAR_D = 1.0, 0.5
-# h/d², error 1.9e-6, and 0.4e-6 for |d| ≤ 0.1.
-H_NEAR = (0.5, 0.1666658806, 0.04165601175, 0.008335687446, 0.001423601396, 0.0001992960491)
-# ref_h/d², error 4.6e-6.
-REF_H_NEAR = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
+# Bound of h in near rows, whose d lie between -1 and 0.75.
+NEAR_H = math.exp(-1.0)
+# h/d² and ref_h/d² for |d| ≤ 1, minimax: relative errors 0.9e-7 and 7.5e-7. As their degree is
+# even, h is larger than NEAR_H for all other d.
+H = (
+    *(0.5, 0.1666669348, 0.04166655996, 0.008331017069),
+    *(0.001389079132, 0.0002031930324, 2.497999453e-05),
+)
+REF_H = (
+    *(0.5, 0.3333350353, 0.1249977272, 0.03331646152),
+    *(0.006950499232, 0.001227471981, 0.0001720574592),
+)
 
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
@@ -86,21 +102,21 @@ def statistics(
 
 
 class KLRows(NamedTuple):
-    """Each row's Σ e·h, Σ e (weight), the centre and shift subtracted from y - x, and max |d|,
-    [k, 1].
+    """Each row's Σ e·h, Σ e (weight; None for 1), the centre and shift subtracted from y - x, and
+    max |d|, [k, 1].
 
-    shift is None if it is 0 in every row, largest_d if all |d| < NEAR_D.
+    shift is None if it is 0 in every row, largest_d if all rows are near.
     """
 
     h: torch.Tensor
-    weight: torch.Tensor | float
+    weight: torch.Tensor | None
     centre: torch.Tensor
     shift: torch.Tensor | None
     largest_d: torch.Tensor | None
 
     def valid(self) -> torch.Tensor:
         """Return whether float32 suffices for each row, [k, 1]."""
-        valid = self.h < math.expm1(LARGEST_KL) * self.weight
+        valid = over(self.h, self.weight) < math.expm1(LARGEST_KL)
         if self.largest_d is not None:
             valid &= self.largest_d < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
@@ -138,7 +154,7 @@ def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
 
 
 def _centre(
-    block: Block, e: torch.Tensor, weight: torch.Tensor | float, d: torch.Tensor, room: Room
+    block: Block, e: torch.Tensor, weight: torch.Tensor | None, d: torch.Tensor, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Subtract E[y - x] from d = y - x and multiply by the scale, in place; return that mean as a
     whole number (shift) and the rest (centre), [k, 1].
@@ -146,11 +162,12 @@ def _centre(
     assert block.y is not None
     work, shift = room("work", d.shape), None
     centre = over(dot(e, d, work), weight)
-    if not _largest(centre) < 1.0:
+    smallest, largest = torch.aminmax(centre)
+    if not max(-float(smallest), float(largest)) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
         x = wide(block.x, room("x", d.shape))
         difference(block.y, x, x.amax(-1, keepdim=True), shift, room)
-        centre = torch.where(shift == 0, centre, dot(e, d, work) / weight)
+        centre = torch.where(shift == 0, centre, over(dot(e, d, work), weight))
     d.sub_(centre)
     if not is_one(block.scale):
         d.mul_(block.scale)
@@ -201,22 +218,26 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> dict[str, torc
 def _series_sums(
     e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Compute (max |d|, Σ e·h, Σ e·ref_h or None) of each row; None for max |d| if all are near.
+    """Compute (max |d|, Σ e·h, Σ e·ref_h or None) of each row; None for max |d| if all rows are
+    near, otherwise 0 in near rows.
 
     mean: Σ e·d, if it was computed.
     """
-    work, near = room("work", d.shape), REF_NEAR_D if both else NEAR_D
-    h = _series(e, d, H_NEAR, work)
-    ref_h = _series(e, d, REF_H_NEAR, work) if both else None
-    if _largest(d) < near:
+    work = room("work", d.shape)
+    values = _series(d, H, work)
+    largest_h = values.amax(-1, True)
+    h = row_sum(values.mul_(e))
+    ref_h = row_sum(_series(d, REF_H, work).mul_(e)) if both else None
+    if float(largest_h.amax()) < NEAR_H:
         return None, h, ref_h
-    largest_d = torch.maximum(-d.amin(-1, True), d.amax(-1, True))
-    rows = (~(largest_d < near))[:, 0].nonzero()[:, 0]
+    rows = (~(largest_h < NEAR_H))[:, 0].nonzero()[:, 0]
     if rows.numel() < d.shape[0]:
         shape = rows.numel(), d.shape[1]
         e = torch.index_select(e, 0, rows, out=room("part of e", shape))
         d = torch.index_select(d, 0, rows, out=room("part of d", shape))
         work = room("work", shape)
+    largest_d = torch.zeros_like(h)
+    largest_d[rows] = torch.maximum(-d.amin(-1, True), d.amax(-1, True))
     product = torch.expm1(d, out=work).mul_(e)
     total = row_sum(product)
     if ref_h is not None:
@@ -227,21 +248,13 @@ def _series_sums(
     return largest_d, h, ref_h
 
 
-def _largest(values: torch.Tensor) -> float:
-    """Return the largest |value|, or NaN if there is one."""
-    smallest, largest = torch.aminmax(values)
-    return max(-float(smallest), float(largest))
-
-
-def _series(
-    e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor
-) -> torch.Tensor:
-    """Compute Σ e·d²·(factors[0] + factors[1]·d + …) of each row."""
+def _series(d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor) -> torch.Tensor:
+    """Compute d²·(factors[0] + factors[1]·d + …), in `work`."""
     first, *others = _numbers(factors, d.device)
     torch.add(first, d, alpha=factors[-1], out=work)
     for factor in others:
         torch.addcmul(factor, d, work, out=work)
-    return row_sum(work.mul_(d).mul_(d).mul_(e))
+    return work.mul_(d).mul_(d)
 
 
 @functools.cache

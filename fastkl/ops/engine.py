@@ -5,6 +5,7 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
 import abc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -263,11 +264,12 @@ class Reference(Engine):
         )
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
-        if factor == 0:
+        number = float(factor)
+        if number == 0.0:
             gradient.zero_()
-        elif not factor.isfinite():
+        elif not math.isfinite(number):
             gradient.copy_(torch.where(gradient == 0, 0.0, gradient * factor))
-        elif factor != 1:
+        elif number != 1.0:
             gradient.mul_(factor)
 
 

@@ -89,10 +89,10 @@ def kl_and_gradient(
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
         counts, rooms = memory.blocks(begin, x.shape[0])
-        parts = block.split(counts), factor.split(counts), grad.split(counts), rooms
+        parts = zip(block.split(counts), factor.split(counts), grad.split(counts), strict=True)
         start = 0
-        for count, *part in zip(counts, *parts, strict=True):
-            result, fallback, copies = cpu_gradients.kl_and_gradient(*part, keep)
+        for count, room, part in zip(counts, rooms, parts, strict=True):
+            result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
             found.append(result)
             if fallback.numel():
                 at = fallback + start
