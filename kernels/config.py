@@ -139,8 +139,9 @@ TABLE = (
     Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED, 128), RowConfig(256, 1, 16384, _AS_H200)),
 )
 
-# Maximum length of a segment: 64 KB of 16-bit logits.
-LONGEST_SEGMENT = 32768
+# Maximum length of a segment: 64 KB of 16-bit logits. Smallest vocabulary, a multiple of 128, that
+# has the segments of its equal shards: in smaller ones they would be too short to be fast.
+LONGEST_SEGMENT, SHARED = 32768, 32000
 
 
 def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
