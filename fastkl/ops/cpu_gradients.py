@@ -32,7 +32,8 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Bytes of LentMemory's own; a twentieth of a gradient four times as large or larger.
+# Bytes of LentMemory's own for a gradient of up to four times as many; for a larger one, what keeps the peak
+# of a loss below 1.1 gradients, beside some 80 bytes per row.
 OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -60,7 +61,8 @@ class LentMemory:
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
         self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
-        own_bytes = OWN_BYTES if grad.nbytes < 4 * OWN_BYTES else grad.nbytes // 20
+        own_bytes = grad.nbytes // 11 - 80 * self._rows
+        own_bytes = own_bytes if grad.nbytes > 4 * OWN_BYTES else OWN_BYTES
         self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
         self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
         self._lent, self._lent_rows = self._own[:0], grad.itemsize / 4
