@@ -32,8 +32,8 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Bytes of LentMemory's own for a gradient of up to four times as many; for a larger one, what keeps the peak
-# of a loss below 1.1 gradients, beside some 80 bytes per row.
+# Bytes of LentMemory's own for a gradient of up to four times as many. For a larger one, as many as
+# keep the peak below 1.1 gradients, with some 80 bytes per row for other values.
 OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
