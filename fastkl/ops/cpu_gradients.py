@@ -33,7 +33,7 @@ from .cpu_rows import (
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
 # Bytes of LentMemory's own for a gradient of up to four times as many. For a larger one, as many as
-# keep the peak below 1.1 gradients, with some 80 bytes per row for other values.
+# keep the peak below 1.1 gradients, with some 70 bytes per row for other values.
 OWN_BYTES = 1 << 17
 WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -61,11 +61,11 @@ class LentMemory:
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
         self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
-        own_bytes = grad.nbytes // 11 - 80 * self._rows
+        own_bytes = grad.nbytes // 11 - 70 * self._rows
         own_bytes = own_bytes if grad.nbytes > 4 * OWN_BYTES else OWN_BYTES
         self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
         self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
-        self._lent, self._lent_rows = self._own[:0], grad.itemsize / 4
+        self._lent = self._own[:0]
         if self._lends:
             # An odd last entry of a 16-bit gradient is left out.
             even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
@@ -77,8 +77,7 @@ class LentMemory:
         begin: the gradient row of the first; None for gathered rows, which lend no memory.
         """
         unwritten = 0 if begin is None or not self._lends else self._rows - begin
-        buffers = len(self._names)
-        plan = _plan(rows, unwritten, self._own_rows, self._lent_rows, self._step, buffers)
+        plan = _plan(rows, unwritten, self._own_rows, self._step, len(self._names))
         return [count for count, _ in plan], self._rooms(plan)
 
     def _rooms(self, plan: list[tuple[int, int]]) -> Iterator[Room]:
@@ -99,17 +98,20 @@ class LentMemory:
 
 @functools.lru_cache
 def _plan(
-    rows: int, unwritten: int, own_rows: int, lent_rows: float, step: int, buffers: int
+    rows: int, unwritten: int, own_rows: int, step: int, buffers: int
 ) -> list[tuple[int, int]]:
     """Return (rows, buffers in own memory) of each block of at most `step` rows.
 
-    unwritten: the gradient rows from the first on, each of which lends `lent_rows` rows of float32.
+    unwritten: the gradient rows from the first on. With two buffers (float32) the block's own rows
+    hold e. With three (16 bits, two gradient rows for one of float32) they may hold d and products,
+    but not e, the last buffer.
     """
     plan = []
     while rows:
         for count in range(min(rows, step), 0, -1):
             own = min(buffers, own_rows // count)
-            if own == buffers or (unwritten - count - 1) * lent_rows >= (buffers - own) * count:
+            lent = buffers - own
+            if not lent or unwritten > count * (lent + 1 if buffers == 2 else max(2 * lent, 3)):
                 break
         plan.append((count, own))
         rows, unwritten = rows - count, unwritten - count

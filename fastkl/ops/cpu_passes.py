@@ -33,7 +33,7 @@ class Block(NamedTuple):
     def split(self, counts: list[int]) -> "list[Block]":
         """Cut into blocks of `counts` rows."""
         columns = [
-            side.split(counts) if isinstance(side, torch.Tensor) else [side] * len(counts)
+            side.split_with_sizes(counts) if isinstance(side, torch.Tensor) else [side] * len(counts)
             for side in self
         ]
         return list(map(Block, *columns))

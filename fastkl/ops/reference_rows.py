@@ -75,7 +75,7 @@ def kl_and_gradient(
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])
-    factors = -weights[:, None] * scales
+    factors = weights[:, None] * -scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
     # All rows at once, except under a mask, whose gaps would cut them into single blocks.
@@ -89,7 +89,8 @@ def kl_and_gradient(
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
         counts, rooms = memory.blocks(begin, x.shape[0])
-        parts = zip(block.split(counts), factor.split(counts), grad.split(counts), strict=True)
+        sides = factor.split_with_sizes(counts), grad.split_with_sizes(counts)
+        parts = zip(block.split(counts), *sides, strict=True)
         start = 0
         for count, room, part in zip(counts, rooms, parts, strict=True):
             result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
