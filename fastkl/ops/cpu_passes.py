@@ -32,11 +32,13 @@ class Block(NamedTuple):
 
     def split(self, counts: list[int]) -> "list[Block]":
         """Cut into blocks of `counts` rows."""
-        columns = [
-            side.split_with_sizes(counts) if isinstance(side, torch.Tensor) else [side] * len(counts)
+        sides = [
+            side.split_with_sizes(counts)
+            if isinstance(side, torch.Tensor)
+            else [side] * len(counts)
             for side in self
         ]
-        return list(map(Block, *columns))
+        return list(map(Block, *sides))
 
 
 class Room:
