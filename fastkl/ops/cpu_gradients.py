@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 
 from .cpu_passes import (
-    SHORT,
+    LONGEST_SHORT_ROW,
     Block,
     Room,
     difference,
+    divided,
     dot,
     is_one,
-    over,
     softmax,
     softmax_sum,
     wide,
@@ -32,10 +32,11 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Bytes of LentMemory's own for a gradient of up to four times as many. For a larger one, as many as
-# keep the peak below 1.1 gradients, with some 70 bytes per row for other values.
+# Bytes of LentMemory's own memory for a gradient of at most four times that size. For a larger one
+# as many as keep a loss below 1.1 gradients if all rows are near: saved values, the KL, factors and
+# sums take some 70 per row. Never less than a row per buffer.
 OWN_BYTES = 1 << 17
-WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
+NO_ROWS = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -60,9 +61,12 @@ class LentMemory:
         self._rows, self._vocabulary, self._step = *grad.shape, step
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
         self.separate = grad.untyped_storage().data_ptr() not in logits
-        self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
+        aligned = grad.storage_offset() * grad.itemsize % 4 == 0
+        self._lends = self.separate and grad.is_contiguous() and aligned
         own_bytes = grad.nbytes // 11 - 70 * self._rows
-        own_bytes = own_bytes if grad.nbytes > 4 * OWN_BYTES else OWN_BYTES
+        # The values of short rows alone exceed the limit.
+        if grad.nbytes <= 4 * OWN_BYTES or own_bytes < grad.nbytes // 25:
+            own_bytes = OWN_BYTES
         self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
         self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
         self._lent = self._own[:0]
@@ -84,13 +88,15 @@ class LentMemory:
         room, last = Room(0, self._own.device), None
         for count, own in plan:
             if (count, own) != last:
-                buffers, last, entries = {}, (count, own), count * self._vocabulary
+                shape, buffers, last = (count, self._vocabulary), {}, (count, own)
                 for i, name in enumerate(self._names):
-                    # From the start of own memory, or up to the end of the gradient.
-                    memory, at = (self._own, i) if i < own else (self._lent, i - len(self._names))
-                    start = memory.storage_offset() + at * entries % memory.numel()
+                    memory, start = self._own, i * shape[0] * shape[1]
+                    if i >= own:  # up to the end of the gradient
+                        left = len(self._names) - i
+                        memory, start = self._lent, self._lent.numel() - left * shape[0] * shape[1]
+                    # One call instead of two, per buffer and block.
                     buffers[name] = memory.as_strided(
-                        (count, self._vocabulary), (self._vocabulary, 1), start
+                        shape, (shape[1], 1), memory.storage_offset() + start
                     )
                 room = Room(0, self._own.device, buffers)
             yield room
@@ -108,13 +114,16 @@ def _plan(
     """
     plan = []
     while rows:
-        for count in range(min(rows, step), 0, -1):
-            own = min(buffers, own_rows // count)
-            lent = buffers - own
-            if not lent or unwritten > count * (lent + 1 if buffers == 2 else max(2 * lent, 3)):
-                break
-        plan.append((count, own))
-        rows, unwritten = rows - count, unwritten - count
+        choices = []
+        for own in range(buffers + 1):
+            lent, count = buffers - own, min(rows, step, own_rows // own if own else step)
+            if lent:
+                gradient_rows = lent + 1 if buffers == 2 else max(2 * lent, 3)
+                # One row less, for an odd last entry.
+                count = min(count, (unwritten - 1) // gradient_rows)
+            choices.append((count, own))
+        plan.append(max(choices))
+        rows, unwritten = rows - plan[-1][0], unwritten - plan[-1][0]
     return plan
 
 
@@ -134,18 +143,18 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    near = result.largest_d is None and result.shift is None
-    fallback = WHOLE if near else (~result.valid())[:, 0].nonzero()[:, 0]
+    all_valid = result.largest_d is None and result.shift is None
+    fallback = NO_ROWS if all_valid else (~result.valid())[:, 0].nonzero()[:, 0]
     copies = block.part(fallback) if fallback.numel() else block
     _about_mean(room("d", e.shape), e, result.weight, room)
-    _write(e, over(factor, result.weight), grad, None, None)
+    _write(e, divided(factor, result.weight), grad, None, None)
     return result, fallback, copies
 
 
 def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor | None, room: Room) -> None:
-    """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
-    if d.shape[1] > SHORT:
-        torch.mul(d.sub_(over(dot(e, d, room("work", d.shape)), weight)), e, out=e)
+    """Write e·(d - Σ e·d/weight) to e; d is clobbered. weight: None in short rows, for 1."""
+    if d.shape[1] > LONGEST_SHORT_ROW:
+        torch.mul(d.sub_(divided(dot(e, d, room("work", d.shape)), weight)), e, out=e)
     elif d.shape[0] > 1 or torch.get_num_threads() == 1:
         torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
     else:  # torch splits a single row's sum across threads
@@ -239,7 +248,7 @@ def _kl_gradients(
     if not is_one(scale):
         d.mul_(scale)
     weight = softmax_sum(softmax(x, scale, e))
-    factor = over(factor, weight)
+    factor = divided(factor, weight)
     if grad_q is not None:
         q_minus_p = room("q - p", x.shape)  # times weight
         torch.sub(d, dot(e, d, q_minus_p) + kl, out=q_minus_p).expm1_().mul_(e)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-# Longest row whose softmax, and its backward (one pass instead of four), are accurate enough: at
-# 100,000 entries their sums are off by 1e-5.
-SHORT = 4096
+# Longest row whose softmax counts as normalised, and whose softmax backward (one pass instead of
+# four) is accurate enough: Σ e is off by 1.2e-6 at most in 4096 rows of N(0, 3²) of this length, by
+# 6e-6 in 64 rows of 100,000 entries.
+LONGEST_SHORT_ROW = 4096
 
 
 class Block(NamedTuple):
@@ -31,7 +32,7 @@ class Block(NamedTuple):
         )
 
     def split(self, counts: list[int]) -> "list[Block]":
-        """Cut into blocks of `counts` rows."""
+        """Return consecutive blocks of counts[0], counts[1], … rows, as views."""
         sides = [
             side.split_with_sizes(counts)
             if isinstance(side, torch.Tensor)
@@ -74,13 +75,13 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_sum(e: torch.Tensor) -> torch.Tensor | None:
-    """Return Σ e of a softmax [k, 1], or None for 1 in short rows: torch's softmax sums a long row
-    less accurately than row_sum.
+    """Return Σ e of a softmax, [k, 1]; None in short rows, for 1. In long ones torch's softmax
+    divides by a less accurate sum than row_sum's.
     """
-    return row_sum(e) if e.shape[1] > SHORT else None
+    return row_sum(e) if e.shape[1] > LONGEST_SHORT_ROW else None
 
 
-def over(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def divided(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """Return values/weight; None counts as 1."""
     return values if weight is None else values / weight
 
@@ -92,7 +93,7 @@ def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def is_one(scale: torch.Tensor | float) -> bool:
     """Return whether a scale is the number 1, so that no pass is needed."""
-    return type(scale) is float and scale == 1.0
+    return isinstance(scale, float) and scale == 1.0
 
 
 def difference(

@@ -3,6 +3,7 @@ rows, for which float32 does not suffice.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -13,6 +14,8 @@ from .cpu_gradients import Sides, part_of
 from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
 
 
+# Inference mode: autograd records none of these steps, and each small operation costs less. Results
+# are written to the caller's tensors, so none becomes an inference tensor.
 @torch.inference_mode()
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
@@ -91,8 +94,8 @@ def kl_and_gradient(
         counts, rooms = memory.blocks(begin, x.shape[0])
         sides = factor.split_with_sizes(counts), grad.split_with_sizes(counts)
         parts = zip(block.split(counts), *sides, strict=True)
-        start = 0
-        for count, room, part in zip(counts, rooms, parts, strict=True):
+        starts = itertools.accumulate(counts, initial=0)
+        for start, part, room in zip(starts, parts, rooms, strict=False):
             result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
             found.append(result)
             if fallback.numel():
@@ -104,7 +107,6 @@ def kl_and_gradient(
                     grad.dtype,
                 )
                 fallbacks.append((at, *results))
-            start += count
         values[:] = cpu_rows.save(found, kept)
         for at, *results in fallbacks:
             values[at], kept[at] = results
