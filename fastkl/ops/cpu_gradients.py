@@ -1,7 +1,5 @@
 """Row gradients on a CPU, from the values saved by cpu_rows.statistics."""
 
-import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,10 +30,6 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Bytes of LentMemory's own memory for a gradient of at most four times that size. For a larger one
-# as many as keep a loss below 1.1 gradients if all rows are near: saved values, the KL, factors and
-# sums take some 70 per row. Never less than a row per buffer.
-OWN_BYTES = 1 << 17
 NO_ROWS = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
@@ -46,85 +40,6 @@ def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sid
     """Return the rows, or rows and columns, `at` of each side."""
     grad_p, grad_q = sides
     return None if grad_p is None else grad_p[at], None if grad_q is None else grad_q[at]
-
-
-class LentMemory:
-    """Scratch memory for blocks of rows: a small piece of its own, and gradient rows not yet
-    written.
-
-    separate: whether the gradient and the logits have different storages.
-    """
-
-    def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # Float32 buffers of a row: d, products and, for 16-bit logits, the softmax.
-        self._names = ("d", "work", "e")[: 2 if grad.dtype == torch.float32 else 3]
-        self._rows, self._vocabulary, self._step = *grad.shape, step
-        logits = {side.untyped_storage().data_ptr() for side in (p, q)}
-        self.separate = grad.untyped_storage().data_ptr() not in logits
-        aligned = grad.storage_offset() * grad.itemsize % 4 == 0
-        self._lends = self.separate and grad.is_contiguous() and aligned
-        own_bytes = grad.nbytes // 11 - 70 * self._rows
-        # The values of short rows alone exceed the limit.
-        if grad.nbytes <= 4 * OWN_BYTES or own_bytes < grad.nbytes // 25:
-            own_bytes = OWN_BYTES
-        self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
-        self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
-        self._lent = self._own[:0]
-        if self._lends:
-            # An odd last entry of a 16-bit gradient is left out.
-            even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
-            self._lent = even.view(torch.float32)
-
-    def blocks(self, begin: int | None, rows: int) -> tuple[list[int], Iterator[Room]]:
-        """Return the rows of each block, and its buffers, for `rows` rows.
-
-        begin: the gradient row of the first; None for gathered rows, which lend no memory.
-        """
-        unwritten = 0 if begin is None or not self._lends else self._rows - begin
-        plan = _plan(rows, unwritten, self._own_rows, self._step, len(self._names))
-        return [count for count, _ in plan], self._rooms(plan)
-
-    def _rooms(self, plan: list[tuple[int, int]]) -> Iterator[Room]:
-        room, last = Room(0, self._own.device), None
-        for count, own in plan:
-            if (count, own) != last:
-                shape, buffers, last = (count, self._vocabulary), {}, (count, own)
-                for i, name in enumerate(self._names):
-                    memory, start = self._own, i * shape[0] * shape[1]
-                    if i >= own:  # up to the end of the gradient
-                        left = len(self._names) - i
-                        memory, start = self._lent, self._lent.numel() - left * shape[0] * shape[1]
-                    # One call instead of two, per buffer and block.
-                    buffers[name] = memory.as_strided(
-                        shape, (shape[1], 1), memory.storage_offset() + start
-                    )
-                room = Room(0, self._own.device, buffers)
-            yield room
-
-
-@functools.lru_cache
-def _plan(
-    rows: int, unwritten: int, own_rows: int, step: int, buffers: int
-) -> list[tuple[int, int]]:
-    """Return (rows, buffers in own memory) of each block of at most `step` rows.
-
-    unwritten: the gradient rows from the first on. With two buffers (float32) the block's own rows
-    hold e. With three (16 bits, two gradient rows for one of float32) they may hold d and products,
-    but not e, the last buffer.
-    """
-    plan = []
-    while rows:
-        choices = []
-        for own in range(buffers + 1):
-            lent, count = buffers - own, min(rows, step, own_rows // own if own else step)
-            if lent:
-                gradient_rows = lent + 1 if buffers == 2 else max(2 * lent, 3)
-                # One row less, for an odd last entry.
-                count = min(count, (unwritten - 1) // gradient_rows)
-            choices.append((count, own))
-        plan.append(max(choices))
-        rows, unwritten = rows - plan[-1][0], unwritten - plan[-1][0]
-    return plan
 
 
 def kl_and_gradient(

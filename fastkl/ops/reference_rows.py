@@ -74,7 +74,7 @@ def kl_and_gradient(
     """
     p, q, _, mask, temperature, *_ = args
     assert q is not None
-    memory = cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
+    memory = cpu_passes.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])

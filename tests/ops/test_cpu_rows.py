@@ -10,7 +10,7 @@ from cases import FLOATS, Rows, Run, assert_same, together
 import fastkl
 from benchmarks import cpu
 from fastkl import testing, token_stats
-from fastkl.ops import cpu_gradients, cpu_passes, cpu_rows, row_blocks
+from fastkl.ops import cpu_passes, cpu_rows, row_blocks
 from fastkl.ops.fields import FIELDS
 
 V = 1003
@@ -141,9 +141,9 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
     weights[2] = 0.0
     wanted, over = apart(rows, weights).named(), rows.p.clone()
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
+    monkeypatch.setattr(cpu_passes, "OWN_BYTES", own)
     fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
-    memory = cpu_gradients.LentMemory(rows.p, rows.q, fresh, max(1, elements // V))
+    memory = cpu_passes.LentMemory(rows.p, rows.q, fresh, max(1, elements // V))
     assert own > 1 or elements < V or max(memory.blocks(0, 31)[0]) > 1
     for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
         for name, value in together(rows._replace(p=x), weights, grad).named().items():
@@ -169,9 +169,7 @@ def test_memory_of_a_loss(dtype, rows, vocabulary, size, most) -> None:
 def test_rows_under_a_mask_are_computed_in_large_blocks(dtype) -> None:
     """They borrow nothing; beside many short rows, own memory may take more than a tenth."""
     short = torch.empty(20000, 64, dtype=dtype)
-    assert (
-        min(cpu_gradients.LentMemory(short, short, short.clone(), 1024).blocks(None, 128)[0]) > 99
-    )
+    assert min(cpu_passes.LentMemory(short, short, short.clone(), 1024).blocks(None, 128)[0]) > 99
 
 
 def test_series() -> None:
