@@ -131,8 +131,7 @@ def gradients(
         for start in range(0, vocabulary, elements):
             at = slice(None), slice(start, start + elements)
             tile = part._replace(x=part.x[at], y=None if part.y is None else part.y[at])
-            tile_grads = part_of(part_grads, at)
-            _gradients(tile, start, values, shifted, only, part_g, tile_grads, room)
+            _gradients(tile, start, values, shifted, only, part_g, part_of(part_grads, at), room)
 
 
 def _kl_gradients(

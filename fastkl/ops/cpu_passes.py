@@ -94,8 +94,7 @@ class LentMemory:
         self._lent = self._own[:0]
         if self._lends:
             # An odd last entry of a 16-bit gradient is left out.
-            even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
-            self._lent = even.view(torch.float32)
+            self._lent = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize].view(torch.float32)
 
     def blocks(self, begin: int | None, rows: int) -> tuple[list[int], Iterator[Room]]:
         """Return the rows of each block, and its buffers, for `rows` rows.
@@ -149,13 +148,13 @@ def _plan(
     return plan
 
 
-def row_sum(values: torch.Tensor) -> torch.Tensor:
+def row_sum(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Sum rows [k, V] to [k, 1] in the same order for any k: torch splits a single row's sum across
     threads.
     """
     if values.shape[0] == 1 and torch.get_num_threads() > 1:
-        return values.expand(2, -1).sum(-1, True)[:1]
-    return values.sum(-1, True)
+        return values.expand(2, -1).sum(-1, True, dtype=dtype)[:1]
+    return values.sum(-1, True, dtype=dtype)
 
 
 def softmax_sum(e: torch.Tensor) -> torch.Tensor | None:

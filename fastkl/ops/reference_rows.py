@@ -28,8 +28,8 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    most = row_blocks.ROWS_AT_ONCE
-    for rows, x, y in row_blocks.blocks(p, args.q, mask, most if args.scaling.none else 0):
+    most = row_blocks.ROWS_AT_ONCE if args.scaling.none else 0
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, most):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
             _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
@@ -45,7 +45,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             if bool(valid.all()):
                 continue
             fallback = (~valid).nonzero()[:, 0]
-        for part in fallback.split(step):
+        for part in _parts(fallback, step):
             numbers = rows[part] if isinstance(rows, torch.Tensor) else part + rows.start
             _by_reference(_select(scaled, part, torch.float64), outputs, saved, numbers)
 
@@ -133,7 +133,7 @@ def outside(
         exponents = _over(
             padded.sub_(peak.masked_fill(peak == -math.inf, 0.0)), rows_of(args.temperature, rows)
         )
-        others.log_sum[rows] = exponents.exp_().sum(-1, dtype=torch.float64).log_()
+        others.log_sum[rows] = cpu_passes.row_sum(exponents.exp_(), torch.float64)[:, 0].log_()
         others.peak[rows] = peak[:, 0].double()
 
 
@@ -197,6 +197,12 @@ def _by_reference(
     for name, value in outputs.items():
         value[numbers] = getattr(result, name).to(value.dtype)
     saved[numbers] = result.saved if saved.dtype == torch.float64 else 0.0
+
+
+def _parts(rows: torch.Tensor, step: int) -> list[torch.Tensor]:
+    # A single row twice: several threads share its sums, in another order.
+    shared = torch.get_num_threads() > 1
+    return [part.expand(2) if shared and len(part) == 1 else part for part in rows.split(step)]
 
 
 def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
@@ -263,7 +269,7 @@ def backward(
             continue
         numbers = torch.arange(len(saved), device=p.device)[rows]
         for is_lean in (True, False):
-            for part in (lean == is_lean).nonzero()[:, 0].split(step):
+            for part in _parts((lean == is_lean).nonzero()[:, 0], step):
                 scaled, at = _scaled(_select(block_args, part)), numbers[part]
                 g, kept = rows_of_each(upstream, at), saved[at]
                 if is_lean:
