@@ -74,22 +74,13 @@ def sums(rows: Rows) -> list[torch.Tensor]:
     return [cpu_passes.row_sum(rows.p), *fields, *grads]
 
 
-@pytest.mark.parametrize(
-    "count, vocabulary, size",
-    [
-        (9, 17, 0.1),
-        (9, 300, 0.1),
-        (9, 1003, 0.1),
-        (9, 5003, 0.1),
-        (3, 33001, 0.1),
-        (5, 33001, 30.0),
-    ],
-)
-def test_bits_with_two_threads(count, vocabulary, size, request) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count, vocabulary", [(9, 17), (9, 300), (9, 1003), (9, 5003), (5, 33001)])
+def test_bits_with_two_threads(count, vocabulary, dtype, request) -> None:
     """With several threads torch divides the sum of a row that is alone."""
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    rows = Rows(*testing.pair("normal3", count, vocabulary, size), torch.arange(count))
+    rows = Rows(*testing.pair("normal3", count, vocabulary, 0.1, dtype=dtype), torch.arange(count))
     whole, alone = sums(rows), [sums(rows.part([i])) for i in range(count)]
     assert_same(whole, [torch.cat(each) for each in zip(*alone, strict=True)])
     testing.assert_same_bits(*whole[-2:], "together")
