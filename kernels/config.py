@@ -139,25 +139,28 @@ TABLE = (
     Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED, 128), RowConfig(256, 1, 16384, _AS_H200)),
 )
 
-# Maximum length of a segment: 64 KB of 16-bit logits. Smallest vocabulary, a multiple of 128, that
-# has the segments of its equal shards: in smaller ones they would be too short to be fast.
-LONGEST_SEGMENT, SHARED = 32768, 32000
+# Maximum length of a segment: 64 KB of 16-bit logits.
+LONGEST_SEGMENT = 32768
+# A vocabulary of at least this size, a multiple of 128, has the segments of its shards (up to eight
+# equal ones) also without them, for the same bits. What they cost (docs/parallel.md) is not timed.
+SMALLEST_SHARED = 32000
 
 
-def segment_length(vocabulary: int, preferred: int, width: int = 0) -> int:
+def segment_length(vocabulary: int, preferred: int, width: int | None = None) -> int:
     """Return the length of a row's segments in forward, near `preferred` but at least V/16 for V up
     to 524288; the last may be shorter.
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries, so that an
     equal share of the vocabulary holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are
     cut into 32, 64, … parts instead. width: of a shard, which then holds whole segments if they can
-    be that short; a split vocabulary has eight or more, for the same bits on 1, 2, 4 and 8 ranks.
+    be that short; a split vocabulary has eight or more, for the same bits on 1, 2, 4 and 8 ranks. 0
+    for a whole vocabulary: it has as many from SMALLEST_SHARED on. None: without regard to shards.
     """
-    parts, fewest = 16, 8 if width else 1
-    while vocabulary > parts * LONGEST_SEGMENT:
-        parts *= 2
+    shared = width == 0 and vocabulary % 128 == 0 and vocabulary >= SMALLEST_SHARED
+    fewest = 8 if width or shared else 1
+    parts = max(16, 1 << ((vocabulary - 1) // LONGEST_SEGMENT).bit_length())
     part = max(8, -(-vocabulary // (8 * parts)) * 8)
-    while parts > fewest and 2 * part <= preferred and not width % (2 * part):
+    while parts > fewest and 2 * part <= preferred and not (width or 0) % (2 * part):
         part, parts = 2 * part, parts // 2
     return part
 

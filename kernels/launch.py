@@ -77,12 +77,11 @@ def forward_plan(
     """
     vocabulary = shard.vocabulary or layout.vocabulary
     chosen = config.select("forward", layout.case.arch, layout.p.itemsize, vocabulary)
-    # A whole vocabulary has the segments of its equal shards, for the same bits.
-    width = shard.width or vocabulary * (vocabulary % 128 == 0 and vocabulary >= config.SHARED)
-    segment = config.segment_length(vocabulary, chosen.segment, width)
-    splits = max(1, -(-(width or vocabulary) // segment))
+    segment = config.segment_length(vocabulary, chosen.segment, shard.width)
+    splits = max(1, -(-(shard.width or vocabulary) // segment))
     # Above 1, programs store their states, as those of a split vocabulary always do.
-    count = max(splits * shard.ranks if shard.merges else splits, 2 if shard.ranks else 1)
+    states = triton.next_power_of_2(splits * shard.ranks if shard.merges else splits)
+    states = max(2, states) if shard.ranks else states
     case, kind = layout.case, dict(divergence)["KIND"]
     wanted = dict(
         HAS_TOKENS=case.types[2] is not None,
@@ -98,7 +97,7 @@ def forward_plan(
         chosen,
         (),
         case.q_in_blocks,
-        SPLITS=triton.next_power_of_2(count),
+        SPLITS=states,
         MERGE=shard.merges,
         REALIGN=case.realign,
         PREFETCH=config.prefetches(case.arch) and not shard.merges,
@@ -123,14 +122,16 @@ def forward_plan(
         case.q_in_blocks
         and (kind != SKEW_KL.value or case.realign and case.arch == "sm_90")
         and case.arch != "sm_100",
-        SPLITS=triton.next_power_of_2(count),
+        SPLITS=states,
         MERGE=shard.merges,
         REALIGN=case.realign,
         LG2=case.arch.startswith("sm_"),
         **dict(divergence),
     )
-    row_bytes = layout.vocabulary * sum(dtype.itemsize for dtype in case.types[:2] if dtype)
-    prefetching = int(layout.rows * row_bytes <= PREFETCH_BYTES)
+    prefetching = int(
+        layout.rows * layout.vocabulary * sum(t.itemsize for t in case.types[:2] if t is not None)
+        <= PREFETCH_BYTES
+    )
     log_sums = fallback_variant(case, (), segment_log_sums)
     return ForwardPlan(segment, splits, prefetching, forward, fallback, second, log_sums)
 

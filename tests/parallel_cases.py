@@ -168,13 +168,14 @@ class Count:
         return self.gather(*args)
 
 
-# V, width, rows, dtype, noise, and whether bits are equal on the kernels in groups of 1, 2 and 4;
-# from V = 32000 on also without a group.
+# V, width, rows, dtype, noise, and whether the kernels give the same bits in groups of 2 and 4 as
+# in a group of 1 or, from V = 32000 on, without a group.
 Size = tuple[int, int, int, torch.dtype, float, bool]
 SIZES: dict[str, Size] = {
     "even": (1024, 256, 16, torch.float32, 0.1, True),
     "far": (1024, 256, 16, torch.bfloat16, 3.0, True),
-    "least": (32000, 8000, 16, torch.bfloat16, 0.1, True),
+    "smallest": (32000, 8000, 16, torch.bfloat16, 0.1, True),
+    "two rows": (32000, 8000, 2, torch.float32, 0.1, True),
     "large": (128256, 32064, 2, torch.bfloat16, 0.01, True),
     "padded": (151936, 38016, 2, torch.bfloat16, 0.01, False),
     "uneven": (50257, 12565, 2, torch.float32, 0.1, False),
@@ -185,7 +186,7 @@ SIZES: dict[str, Size] = {
 }
 
 # Sizes that groups of two processes compute too.
-SIZES_OF_HALVES = ("even", "far", "least", "large", "small")
+SIZES_OF_HALVES = ("even", "far", "smallest", "two rows", "large", "small")
 
 
 @functools.cache
@@ -211,7 +212,8 @@ def compare(name: str, backend: str, group: dist.ProcessGroup, alone: dist.Proce
     c, own = whole_case(name), columns(shard, width)
     mine = c.on(shard, width)
     for label, function in FUNCTIONS.items():
-        wanted = ("kl",) if vocabulary > 1024 else ("kl", "stats", "js")
+        short = vocabulary <= 1024 or name == "two rows"
+        wanted = ("kl", "stats", "js") if short else ("kl",)
         if label not in wanted and (name != "even" or group.size() == 2):
             continue
         what = f"{name}, {backend}, {group.size()} ranks, {label}"

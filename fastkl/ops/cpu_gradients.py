@@ -1,19 +1,17 @@
 """Row gradients on a CPU, from the values saved by cpu_rows.statistics."""
 
-import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from .cpu_passes import (
-    SHORT,
+    LONGEST_SHORT_ROW,
     Block,
     Room,
     difference,
+    divided,
     dot,
     is_one,
-    over,
     softmax,
     softmax_sum,
     wide,
@@ -32,10 +30,7 @@ from .cpu_rows import (
 )
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, rows_of
 
-# Bytes of LentMemory's own for a gradient of up to four times as many. For a larger one, as many as
-# keep the peak below 1.1 gradients, with some 80 bytes per row for other values.
-OWN_BYTES = 1 << 17
-WHOLE = torch.empty(0, dtype=torch.long, device="cpu")
+NO_ROWS = torch.empty(0, dtype=torch.long, device="cpu")
 
 # A tensor for P and one for Q, None if not requested.
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -45,75 +40,6 @@ def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sid
     """Return the rows, or rows and columns, `at` of each side."""
     grad_p, grad_q = sides
     return None if grad_p is None else grad_p[at], None if grad_q is None else grad_q[at]
-
-
-class LentMemory:
-    """Scratch memory for blocks of rows: a small piece of its own, and gradient rows not yet
-    written.
-
-    separate: whether the gradient and the logits have different storages.
-    """
-
-    def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # Float32 buffers of a row: d, products and, for 16-bit logits, the softmax.
-        self._names = ("d", "work", "e")[: 2 if grad.dtype == torch.float32 else 3]
-        self._rows, self._vocabulary, self._step = *grad.shape, step
-        logits = {side.untyped_storage().data_ptr() for side in (p, q)}
-        self.separate = grad.untyped_storage().data_ptr() not in logits
-        self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
-        own_bytes = grad.nbytes // 11 - 80 * self._rows
-        own_bytes = own_bytes if grad.nbytes > 4 * OWN_BYTES else OWN_BYTES
-        self._own_rows = max(len(self._names), own_bytes // (4 * self._vocabulary))
-        self._own = grad.new_empty(self._own_rows * self._vocabulary, dtype=torch.float32)
-        self._lent, self._lent_rows = self._own[:0], grad.itemsize / 4
-        if self._lends:
-            # An odd last entry of a 16-bit gradient is left out.
-            even = grad.view(-1)[: grad.nbytes // 4 * 4 // grad.itemsize]
-            self._lent = even.view(torch.float32)
-
-    def blocks(self, begin: int | None, rows: int) -> tuple[list[int], Iterator[Room]]:
-        """Return the rows of each block, and its buffers, for `rows` rows.
-
-        begin: the gradient row of the first; None for gathered rows, which lend no memory.
-        """
-        unwritten = 0 if begin is None or not self._lends else self._rows - begin
-        buffers = len(self._names)
-        plan = _plan(rows, unwritten, self._own_rows, self._lent_rows, self._step, buffers)
-        return [count for count, _ in plan], self._rooms(plan)
-
-    def _rooms(self, plan: list[tuple[int, int]]) -> Iterator[Room]:
-        room, last = Room(0, self._own.device), None
-        for count, own in plan:
-            if (count, own) != last:
-                buffers, last, entries = {}, (count, own), count * self._vocabulary
-                for i, name in enumerate(self._names):
-                    # From the start of own memory, or up to the end of the gradient.
-                    memory, at = (self._own, i) if i < own else (self._lent, i - len(self._names))
-                    start = memory.storage_offset() + at * entries % memory.numel()
-                    buffers[name] = memory.as_strided(
-                        (count, self._vocabulary), (self._vocabulary, 1), start
-                    )
-                room = Room(0, self._own.device, buffers)
-            yield room
-
-
-@functools.lru_cache
-def _plan(
-    rows: int, unwritten: int, own_rows: int, lent_rows: float, step: int, buffers: int
-) -> list[tuple[int, int]]:
-    """Return (rows, buffers in own memory) of each block of at most `step` rows.
-
-    unwritten: the gradient rows from the first on, each of which lends `lent_rows` rows of float32.
-    """
-    plan = []
-    while rows:
-        for count in range(min(rows, step), 0, -1):
-            own = min(buffers, own_rows // count)
-            if own == buffers or (unwritten - count - 1) * lent_rows >= (buffers - own) * count:
-                break
-        plan.append((count, own))
-        rows, unwritten = rows - count, unwritten - count
-    return plan
 
 
 def kl_and_gradient(
@@ -132,18 +58,18 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    near = result.largest_d is None and result.shift is None
-    fallback = WHOLE if near else (~result.valid())[:, 0].nonzero()[:, 0]
+    all_valid = result.largest_d is None and result.shift is None
+    fallback = NO_ROWS if all_valid else (~result.valid())[:, 0].nonzero()[:, 0]
     copies = block.part(fallback) if fallback.numel() else block
     _about_mean(room("d", e.shape), e, result.weight, room)
-    _write(e, over(factor, result.weight), grad, None, None)
+    _write(e, divided(factor, result.weight), grad, None, None)
     return result, fallback, copies
 
 
 def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor | None, room: Room) -> None:
-    """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
-    if d.shape[1] > SHORT:
-        torch.mul(d.sub_(over(dot(e, d, room("work", d.shape)), weight)), e, out=e)
+    """Write e·(d - Σ e·d/weight) to e; d is clobbered. weight: None in short rows, for 1."""
+    if d.shape[1] > LONGEST_SHORT_ROW:
+        torch.mul(d.sub_(divided(dot(e, d, room("work", d.shape)), weight)), e, out=e)
     elif d.shape[0] > 1 or torch.get_num_threads() == 1:
         torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
     else:  # torch splits a single row's sum across threads
@@ -205,8 +131,7 @@ def gradients(
         for start in range(0, vocabulary, elements):
             at = slice(None), slice(start, start + elements)
             tile = part._replace(x=part.x[at], y=None if part.y is None else part.y[at])
-            tile_grads = part_of(part_grads, at)
-            _gradients(tile, start, values, shifted, only, part_g, tile_grads, room)
+            _gradients(tile, start, values, shifted, only, part_g, part_of(part_grads, at), room)
 
 
 def _kl_gradients(
@@ -237,7 +162,7 @@ def _kl_gradients(
     if not is_one(scale):
         d.mul_(scale)
     weight = softmax_sum(softmax(x, scale, e))
-    factor = over(factor, weight)
+    factor = divided(factor, weight)
     if grad_q is not None:
         q_minus_p = room("q - p", x.shape)  # times weight
         torch.sub(d, dot(e, d, q_minus_p) + kl, out=q_minus_p).expm1_().mul_(e)

@@ -4,8 +4,9 @@ go to reference.py.
 With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
     KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
-In near rows h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums are
-as small as the result: t = E[h] + W. Other rows take one expm1 per entry.
+h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums are as small as
+the result: t = E[h] + W. This holds in near rows, whose h stays below 1/e in every entry, so that
+-1 < d < 0.751. Other rows take one expm1 per entry.
 
 KL only: forward and backward take one softmax each, or one in total if computed together; the
 gradient to P is proportional to p·(d - W).
@@ -24,9 +25,9 @@ from .cpu_passes import (
     Block,
     Room,
     difference,
+    divided,
     dot,
     is_one,
-    over,
     row_sum,
     softmax,
     softmax_sum,
@@ -47,15 +48,16 @@ LOWEST_Z = -1e4
 # Largest KL, in nats: for KL(P‖Q) only, and for the fields of Q, where 1 - q of a near-certain
 # token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# Bound of h in near rows, whose d lie between -1 and 0.75.
+# Bound of H_SERIES in near rows. Every d outside [-1, 0.7508] exceeds it, ±inf included, because
+# the degree is even: no pass looks for the largest |d|.
 NEAR_H = math.exp(-1.0)
-# h/d² and ref_h/d² for |d| ≤ 1, minimax: relative errors 0.9e-7 and 7.5e-7. As their degree is
-# even, h is larger than NEAR_H for all other d.
-H = (
+# h/d² and ref_h/d² for |d| ≤ 1, least-squares fits reweighted until the largest relative errors are
+# equal: 1.0e-7 and 7.5e-7 with float32 coefficients.
+H_SERIES = (
     *(0.5, 0.1666669348, 0.04166655996, 0.008331017069),
     *(0.001389079132, 0.0002031930324, 2.497999453e-05),
 )
-REF_H = (
+REF_H_SERIES = (
     *(0.5, 0.3333350353, 0.1249977272, 0.03331646152),
     *(0.006950499232, 0.001227471981, 0.0001720574592),
 )
@@ -116,7 +118,7 @@ class KLRows(NamedTuple):
 
     def valid(self) -> torch.Tensor:
         """Return whether float32 suffices for each row, [k, 1]."""
-        valid = over(self.h, self.weight) < math.expm1(LARGEST_KL)
+        valid = divided(self.h, self.weight) < math.expm1(LARGEST_KL)
         if self.largest_d is not None:
             valid &= self.largest_d < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
@@ -129,7 +131,7 @@ def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
     """
     # KL = log1p(t) - W with t = E[h] + W. Leave out W, the rounding error of the centre: it changes
     # the KL by -E[h]·W only.
-    mean_h = [over(part.h, part.weight) for part in parts]
+    mean_h = [divided(part.h, part.weight) for part in parts]
     centre = [part.centre for part in parts]
     kl = torch.cat(mean_h).log1p_().clamp_(min=0.0)[:, 0]
     saved[:, CENTRE], saved[:, LOG1P_T] = torch.cat(centre)[:, 0], kl
@@ -161,13 +163,13 @@ def _centre(
     """
     assert block.y is not None
     work, shift = room("work", d.shape), None
-    centre = over(dot(e, d, work), weight)
+    centre = divided(dot(e, d, work), weight)
     smallest, largest = torch.aminmax(centre)
     if not max(-float(smallest), float(largest)) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
         x = wide(block.x, room("x", d.shape))
         difference(block.y, x, x.amax(-1, keepdim=True), shift, room)
-        centre = torch.where(shift == 0, centre, over(dot(e, d, work), weight))
+        centre = torch.where(shift == 0, centre, divided(dot(e, d, work), weight))
     d.sub_(centre)
     if not is_one(block.scale):
         d.mul_(block.scale)
@@ -224,13 +226,13 @@ def _series_sums(
     mean: Σ e·d, if it was computed.
     """
     work = room("work", d.shape)
-    values = _series(d, H, work)
-    largest_h = values.amax(-1, True)
+    values = _series(d, H_SERIES, work)
+    near = values.amax(-1, True) < NEAR_H
     h = row_sum(values.mul_(e))
-    ref_h = row_sum(_series(d, REF_H, work).mul_(e)) if both else None
-    if float(largest_h.amax()) < NEAR_H:
+    ref_h = row_sum(_series(d, REF_H_SERIES, work).mul_(e)) if both else None
+    if bool(near.all()):
         return None, h, ref_h
-    rows = (~(largest_h < NEAR_H))[:, 0].nonzero()[:, 0]
+    rows = (~near)[:, 0].nonzero()[:, 0]
     if rows.numel() < d.shape[0]:
         shape = rows.numel(), d.shape[1]
         e = torch.index_select(e, 0, rows, out=room("part of e", shape))

@@ -3,6 +3,7 @@ rows, for which float32 does not suffice.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -13,6 +14,8 @@ from .cpu_gradients import Sides, part_of
 from .fields import SAVED, Outside, RowArgs, result_dtype, rows_of, rows_of_each
 
 
+# Inference mode: autograd records none of these steps, and each small operation costs less. Results
+# are written to the caller's tensors, so none becomes an inference tensor.
 @torch.inference_mode()
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
@@ -25,8 +28,8 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    most = row_blocks.ROWS_AT_ONCE
-    for rows, x, y in row_blocks.blocks(p, args.q, mask, most if args.scaling.none else 0):
+    most = row_blocks.ROWS_AT_ONCE if args.scaling.none else 0
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, most):
         scaled = _scaled(args.at(rows, x, y))
         if scaled.tokens is not None:
             _value_checks.tokens_in_range(scaled.tokens, p.shape[-1])
@@ -42,7 +45,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             if bool(valid.all()):
                 continue
             fallback = (~valid).nonzero()[:, 0]
-        for part in fallback.split(step):
+        for part in _parts(fallback, step):
             numbers = rows[part] if isinstance(rows, torch.Tensor) else part + rows.start
             _by_reference(_select(scaled, part, torch.float64), outputs, saved, numbers)
 
@@ -71,11 +74,11 @@ def kl_and_gradient(
     """
     p, q, _, mask, temperature, *_ = args
     assert q is not None
-    memory = cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
+    memory = cpu_passes.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])
-    factors = -weights[:, None] * scales
+    factors = weights[:, None] * -scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
     # All rows at once, except under a mask, whose gaps would cut them into single blocks.
@@ -89,9 +92,10 @@ def kl_and_gradient(
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
         counts, rooms = memory.blocks(begin, x.shape[0])
-        parts = zip(block.split(counts), factor.split(counts), grad.split(counts), strict=True)
-        start = 0
-        for count, room, part in zip(counts, rooms, parts, strict=True):
+        sides = factor.split_with_sizes(counts), grad.split_with_sizes(counts)
+        parts = zip(block.split(counts), *sides, strict=True)
+        starts = itertools.accumulate(counts, initial=0)
+        for start, part, room in zip(starts, parts, rooms, strict=False):
             result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
             found.append(result)
             if fallback.numel():
@@ -103,7 +107,6 @@ def kl_and_gradient(
                     grad.dtype,
                 )
                 fallbacks.append((at, *results))
-            start += count
         values[:] = cpu_rows.save(found, kept)
         for at, *results in fallbacks:
             values[at], kept[at] = results
@@ -130,7 +133,7 @@ def outside(
         exponents = _over(
             padded.sub_(peak.masked_fill(peak == -math.inf, 0.0)), rows_of(args.temperature, rows)
         )
-        others.log_sum[rows] = exponents.exp_().sum(-1, dtype=torch.float64).log_()
+        others.log_sum[rows] = cpu_passes.row_sum(exponents.exp_(), torch.float64)[:, 0].log_()
         others.peak[rows] = peak[:, 0].double()
 
 
@@ -194,6 +197,12 @@ def _by_reference(
     for name, value in outputs.items():
         value[numbers] = getattr(result, name).to(value.dtype)
     saved[numbers] = result.saved if saved.dtype == torch.float64 else 0.0
+
+
+def _parts(rows: torch.Tensor, step: int) -> list[torch.Tensor]:
+    # A single row twice: several threads share its sums, in another order.
+    shared = torch.get_num_threads() > 1
+    return [part.expand(2) if shared and len(part) == 1 else part for part in rows.split(step)]
 
 
 def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
@@ -260,7 +269,7 @@ def backward(
             continue
         numbers = torch.arange(len(saved), device=p.device)[rows]
         for is_lean in (True, False):
-            for part in (lean == is_lean).nonzero()[:, 0].split(step):
+            for part in _parts((lean == is_lean).nonzero()[:, 0], step):
                 scaled, at = _scaled(_select(block_args, part)), numbers[part]
                 g, kept = rows_of_each(upstream, at), saved[at]
                 if is_lean:

@@ -21,8 +21,8 @@ def statistics_elements(logits: torch.Tensor) -> int:
 
 
 def gradient_elements(logits: torch.Tensor) -> int:
-    """Return the elements per block for gradients, possibly part of a long row: two buffers take 9
-    % of the memory of one of the tensors.
+    """Return the elements per block for gradients, possibly part of a long row: two buffers take
+    1/11 of the memory of one of the tensors, or one block or row each if that is more.
     """
     whole = logits.shape[-1] if cpu_rows.takes_whole_rows(logits) else 256
     return max(whole, _block(4, logits.nbytes // 44) // 2)

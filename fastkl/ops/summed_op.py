@@ -58,11 +58,11 @@ def empty_gradient(
         or p.dtype == torch.float16
         # A captured backward may be replayed more often than its forward, and would scale its
         # gradient each time.
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (p.is_cuda and torch.cuda.is_current_stream_capturing())
         or not _modes.eager(p, q, inputs.mask, inputs.temperature)
     ):
         return None
-    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    like = p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device="meta")
     together = ENGINES[inputs.backend].computes_together(inputs.args, like)
     return torch.empty(p.shape, dtype=p.dtype, device=p.device) if together else None
 
@@ -84,9 +84,8 @@ class SummedKL(torch.autograd.Function):
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
         factor = (kl.new_ones(()) if beta is None else beta) / divisor
-        weights, rows = factor.expand(kl.numel()).contiguous(), gradient.view(-1, p.shape[-1])
-        engine = ENGINES[packed.backend]
-        engine.kl_and_gradients(packed.args, kl.view(-1), saved, weights, rows, None)
+        weights, rows = factor.expand(kl.numel()), gradient.view(-1, p.shape[-1])
+        ENGINES[packed.backend].together(packed.args, kl.view(-1), saved, weights, rows)
         temperatures, ctx.temperature = per_token(packed.temperature)
         dual_op.save_tensors(
             ctx,

@@ -202,8 +202,7 @@ def rounded(request):
     workload = linear_cases.LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
     inputs = linear_cases.make_linear_inputs(workload, CPU)
     outputs = providers.load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
-    known = linear_cases.linear_truth(workload, inputs)
-    return known, outputs, work.gradients(inputs, outputs)
+    return linear_cases.linear_truth(workload, inputs), outputs, work.gradients(inputs, outputs)
 
 
 # Every row that matters, but for a few that are hard to tell from a rounding.

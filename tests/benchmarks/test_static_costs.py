@@ -122,8 +122,7 @@ def report(request):
     assert code == 0, output[-4000:]
     data = json.loads(output.splitlines()[-1])
     assert not data["errors"], data["errors"]
-    installed = request.param == "installed"
-    assert installed or data["triton"].startswith(request.param)
+    assert request.param == "installed" or data["triton"].startswith(request.param)
     records = {tuple(r[key] for key in static_costs.CASE): r for r in data["records"]}
     pinned = static_costs.read_baseline(static_costs.BASELINE)["triton"] == data["triton"]
     return records, 1.0 if pinned else OTHER_TRITON, data["triton"]

@@ -205,8 +205,7 @@ def zeroed(lm_head: torch.nn.Module) -> None:
 
 
 def packed(lm_head: torch.nn.Module) -> None:
-    codes = torch.zeros(V, 8, dtype=torch.uint8)
-    lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
+    lm_head.weight = torch.nn.Parameter(torch.zeros(V, 8, dtype=torch.uint8), requires_grad=False)
     lm_head.forward = lambda hidden: hidden @ torch.ones(16, V)
 
 

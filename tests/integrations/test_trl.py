@@ -269,8 +269,7 @@ def test_distillation(tmp_path, families, per_token, beta) -> None:
     logs = [logits.log_softmax(-1) for logits in (theirs.detach(), student)]
     logs, kind = (logs[::-1] if beta == 1 else logs), "js" if 0 < beta < 1 else "kl"
     kl = family.textbook(*logs, kind, beta)[loss_mask(inputs)]
-    expected = kl.sum() / inputs["num_items_in_batch"]
-    assert_loss(trainer, inputs, expected, 2 * ROUNDING)
+    assert_loss(trainer, inputs, kl.sum() / inputs["num_items_in_batch"], 2 * ROUNDING)
     trainer.model.eval()
     with torch.no_grad():
         evaluated = trainer.compute_loss(trainer.model, dict(inputs))

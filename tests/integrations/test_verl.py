@@ -88,8 +88,7 @@ def test_policy_loss_is_the_base_plus_the_kl(core, mode, weights) -> None:
     rows = (
         terms / mask.sum(-1, keepdim=True).clamp(min=1) if mode == "seq-mean-token-mean" else terms
     )
-    total = rows.sum() / (11 if mode == "token-mean" else 5)
-    assert_loss(loss, base + 0.3 * 2 * total, inputs)
+    assert_loss(loss, base + 0.3 * 2 * (rows.sum() / (11 if mode == "token-mean" else 5)), inputs)
     assert metrics.items() >= base_metrics.items() and metrics["actor/kl_old_coef"] == 0.3
     assert metrics["actor/kl_old"] == pytest.approx(float(kl[mask].mean().detach()), rel=ROUNDING)
 

@@ -169,7 +169,7 @@ def test_segment_lengths(preferred) -> None:
 
 
 # Shards hold whole segments, the same for 1, 2, 4 and 8 ranks, and for large vocabularies those of
-# the whole.
+# a call without shards.
 @pytest.mark.parametrize("preferred", [8192, 16384])
 def test_segments_of_shards(preferred) -> None:
     for vocabulary in (1024, 32000, 4 * preferred, 4 * preferred + 128, 128256, 151936, 524288):
@@ -178,8 +178,9 @@ def test_segments_of_shards(preferred) -> None:
             for ranks in (1, 2, 4, 8)
         }
         assert vocabulary // 8 % segment == 0
-        whole = config.segment_length(vocabulary, preferred)
-        assert (segment == whole) == (vocabulary > 4 * preferred)
+        whole = config.segment_length(vocabulary, preferred, 0)
+        assert (segment == whole) == (vocabulary >= config.SMALLEST_SHARED)
+        assert config.segment_length(50257, preferred, 0) == config.segment_length(50257, preferred)
 
 
 # ---- compilation

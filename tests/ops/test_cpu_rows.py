@@ -10,7 +10,7 @@ from cases import FLOATS, Rows, Run, assert_same, together
 import fastkl
 from benchmarks import cpu
 from fastkl import testing, token_stats
-from fastkl.ops import cpu_gradients, cpu_passes, cpu_rows, row_blocks
+from fastkl.ops import cpu_passes, cpu_rows, row_blocks
 from fastkl.ops.fields import FIELDS
 
 V = 1003
@@ -26,8 +26,8 @@ def apart(rows: Rows, weights: torch.Tensor) -> Run:
 
 
 def mixed(dtype: torch.dtype, temperature: float | str = 1.0) -> Rows:
-    """Rows that take every way: equal, nearest, near, wide, shifted both ways, far, masked,
-    infinite, NaN.
+    """Rows that take every way: equal, near, far in one entry and in many, shifted both ways,
+    masked, infinite, NaN.
     """
     sizes = (0.0, 1e-4, 0.02, 0.2, 0.3, 0.5, 1.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     rows = [
@@ -74,12 +74,13 @@ def sums(rows: Rows) -> list[torch.Tensor]:
     return [cpu_passes.row_sum(rows.p), *fields, *grads]
 
 
-@pytest.mark.parametrize("count, vocabulary", [(9, 17), (9, 300), (9, 1003), (9, 5003), (3, 33001)])
-def test_bits_with_two_threads(count, vocabulary, request) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count, vocabulary", [(9, 17), (9, 300), (9, 1003), (9, 5003), (5, 33001)])
+def test_bits_with_two_threads(count, vocabulary, dtype, request) -> None:
     """With several threads torch divides the sum of a row that is alone."""
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    rows = Rows(*testing.pair("normal3", count, vocabulary, 0.1), torch.arange(count))
+    rows = Rows(*testing.pair("normal3", count, vocabulary, 0.1, dtype=dtype), torch.arange(count))
     whole, alone = sums(rows), [sums(rows.part([i])) for i in range(count)]
     assert_same(whole, [torch.cat(each) for each in zip(*alone, strict=True)])
     testing.assert_same_bits(*whole[-2:], "together")
@@ -90,7 +91,7 @@ def test_which_rows_are_left_to_the_definition() -> None:
     assert (kinds != cpu_rows.LEAN).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
 
 
-@pytest.mark.parametrize("size", [0.4999, 0.5, 0.9999, 1.0, 15.9])
+@pytest.mark.parametrize("size", [0.747, 0.75, 0.9999, 1.0, 15.9])
 @pytest.mark.parametrize("wanted", [("kl",), FIELDS], ids=["kl", "all"])
 def test_both_sides_of_a_border(size, wanted) -> None:
     p, q = testing.pair("normal1", 4, V, 0.05, seed=1)
@@ -141,9 +142,9 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
     weights[2] = 0.0
     wanted, over = apart(rows, weights).named(), rows.p.clone()
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
+    monkeypatch.setattr(cpu_passes, "OWN_BYTES", own)
     fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
-    memory = cpu_gradients.LentMemory(rows.p, rows.q, fresh, max(1, elements // V))
+    memory = cpu_passes.LentMemory(rows.p, rows.q, fresh, max(1, elements // V))
     assert own > 1 or elements < V or max(memory.blocks(0, 31)[0]) > 1
     for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
         for name, value in together(rows._replace(p=x), weights, grad).named().items():
@@ -153,13 +154,34 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, vocabulary", [(512, 1000), (64, 32000), (80, 40001)])
-def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
-    p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=dtype)
+@pytest.mark.parametrize(
+    "rows, vocabulary, size, most",
+    [(512, 1000, 0.1, 1.1), (64, 32000, 0.1, 1.1), (80, 40001, 0.1, 1.1), (512, 1000, 1.0, 1.35)],
+)
+def test_memory_of_a_loss(dtype, rows, vocabulary, size, most) -> None:
+    p, q = testing.pair("normal3", rows, vocabulary, size, dtype=dtype)
     peak = cpu.peak_bytes(
         lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"), p.requires_grad_(), q
     )
-    assert peak <= 1.1 * p.nbytes, peak / p.nbytes
+    assert peak <= most * p.nbytes, peak / p.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_under_a_mask_are_computed_in_large_blocks(dtype) -> None:
+    """They borrow nothing; beside many short rows, own memory may take more than a tenth."""
+    short = torch.empty(20000, 64, dtype=dtype)
+    assert min(cpu_passes.LentMemory(short, short, short.clone(), 1024).blocks(None, 128)[0]) > 99
+
+
+def test_series() -> None:
+    d = torch.linspace(-30, 30, 60000, dtype=torch.float64)
+    h, ref_h = (
+        cpu_rows._series(d, s, d.clone()) for s in (cpu_rows.H_SERIES, cpu_rows.REF_H_SERIES)
+    )
+    near, exact = d.abs() <= 1, d.expm1() - d
+    testing.assert_near(h[near], exact[near], 1.1e-7, 0.0, "h")
+    testing.assert_near(ref_h[near], (d * d.expm1() - exact)[near], 8e-7, 0.0, "ref_h")
+    assert bool((h[~near] > cpu_rows.NEAR_H).all())
 
 
 def test_no_upstream_gradient_is_one_of_zeros() -> None:

@@ -166,8 +166,7 @@ def test_kernels_stand_in_the_package_by_a_link():
 def test_version_is_said_once(build, capsys):
     newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert build.metadata.version == fastkl.__version__ == newest[1]
-    citation = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {newest[1]}\n" in citation
+    assert f"\nversion: {newest[1]}\n" in (ROOT / "CITATION.cff").read_text()
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"fastkl {newest[1]}\n"

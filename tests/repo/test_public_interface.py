@@ -15,8 +15,7 @@ SIGNATURE = OLD["names"]["fastkl.kl_divergence"]
 def test_changes_since_the_last_release():
     pytest.importorskip("trl")  # else its trainers look removed
     changelog = (public_interface.SNAPSHOT.parents[2] / "CHANGELOG.md").read_text()
-    new = public_interface.surface()
-    assert not list(public_interface.complaints(OLD, new, changelog))
+    assert not list(public_interface.complaints(OLD, public_interface.surface(), changelog))
     # Of an older snapshot each name in the sections since could change once more, unsaid.
     dated = re.search(r"^## \[([\d.]+)\] - \d{4}-", changelog, flags=re.M)[1]
     assert dated == OLD["version"], "run python tests/repo/public_interface.py --write"

@@ -83,5 +83,4 @@ def test_at_the_edges(kind, old, now, kept) -> None:
     assert tuple(keep.tolist()) == kept and not keep.requires_grad
     assert bool(divergence_mask(*given, kind=kind, limit=math.inf).all())
     assert bool(divergence_mask(given[0], None, given[2], kind=kind, limit=0).all())
-    unknown = torch.full((3,), math.nan)
-    assert bool(divergence_mask(*given[:2], unknown, kind=kind, limit=0).all())
+    assert bool(divergence_mask(*given[:2], torch.full((3,), math.nan), kind=kind, limit=0).all())

@@ -130,8 +130,7 @@ def test_folders_patterns_and_standard_input(files, tmp_path, monkeypatch, capsy
         found = find_texts([tmp_path / given])
         assert found == tuple(tmp_path / name for name in expected.split())
     expected = compare(files, files.a, files.b, text=files.text[:1])[1]
-    content = files.text[0].read_bytes()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files.text[0].read_bytes())))
     (tmp_path / "empty").touch()
     texts = ("-", tmp_path / "e*y")
     arguments = ("--device", "cpu", "--text", *texts, "--json", "-")

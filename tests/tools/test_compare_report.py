@@ -100,8 +100,7 @@ def test_a_terminal_shows_all_figures_and_obeys_no_text(filled, width):
     for values in (content["summary"][name] for name in figures.DIVERGENCES):
         assert all(f"{value:.4g}" in shown for value in values.values())
     assert all(f"{unit['kl_ab']:.4g}" in shown for unit in content["units"])
-    tokens = shown.partition("tokens by KL")[2].splitlines()
-    assert max(map(len, tokens[1:])) <= width
+    assert max(map(len, shown.partition("tokens by KL")[2].splitlines()[1:])) <= width
 
 
 @pytest.mark.parametrize("by", ["document", "line"])

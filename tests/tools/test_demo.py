@@ -46,8 +46,7 @@ def demo(tmp_path_factory):
     with contextlib.redirect_stdout(printed):
         command = ["demo", "--quick", "--save-models", "--device", "cpu", "--out", str(out)]
         assert cli.main(command) == 0
-    numbers = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return printed.getvalue(), numbers, out
+    return printed.getvalue(), json.loads((out / "report.json").read_text(encoding="utf-8")), out
 
 
 def test_files_and_finite_numbers(demo):
