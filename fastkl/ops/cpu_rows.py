@@ -5,8 +5,8 @@ With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c ne
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
     KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
 h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums are as small as
-the result: t = E[h] + W. This holds in near rows, whose h stays below 1/e in every entry, so that
--1 < d < 0.751. Other rows take one expm1 per entry.
+the result: t = E[h] + W. This holds in near rows, whose h stays below NEAR_H in every entry, so
+that -1 < d < 0.751. Other rows take one expm1 per entry.
 
 KL only: forward and backward take one softmax each, or one in total if computed together; the
 gradient to P is proportional to p·(d - W).
@@ -48,9 +48,9 @@ LOWEST_Z = -1e4
 # Largest KL, in nats: for KL(P‖Q) only, and for the fields of Q, where 1 - q of a near-certain
 # token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# Bound of H_SERIES in near rows. Every d outside [-1, 0.7508] exceeds it, ±inf included, because
-# the degree is even: no pass looks for the largest |d|.
-NEAR_H = math.exp(-1.0)
+# Bound of H_SERIES in near rows, exact in float32. Every d outside [-1, 0.7503] exceeds it, ±inf
+# included, because the degree is even: no pass looks for the largest |d|.
+NEAR_H = 47 / 128
 # h/d² and ref_h/d² for |d| ≤ 1, least-squares fits reweighted until the largest relative errors are
 # equal: 1.0e-7 and 7.5e-7 with float32 coefficients.
 H_SERIES = (
@@ -227,12 +227,12 @@ def _series_sums(
     """
     work = room("work", d.shape)
     values = _series(d, H_SERIES, work)
-    near = values.amax(-1, True) < NEAR_H
+    largest_h = values.amax(-1, True)
     h = row_sum(values.mul_(e))
     ref_h = row_sum(_series(d, REF_H_SERIES, work).mul_(e)) if both else None
-    if bool(near.all()):
+    if float(largest_h.amax()) < NEAR_H:
         return None, h, ref_h
-    rows = (~near)[:, 0].nonzero()[:, 0]
+    rows = (~(largest_h < NEAR_H))[:, 0].nonzero()[:, 0]
     if rows.numel() < d.shape[0]:
         shape = rows.numel(), d.shape[1]
         e = torch.index_select(e, 0, rows, out=room("part of e", shape))
