@@ -45,7 +45,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             if bool(valid.all()):
                 continue
             fallback = (~valid).nonzero()[:, 0]
-        for part in _parts(fallback, step):
+        for part in _parts(fallback, row_blocks.rows_per_block(p)):
             numbers = rows[part] if isinstance(rows, torch.Tensor) else part + rows.start
             _by_reference(_select(scaled, part, torch.float64), outputs, saved, numbers)
 
