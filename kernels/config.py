@@ -142,7 +142,7 @@ TABLE = (
 # Maximum length of a segment: 64 KB of 16-bit logits.
 LONGEST_SEGMENT = 32768
 # A vocabulary of at least this size, a multiple of 128, has the segments of its shards (up to eight
-# equal ones) also without them, for the same bits. What they cost (docs/parallel.md) is not timed.
+# equal ones) also without them, for the same bits. Their cost (docs/parallel.md) is not timed.
 SMALLEST_SHARED = 32000
 
 
