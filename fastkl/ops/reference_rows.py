@@ -78,7 +78,8 @@ def kl_and_gradient(
     scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _value_checks.temperatures_positive(temperature if mask is None else temperature[mask])
-    factors = weights[:, None] * -scales
+    uniform = isinstance(scales, float) and weights.stride(0) == 0
+    factors = (weights[0] if uniform else weights[:, None]) * -scales
     saved.zero_()
     saved[:, cpu_rows.KIND] = cpu_rows.LEAN
     # All rows at once, except under a mask, whose gaps would cut them into single blocks.
@@ -88,12 +89,12 @@ def kl_and_gradient(
         # Gathered rows are copies; write their gradients over them.
         grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
         block = cpu_passes.Block(x, y, None, rows_of(scales, rows))
-        factor, keep = factors[rows], gathered or not memory.separate
+        keep = gathered or not memory.separate
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
         counts, rooms = memory.blocks(begin, x.shape[0])
-        sides = factor.split_with_sizes(counts), grad.split_with_sizes(counts)
-        parts = zip(block.split(counts), *sides, strict=True)
+        factor = [factors] * len(counts) if uniform else factors[rows].split_with_sizes(counts)
+        parts = zip(block.split(counts), factor, grad.split_with_sizes(counts), strict=True)
         starts = itertools.accumulate(counts, initial=0)
         for start, part, room in zip(starts, parts, rooms, strict=False):
             result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
