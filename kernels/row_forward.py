@@ -134,9 +134,9 @@ def row_forward(  # noqa: PLR0913, PLR0915
             asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a fallback row (infinities, a
-            NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
-            64 nats apart), which row_fallback recomputes. A token outside 0 … V-1 reads nothing and
-            gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
+            NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, tensors 64 nats apart), which
+            row_fallback recomputes. A token outside 0 … V-1 reads nothing and gives NaN.
+            Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
     split = tl.program_id(0) % (1 if MERGE else splits)

@@ -89,7 +89,6 @@ def kl_and_gradient(
         # Gathered rows are copies; write their gradients over them.
         grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
         block = cpu_passes.Block(x, y, None, rows_of(scales, rows))
-        keep = gathered or not memory.separate
         found, fallbacks = [], []
         begin = None if isinstance(rows, torch.Tensor) else rows.start
         counts, rooms = memory.blocks(begin, x.shape[0])
@@ -97,7 +96,9 @@ def kl_and_gradient(
         parts = zip(block.split(counts), factor, grad.split_with_sizes(counts), strict=True)
         starts = itertools.accumulate(counts, initial=0)
         for start, part, room in zip(starts, parts, rooms, strict=False):
-            result, fallback, copies = cpu_gradients.kl_and_gradient(*part, room, keep)
+            result, fallback, copies = cpu_gradients.kl_and_gradient(
+                *part, room, gathered or not memory.separate
+            )
             found.append(result)
             if fallback.numel():
                 at = fallback + start

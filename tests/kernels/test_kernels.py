@@ -246,7 +246,7 @@ def test_no_compilation_for_other_lengths() -> None:
 
 def test_the_rows_that_row_finish_leaves_to_the_fallback(kernels, monkeypatch) -> None:
     p, q = testing.pair("normal3", 15, 300, 0.3, device=kernels.device)
-    # 8 nats in one direction alone; KL(Q‖P) far below KL(P‖Q).
+    # 8.4 nats in one direction, 10.5 in the other; KL(Q‖P) far below KL(P‖Q): this row is marked.
     for row, x, y in ((0, 0.0, 14.2), (13, -5.0, 10.0), (14, 0.0, -25.0)):
         p[row], q[row] = 0.0, 0.0
         p[row, 9], q[row, 9] = x, y
@@ -262,7 +262,7 @@ def test_the_rows_that_row_finish_leaves_to_the_fallback(kernels, monkeypatch) -
         for side in testing.pair("normal3", 1, 300, 0.1, shift=100.0)
     )
     monkeypatch.setattr(launch, "RUN_FALLBACK", False)
-    marked = [0, 1, 2, 3, 4, 5, 7, 8, 9, *range(11, 15)]
+    marked = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 14]
     for rows, wanted, expected in (
         (Rows(p, q, torch.zeros(15, dtype=torch.long, device=p.device)), FIELDS, marked),
         (Rows(p[8:9], None), ("entropy",), [0]),
