@@ -36,17 +36,18 @@ from .cpu_passes import (
 # Columns of `saved` for rows computed here. KIND is LEAN in these rows, 0 in rows of reference.py.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
-# Largest |d|: above it e·exp(d) may matter although e underflows, and the rounding error of d, that
-# of exp(d), exceeds 4e-6.
-LARGEST_CPU_D = 48.0
+# Largest |d|, doubled for rows with E[h] > 1: if a few far entries make the KL, the gradient to Q
+# has an error of some 1e-7·|d|/KL of its norm.
+LARGEST_CPU_D = 16.0
 LARGEST_CPU_SHIFT = 2.0**20
 # Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer ones go by column
 # blocks.
 LONGEST_16_BIT_ROW = 1 << 15
 # Lower clamp of z = (x - top)·s: 0·(-inf) would be NaN.
 LOWEST_Z = -1e4
-# Largest KL, in nats, for the fields of Q: 1 - q of a near-certain token is computed from d.
-LARGEST_KL_OF_Q = 2.0
+# Largest KL, in nats, and largest |d| for the fields of Q: 1 - q of a near-certain token is
+# computed from d.
+LARGEST_KL_OF_Q, LARGEST_D_OF_Q = 2.0, 16.0
 # Bound of H_SERIES in near rows, exact in float32. Every d outside [-1, 0.7503] exceeds it, ±inf
 # included, because the degree is even: no pass looks for the largest |d|.
 NEAR_H = 47 / 128
@@ -118,7 +119,11 @@ class KLRows(NamedTuple):
     def valid(self) -> torch.Tensor:
         """Return whether float32 suffices for each row, [k, 1]."""
         # h is below NEAR_H in near rows.
-        valid = (self.h if self.largest_d is None else self.largest_d) < LARGEST_CPU_D
+        valid = (
+            self.h
+            if self.largest_d is None
+            else torch.where(self.h > 1.0, 0.5 * self.largest_d, self.largest_d)
+        ) < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
 
 
@@ -280,14 +285,20 @@ def _finish_pair(
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
-    valid = (sums["largest_d"] < LARGEST_CPU_D) & (sums["shift"].abs() < LARGEST_CPU_SHIFT)
+    valid = (torch.where(h > 1.0, 0.5 * sums["largest_d"], sums["largest_d"]) < LARGEST_CPU_D) & (
+        sums["shift"].abs() < LARGEST_CPU_SHIFT
+    )
     kept |= {SHIFT: sums["shift"], CENTRE: sums["centre"], LOG1P_T: log1p_t, MEAN: mean}
     if both:
         ref_h = sums["ref_h"] / sums["weight"]
         inverse = 1.0 / (1.0 + t)
         ref_kl = results["ref_kl"] = (ref_h * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         kept[REF_MEAN] = (ref_h + t) * inverse
-        valid &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
+        valid &= (
+            (kl < LARGEST_KL_OF_Q)
+            & (ref_kl < LARGEST_KL_OF_Q)
+            & (sums["largest_d"] < LARGEST_D_OF_Q)
+        )
         ref_log_sum = _log_sum(sums["ref_weight"], sums["ref_largest"])
         results["ref_lse"] = sums["ref_top"] * scale + ref_log_sum
         if "ref_token" in sums:
