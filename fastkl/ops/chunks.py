@@ -198,8 +198,7 @@ def padded_rows(
     """Return rows [*leading, V padded to a multiple of 64] on the device of `like`: V entries
     uninitialised, the padding 0.
     """
-    width = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
-    rows = like.new_empty((*leading, width), dtype=dtype)
+    rows = like.new_empty((*leading, -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS), dtype=dtype)
     # oneDNN's AMX GEMMs multiply 16-bit rows up to a multiple of 32 entries: 0·NaN would be NaN.
     rows[..., vocabulary:] = 0
     return rows

@@ -33,21 +33,21 @@ from .cpu_passes import (
     wide,
 )
 
-# Columns of `saved` for rows computed here. KIND is LEAN in these rows, 0 in rows of reference.py.
+# Columns of `saved` for rows computed here. KIND is LEAN in these rows, FAR if backward leaves
+# their gradient to Q to reference.py, 0 in rows of reference.py.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
-LEAN = 2.0
-# Largest |d|, doubled for rows with E[h] > 1: if a few far entries make the KL, the gradient to Q
-# has an error of some 1e-7·|d|/KL of its norm.
-LARGEST_CPU_D = 16.0
+LEAN, FAR = 2.0, 1.0
+# Largest |d|: above it e·exp(d) may matter although e underflows. Above the second, KIND is FAR: if
+# a few far entries make the KL, the gradient to Q would be off by some 1e-7·|d|/KL of its norm.
+LARGEST_CPU_D, LARGEST_D_OF_Q = 48.0, 16.0
 LARGEST_CPU_SHIFT = 2.0**20
 # Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer ones go by column
 # blocks.
 LONGEST_16_BIT_ROW = 1 << 15
 # Lower clamp of z = (x - top)·s: 0·(-inf) would be NaN.
 LOWEST_Z = -1e4
-# Largest KL, in nats, and largest |d| for the fields of Q: 1 - q of a near-certain token is
-# computed from d.
-LARGEST_KL_OF_Q, LARGEST_D_OF_Q = 2.0, 16.0
+# Largest KL, in nats, for the fields of Q: 1 - q of a near-certain token is computed from d.
+LARGEST_KL_OF_Q = 2.0
 # Bound of H_SERIES in near rows, exact in float32. Every d outside [-1, 0.7503] exceeds it, ±inf
 # included, because the degree is even: no pass looks for the largest |d|.
 NEAR_H = 47 / 128
@@ -119,18 +119,14 @@ class KLRows(NamedTuple):
     def valid(self) -> torch.Tensor:
         """Return whether float32 suffices for each row, [k, 1]."""
         # h is below NEAR_H in near rows.
-        valid = (
-            self.h
-            if self.largest_d is None
-            else torch.where(self.h > 1.0, 0.5 * self.largest_d, self.largest_d)
-        ) < LARGEST_CPU_D
+        valid = (self.h if self.largest_d is None else self.largest_d) < LARGEST_CPU_D
         return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
 
 
 def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
     """Write CENTRE, LOG1P_T and SHIFT of consecutive blocks, and return the KL of their rows, [k].
 
-    saved: LEAN as KIND, and 0 elsewhere.
+    saved: LEAN as KIND, which becomes FAR where max |d| says so, and 0 elsewhere.
     """
     # KL = log1p(t) - W with t = E[h] + W. Leave out W, the rounding error of the centre: it changes
     # the KL by -E[h]·W only.
@@ -138,6 +134,13 @@ def save(parts: list[KLRows], saved: torch.Tensor) -> torch.Tensor:
     centre = [part.centre for part in parts]
     kl = torch.cat(mean_h).log1p_().clamp_(min=0.0)[:, 0]
     saved[:, CENTRE], saved[:, LOG1P_T] = torch.cat(centre)[:, 0], kl
+    if any(part.largest_d is not None for part in parts):
+        saved[:, KIND : KIND + 1] = torch.where(
+            torch.cat([part.h if part.largest_d is None else part.largest_d for part in parts])
+            < LARGEST_D_OF_Q,
+            LEAN,
+            FAR,
+        )
     if any(part.shift is not None for part in parts):
         shifts = [torch.zeros_like(part.h) if part.shift is None else part.shift for part in parts]
         saved[:, SHIFT] = torch.cat(shifts)[:, 0]
@@ -285,9 +288,8 @@ def _finish_pair(
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
-    valid = (torch.where(h > 1.0, 0.5 * sums["largest_d"], sums["largest_d"]) < LARGEST_CPU_D) & (
-        sums["shift"].abs() < LARGEST_CPU_SHIFT
-    )
+    valid = (sums["largest_d"] < LARGEST_CPU_D) & (sums["shift"].abs() < LARGEST_CPU_SHIFT)
+    kept[KIND] = torch.where(sums["largest_d"] < LARGEST_D_OF_Q, LEAN, FAR)
     kept |= {SHIFT: sums["shift"], CENTRE: sums["centre"], LOG1P_T: log1p_t, MEAN: mean}
     if both:
         ref_h = sums["ref_h"] / sums["weight"]

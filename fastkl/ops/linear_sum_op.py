@@ -61,8 +61,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
             ref_hidden is not None and ref_hidden.dtype == torch.float16
         ):
             unit = _inverse_loss_scale(inputs, weights, wrt)
-        upstream = (weights / unit).view(-1)
-        kl, gradients = inputs.heads(None).forward_and_backward(upstream, wrt)
+        kl, gradients = inputs.heads(None).forward_and_backward((weights / unit).view(-1), wrt)
     kl = kl.view(weights.shape)
     # A token of weight 0 adds 0, even if its KL is infinite.
     total = torch.where(weights == 0, 0.0, weights * kl).sum()

@@ -264,7 +264,7 @@ def backward(
     most = row_blocks.ROWS_AT_ONCE if unscaled else 0
     for rows, x, y in row_blocks.blocks(p, args.q, active, most):
         block_args = args.at(rows, x, y)
-        lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
+        lean = saved[rows, cpu_rows.KIND] >= (cpu_rows.FAR if grad_q is None else cpu_rows.LEAN)
         if isinstance(rows, slice) and unscaled and bool(lean.all()):
             g, grads = rows_of_each(upstream, rows), part_of(sides, rows)
             cpu_gradients.gradients(_block(block_args), saved[rows], g, grads, room)

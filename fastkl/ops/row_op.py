@@ -118,8 +118,7 @@ def _statistics(inputs: RowInputs) -> Outputs:
         if inputs.p.dim() != 2:
             outputs = {name: value.view(-1) for name, value in outputs.items()}
             saved = saved.view(-1, SAVED)
-        args = row_args(*inputs[:6], inputs[8:])
-        ENGINES[inputs.backend].forward(args, outputs, saved)
+        ENGINES[inputs.backend].forward(row_args(*inputs[:6], inputs[8:]), outputs, saved)
     return results
 
 
