@@ -46,7 +46,7 @@ def kl_and_gradient(
     block: Block, factor: torch.Tensor, grad: torch.Tensor, room: Room, keep_grad: bool
 ) -> tuple[KLRows, torch.Tensor, Block]:
     """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the
-    gradient to P if factor [k, 1] is -s·upstream.
+    gradient to P if factor, [k, 1] or one for all rows, is -s·upstream.
 
     Bit-identical to `statistics` then `gradients`, with one softmax fewer. Also returns the numbers
     of the fallback rows, for which float32 does not suffice, and copies of these rows. keep_grad:
