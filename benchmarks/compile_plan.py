@@ -59,7 +59,7 @@ def _type_of(parameter, dtype, grad_dtype):
         **dict.fromkeys(("grad_p_ptr", "grad_q_ptr", "grad_ptr"), grad_dtype),
         **{"tokens_ptr": "i64", "mask_ptr": "i1", "counter_ptr": "i32", "sync_ptr": "i32"},
         **{"ids_ptr": "i64", "totals_ptr": "fp64", "log_sum_ptr": "fp64", "peak_ptr": "fp64"},
-        **{"part_ptr": "fp64", "log_sums_ptr": "fp64"},
+        **{"part_ptr": "fp64", "log_sums_ptr": "fp64", "counted_ptr": "i1", "place_ptr": "i64"},
     }
     if parameter.name.endswith("_ptr"):
         return "*" + pointers.get(parameter.name, "fp32")
@@ -110,6 +110,18 @@ def _divergences(where, stride, gradient):
             sides = [gradient if each else None for each in wrt]
             _, backward = launch.backward_plan(where, ("kl",), constants, stride, *sides, ())
             yield f"{kind}.backward_{side}", backward
+
+
+def _topk(where):
+    """Yield (name, Variant) of the launches for lists of 64 tokens, and of row_outside for sorted
+    ids.
+    """
+    types = torch.int64, torch.float32
+    yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
+    yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
+    for name, direction, gradient in (("forward", 0, False), ("js_gradient", 2, True)):
+        how = direction, 0, False, gradient
+        yield f"topk.{name}", launch_outside.topk_variant(where.case, 64, types, *how)
 
 
 def plan(dtype, aligned, arch):
@@ -191,6 +203,6 @@ def plan(dtype, aligned, arch):
     for each in _divergences(place("kl_divergence"), stride, gradient):
         add(*each)
     if warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
-        *_, outside = launch_outside.outside_plan(place(POLICY_ONLY), 64, ())
-        add("topk.outside", outside)
+        for each in _topk(place(POLICY_ONLY)):
+            add(*each)
     return specializations

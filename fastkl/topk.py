@@ -15,6 +15,7 @@ from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
+from .ops.topk_rows import LARGEST_K, TopKInputs, topk_rows
 from .parallel import Shards
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
@@ -267,6 +268,22 @@ def _topk(
     _checks.mask(mask, leading, logits.device)
     chosen = backend.select(logits)
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
+    if chosen == "triton" and not cut.group and ids.shape[-1] <= LARGEST_K:
+        found = topk_rows(
+            TopKInputs(
+                logits,
+                ids,
+                logprobs,
+                mask,
+                *per_token(how.temperature),
+                get_args(TopkDirection).index(how.direction),
+                get_args(Tail).index(how.tail),
+                0.5 if how.beta is None else how.beta,
+                math.inf if how.clip is None else how.clip,
+                LARGEST_MASS,
+            )
+        )
+        return TopKStats(*found[:3]), found[3]
     teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
     listed, rest, *_ = cells(
         CellInputs(

@@ -1,21 +1,41 @@
-"""Launcher of row_outside."""
+"""Launchers of row_outside and row_topk."""
 
 import functools
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from . import config
-from .layout import CACHE_SIZE, Layout, Problem
+from .layout import CACHE_SIZE, Case, Layout, Problem
 from .row_outside import row_outside
+from .row_topk import row_topk
 from .variant import Variant, current, row_variant, tensors
 
 
+class TopK(NamedTuple):
+    """A teacher's lists for row_topk, [N, K] each and contiguous, and the options of the divergence
+    as the kernel's arguments.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    direction: int
+    tail: int
+    share: float
+    clip: float
+    largest_mass: float
+
+
 @functools.lru_cache(CACHE_SIZE)
-def outside_plan(layout: Layout, ids: int, overridden: tuple[Any, ...]) -> tuple[int, int, Variant]:
-    """Return (length of a segment, segments per row, row_outside) for `ids` ids per row;
-    `overridden` as in launch.forward_plan.
+def outside_plan(
+    layout: Layout, ids: int, lists: tuple[torch.dtype, ...], overridden: tuple[Any, ...]
+) -> tuple[int, int, Variant]:
+    """Return (length of a segment, segments per row, row_outside) for `ids` ids per row; lists: the
+    dtypes of unsorted ids and their log-probs, none for sorted ids; `overridden` as in
+    launch.forward_plan.
     """
     case = layout.case
     chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
@@ -25,9 +45,10 @@ def outside_plan(layout: Layout, ids: int, overridden: tuple[Any, ...]) -> tuple
         row_outside,
         case,
         chosen,
-        (),
+        lists,
         True,
         IDS=triton.next_power_of_2(ids),
+        SORTED=not lists,
         SPLITS=triton.next_power_of_2(splits),
         REALIGN=case.realign,
     )
@@ -40,14 +61,17 @@ def outside(
     log_sum: torch.Tensor,
     peak: torch.Tensor,
     saved: torch.Tensor,
+    logprobs: torch.Tensor | None = None,
 ) -> None:
     """Fill peak and log_sum, [N] float64, with the largest of each row's entries not in `ids`
-    [N, K], sorted in each row, and the log-sum-exp of these entries relative to it; fill `saved`
-    [N, 10] as launch.forward does for these entries alone.
+    [N, K], and the log-sum-exp of these entries relative to it; fill `saved` [N, 10] as
+    launch.forward does for these entries alone. ids: sorted int64 in each row, or as in TopK with
+    their logprobs.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
-    segment, splits, variant = outside_plan(layout, count, tuple(config._override.items()))
+    lists = () if logprobs is None else (ids.dtype, logprobs.dtype)
+    segment, splits, variant = outside_plan(layout, count, lists, tuple(config._override.items()))
     with current(p):
         state = counters = saved
         if splits > 1:
@@ -60,6 +84,7 @@ def outside(
                 mask_ptr=mask,
                 temperature_ptr=temperatures,
                 ids_ptr=ids,
+                logprob_ptr=ids if logprobs is None else logprobs,
                 totals_ptr=state,
                 counter_ptr=counters,
                 log_sum_ptr=log_sum,
@@ -71,5 +96,80 @@ def outside(
                 K=count,
                 segment=segment,
                 splits=splits,
+            ),
+        )
+
+
+def topk_variant(
+    case: Case,
+    count: int,
+    types: tuple[torch.dtype, torch.dtype],
+    direction: int,
+    tail: int,
+    clipped: bool,
+    gradient: bool,
+) -> Variant:
+    """Return row_topk for `count` entries per row; types: of ids and log-probs."""
+    cells = triton.next_power_of_2(count + 1)
+    return row_variant(
+        row_topk,
+        case,
+        config.RowConfig(max(case.warp, cells // 4), 1, 0, ""),
+        types,
+        False,
+        CELLS=cells,
+        DIRECTION=direction,
+        TAIL=tail,
+        CLIPPED=clipped,
+        WITH_GRADIENT=gradient,
+    )
+
+
+def topk(
+    problem: Problem,
+    given: TopK,
+    others: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor] | None,
+    gradient: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Fill values: kl and the masses of student and teacher, [N] float32, and which rows count, [N]
+    bool. Or, given (upstream [N], grad [N, K], both float32, places [N, K] int64, grad_rest [N]
+    float32), fill the last three: the gradients to the logits at these places and to log_sum.
+    others: log_sum and peak as filled by `outside`.
+    """
+    p, _, _, mask, temperatures, _ = tensors(problem)
+    layout, count = problem.layout, given.ids.shape[-1]
+    types, clipped = (given.ids.dtype, given.logprobs.dtype), math.isfinite(given.clip)
+    variant = topk_variant(
+        layout.case, count, types, given.direction, given.tail, clipped, gradient is not None
+    )
+    kl, student_mass, teacher_mass, counted = values or (p,) * 4
+    upstream, grad, places, grad_rest = gradient or (p,) * 4
+    with current(p):
+        variant.start(
+            layout.rows,
+            dict(
+                p_ptr=p,
+                mask_ptr=mask,
+                temperature_ptr=temperatures,
+                ids_ptr=given.ids,
+                logprob_ptr=given.logprobs,
+                log_sum_ptr=others[0],
+                peak_ptr=others[1],
+                kl_ptr=kl,
+                student_mass_ptr=student_mass,
+                teacher_mass_ptr=teacher_mass,
+                counted_ptr=counted,
+                upstream_ptr=upstream,
+                grad_ptr=grad,
+                place_ptr=places,
+                grad_rest_ptr=grad_rest,
+                temperature=float(problem.temperature),
+                **layout.places,
+                V=layout.vocabulary,
+                K=count,
+                share=given.share,
+                clip=given.clip,
+                largest_mass=given.largest_mass,
             ),
         )

@@ -25,18 +25,32 @@ NO_ORIGIN = tl.constexpr(-2.0e38)
 
 
 @triton.jit
-def next_id(ids_ptr, place, K, first, V):
-    """Return the id at a position of a row's sorted list, relative to `first`; V past the end."""
-    return tl.load(ids_ptr + place, mask=place < K, other=V).to(tl.int32) - first
+def list_entries(ids_ptr, logprob_ptr, K, V, IDS: tl.constexpr):
+    """Return a list's ids and its log-probs as float64, [IDS]; V and -inf for an absent entry, one
+    with a log-prob of -inf or an id outside 0 … V-1.
+    """
+    offs_k = tl.arange(0, IDS)
+    log_p = tl.load(logprob_ptr + offs_k, mask=offs_k < K, other=float("-inf")).to(tl.float64)
+    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
+    present = (ids >= 0) & (ids < V) & (log_p != float("-inf"))
+    return tl.where(present, ids, V).to(tl.int32), tl.where(present, log_p, float("-inf"))
+
+
+@triton.jit
+def wide_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.constexpr):
+    """Return 1/T as float64; NaN if `scale`, its rounded value, is."""
+    if PER_ROW:
+        temperature = tl.load(temperature_ptr + row)
+    wide = tl.full([], 1.0, tl.float64) / tl.cast(temperature, tl.float64)
+    return tl.where(scale == scale, wide, scale.to(tl.float64))
 
 
 @triton.jit
 def compensated_scale(scale, temperature_ptr, temperature, row, PER_ROW: tl.constexpr):
     """Return log2(e)/T as hi and lo; NaN if `scale`, the rounded 1/T, is."""
-    if PER_ROW:
-        temperature = tl.load(temperature_ptr + row)
-    wide = tl.full([], LOG2E, tl.float64) / tl.cast(temperature, tl.float64)
-    hi = tl.where(scale == scale, wide, scale.to(tl.float64)).to(tl.float32)
+    wide = wide_scale(scale, temperature_ptr, temperature, row, PER_ROW)
+    wide *= tl.full([], LOG2E, tl.float64)
+    hi = wide.to(tl.float32)
     return hi, (wide - hi.to(tl.float64)).to(tl.float32)
 
 
@@ -53,18 +67,20 @@ def whole_exponent(peak, scale_log2, scale_lo):
 
 
 @triton.jit
-def outside_sum(
+def outside_sum(  # noqa: PLR0913
     part,
     length,
     ids_ptr,
+    logprob_ptr,
     K,
     first,
     tiling: tl.constexpr,
     reading: tl.constexpr,
     IDS: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     """Return (peak, sum) of the first `length` entries of a Segment that starts at entry `first`,
-    without those in the sorted list of K ids: the largest entry, -inf if there is none, and
+    without those in a list of K: the largest entry, -inf if there is none, and
     Σ 2^(x·s·LOG2E - origin), with origin the whole_exponent of the peak.
 
     part.second: the low part of the scale.
@@ -73,22 +89,28 @@ def outside_sum(
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
-    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
-    place = tl.sum((ids < first).to(tl.int32), 0)
+    if SORTED:
+        ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V).to(tl.int32) - first
+        place = tl.sum((ids < 0).to(tl.int32), 0)
+    else:
+        ids = list_entries(ids_ptr, logprob_ptr, K, V, IDS)[0] - first
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
     origin, origin_lo = whole_exponent(peak, part.scale_log2, part.second)
     # Float64: a gradient is the small difference of the student's and the teacher's rest.
     total = tl.zeros([tiling.threads], tl.float64)
-    listed = next_id(ids_ptr, place, K, first, V)
+    listed = tl.min(tl.where(ids >= 0, ids, V), 0)
     entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + part.order
     for start in range(0, length, TILE):
         tile = load_tile(part, start // tiling.lanes, length, 1, tiling, want, reading, True)
         x = tl.where(tile.inside[0], tile.x[0], float("-inf"))
         while listed < tl.minimum(start + TILE, length):
             x = tl.where(entry == listed - start, float("-inf"), x)
-            place += 1
-            listed = next_id(ids_ptr, place, K, first, V)
+            if SORTED:
+                place += 1
+                listed = tl.load(ids_ptr + place, mask=place < K, other=V).to(tl.int32) - first
+            else:
+                listed = tl.min(tl.where(ids > listed, ids, V), 0)
         largest = tl.max(tl.max(x, 1), 0)
         peak = tl.where(largest > lowest, tl.maximum(peak, largest), peak)
         raised, raised_lo = whole_exponent(peak, part.scale_log2, part.second)
@@ -154,6 +176,7 @@ def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_lo
         "mask_ptr",
         "temperature_ptr",
         "ids_ptr",
+        "logprob_ptr",
         "totals_ptr",
         "counter_ptr",
         "log_sum_ptr",
@@ -165,7 +188,8 @@ def row_outside(  # noqa: PLR0913
     p_ptr,
     mask_ptr,
     temperature_ptr,  # as in row_forward
-    ids_ptr,  # [N, K] int64, sorted in each row; V for an absent id
+    ids_ptr,  # [N, K] int32 or int64; if SORTED, sorted in each row, V for an absent id
+    logprob_ptr,  # [N, K], see list_entries; any pointer if SORTED
     totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     log_sum_ptr,  # [N] float64
@@ -182,6 +206,7 @@ def row_outside(  # noqa: PLR0913
     segment: tl.int32,
     splits: tl.int32,
     IDS: tl.constexpr,  # a power of two, at least K
+    SORTED: tl.constexpr,  # no limit for K; otherwise a segment takes K operations per listed id
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -197,7 +222,8 @@ def row_outside(  # noqa: PLR0913
     Math:   the largest entry not listed, and log Σ exp((x - largest)/T) over the entries not
             listed.
     Grid:   (N · splits,), a row's segments next to each other, as in row_forward.
-    Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
+    Reads:  N·V of p, N·K·splits of ids and (unless SORTED) of logprobs, from cache but for the
+            first split; nothing of a masked row.
     Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
             per row.
     Saves:  values for the backward of a policy alone with the rest as its vocabulary: origin - 1,
@@ -231,7 +257,16 @@ def row_outside(  # noqa: PLR0913
         scale_log2, scale, scale, scale_lo,  # in place of a Second
     )  # fmt: skip
     peak, total = outside_sum(
-        part, tl.minimum(segment, V - first), ids_ptr + row * K, K, first, tiling, reading, IDS
+        part,
+        tl.minimum(segment, V - first),
+        ids_ptr + row * K,
+        logprob_ptr + row * K,
+        K,
+        first,
+        tiling,
+        reading,
+        IDS,
+        SORTED,
     )
     if SPLITS > 1:
         parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2

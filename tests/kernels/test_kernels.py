@@ -189,7 +189,7 @@ LAUNCHED = launch.row_forward, row_fallback, launch.row_backward
 ALL_LAUNCHED = (
     *LAUNCHED,
     *(launch.row_divergence, launch.row_divergence_backward),
-    *(launch_fused.row_fused, launch_outside.row_outside),
+    *(launch_fused.row_fused, launch_outside.row_outside, launch_outside.row_topk),
 )
 
 

@@ -1,0 +1,211 @@
+"""A row's divergence from a teacher known by its top k, and its gradient, from the K listed logits
+and the log-sum-exp of the others.
+
+Cells are the listed tokens and, at position K, the rest. With p and q their probabilities and
+d = log(q/p), a cell's term and its slope, the derivative with respect to log q, are
+    teacher‖student   q - p - p·d    q - p
+    student‖teacher   p - q + q·d    q·d
+    js                divergence_math.entry_terms: value, to_q
+Where only some terms are summed (an ignored tail, a clip), q - p, which sums to 0 over all cells,
+is left out of the first two: -p·d with slope -p, q·d with slope q·d + q. The gradient to a cell's
+logit, times T, is slope - q·Σ slope.
+"""
+
+import triton
+import triton.language as tl
+
+from .divergence_math import Formula, double_terms
+from .row_load import row_offset, row_scale
+from .row_math import JS, Kind
+from .row_outside import list_entries, wide_scale
+
+# Directions and tails, in the order of topk.TopkDirection and topk.Tail.
+TEACHER_STUDENT, STUDENT_TEACHER, JS_DIRECTION = map(tl.constexpr, range(3))
+BUCKET, RENORMALIZE, IGNORE = map(tl.constexpr, range(3))
+
+
+@triton.jit
+def add_repeats(ids, log_p, ids_ptr, logprob_ptr, K, V):
+    """Return list_entries with the probabilities of equal ids added to the first of them; the
+    others are absent.
+    """
+    offs_k = tl.arange(0, ids.shape[0])
+    p = tl.zeros(ids.shape, tl.float64)
+    first = offs_k
+    for k in range(K):
+        log_p_k = tl.load(logprob_ptr + k).to(tl.float64)
+        id_k = tl.where(log_p_k == float("-inf"), V, tl.load(ids_ptr + k))
+        same = (ids == id_k) & (ids < V)
+        p += tl.where(same, tl.exp(log_p_k), 0.0)
+        first = tl.where(same, tl.minimum(first, k), first)
+    log_p = tl.where(p > tl.exp(log_p), tl.log(p), log_p)
+    return tl.where(first < offs_k, V, ids), tl.where(first < offs_k, float("-inf"), log_p)
+
+
+@triton.jit
+def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr):
+    """Return the terms and slopes of cells; PLAIN: without q - p."""
+    if DIRECTION == JS_DIRECTION:
+        formula = Formula(share, 1.0 - share, share, share)
+        terms = double_terms(log_p, log_q, formula, Kind(JS, False, False))
+        inner = (share > 0.0) & (share < 1.0)
+        return tl.where(inner, terms.value, 0.0), tl.where(inner, terms.to_q, 0.0)
+    else:
+        p = tl.exp(log_p)
+        q = tl.exp(log_q)
+        d = tl.where(log_p == log_q, 0.0, log_q - log_p)
+        gap = 0.0 if PLAIN else q - p
+        if DIRECTION == TEACHER_STUDENT:
+            return gap - tl.where(p == 0.0, 0.0, p * d), -p if PLAIN else gap
+        else:
+            qd = tl.where(q == 0.0, 0.0, q * d)
+            return qd - gap, qd + q if PLAIN else qd
+
+
+# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
+# recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "V",
+        "K",
+        "share",
+        "clip",
+        "largest_mass",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ids_ptr",
+        "logprob_ptr",
+        "log_sum_ptr",
+        "peak_ptr",
+        "kl_ptr",
+        "student_mass_ptr",
+        "teacher_mass_ptr",
+        "counted_ptr",
+        "upstream_ptr",
+        "grad_ptr",
+        "place_ptr",
+        "grad_rest_ptr",
+    ],
+)
+def row_topk(  # noqa: PLR0913, PLR0915
+    p_ptr,  # the student's logits
+    mask_ptr,
+    temperature_ptr,
+    ids_ptr,
+    logprob_ptr,
+    log_sum_ptr,
+    peak_ptr,  # as in row_outside, which has written the last two
+    kl_ptr,  # [N] float32
+    student_mass_ptr,  # [N] float32
+    teacher_mass_ptr,  # [N] float32
+    counted_ptr,  # [N] bool; any pointers with WITH_GRADIENT for these four
+    upstream_ptr,  # [N] float32
+    grad_ptr,  # [N, K] float32
+    place_ptr,  # [N, K] int64
+    grad_rest_ptr,  # [N] float32; any pointers without WITH_GRADIENT for these four
+    temperature: tl.float64,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    V: tl.int32,
+    K: tl.int32,
+    share: tl.float64,  # the teacher's, of "js"
+    clip: tl.float64,  # +inf for none
+    largest_mass: tl.float64,
+    CELLS: tl.constexpr,  # a power of two above K
+    DIRECTION: tl.constexpr,
+    TAIL: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+):
+    """Compute a row's divergence and the mass of its list in both models, or WITH_GRADIENT the
+    gradient to the listed logits.
+
+    Math:   this file's docstring, in float64; defined by topk._divergence.
+    Grid:   (N,).
+    Reads:  N·K of ids and logprobs (and again from cache, K² numbers, for repeated ids), N·K of p,
+            two float64 per row.
+    Writes: 13 bytes per row. WITH_GRADIENT, the gradient at K places and that to log_sum per row;
+            absent entries repeat the gradient at another place of the row, 0 without one.
+    Saves:  nothing.
+    Special values: a row without entries, or masked, does not count and gets zeros. A listed mass
+            above largest_mass gives NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    PLAIN: tl.constexpr = CLIPPED or TAIL == IGNORE
+    offs_k = tl.arange(0, CELLS)
+    is_rest = offs_k == K
+    count = K
+    if HAS_MASK:
+        count = tl.where(tl.load(mask_ptr + row) == 0, 0, K)
+    ids, log_p = list_entries(ids_ptr + row * K, logprob_ptr + row * K, count, V, CELLS)
+    ids, log_p = add_repeats(ids, log_p, ids_ptr + row * K, logprob_ptr + row * K, count, V)
+    present = ids < V
+    entries = tl.sum(present.to(tl.int32), 0)
+    counted = entries > 0
+    rounded = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    scale = wide_scale(rounded, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
+    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    x = tl.load(p_row + ids, mask=present, other=float("-inf")).to(tl.float64)
+    # The student's cells relative to the largest logit.
+    rest_peak = tl.load(peak_ptr + row)
+    peak = tl.maximum(tl.max(x, 0), rest_peak)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    rest = (rest_peak - peak) * scale + tl.load(log_sum_ptr + row)
+    log_q = tl.where(is_rest, rest, (x - peak) * scale)
+    total = tl.sum(tl.exp(log_q), 0)
+    listed = tl.sum(tl.where(is_rest, 0.0, tl.exp(log_q)), 0)
+    mass = tl.sum(tl.exp(log_p), 0)
+    if TAIL == RENORMALIZE:
+        log_q = tl.where(is_rest, float("-inf"), log_q) - tl.log(listed)
+        log_p -= tl.log(mass)
+    else:
+        log_q -= tl.log(total)
+    q = tl.exp(log_q)
+    if TAIL == BUCKET:
+        # With all V tokens listed no token remains for the mass lost to rounding.
+        left = tl.where((mass < 1.0) & (entries < V), tl.log(1.0 - mass), float("-inf"))
+        log_p = tl.where(is_rest, left, log_p)
+        if DIRECTION == STUDENT_TEACHER:
+            # The student's rest adds 0 if the teacher has none.
+            log_q = tl.where(log_p == float("-inf"), float("-inf"), log_q)
+    elif TAIL == IGNORE:
+        log_q = tl.where(is_rest, float("-inf"), log_q)
+    value, slope = cell_terms(log_p, log_q, share, DIRECTION, PLAIN)
+    if not WITH_GRADIENT:
+        kl = tl.sum(tl.where(value > clip, clip, value), 0)
+        if not PLAIN:
+            kl = tl.where(kl < 0.0, 0.0, kl)
+        invalid = mass > largest_mass
+        kl = tl.where(invalid, float("nan"), kl)
+        student_mass = tl.where(invalid, float("nan"), listed / total)
+        tl.store(kl_ptr + row, tl.where(counted, kl, 0.0))
+        tl.store(student_mass_ptr + row, tl.where(counted, student_mass, 0.0))
+        tl.store(teacher_mass_ptr + row, tl.where(counted, mass, 0.0))
+        tl.store(counted_ptr + row, counted)
+    else:
+        slope = tl.where(value > clip, 0.0, slope)
+        upstream = tl.load(upstream_ptr + row).to(tl.float64)
+        grad = (slope - q * tl.sum(slope, 0)) * upstream
+        grad_rest = tl.sum(tl.where(is_rest, grad, 0.0), 0)
+        tl.store(grad_rest_ptr + row, tl.where(counted, grad_rest, 0.0))
+        # Where to store the gradient of an absent entry.
+        last = tl.max(tl.where(present, ids, 0), 0)
+        grad_last = tl.sum(tl.where(present & (ids == last), grad, 0.0), 0)
+        grad = tl.where(present, grad * scale, grad_last * tl.where(counted, scale, 0.0))
+        places = row * K + offs_k
+        tl.store(grad_ptr + places, grad, mask=offs_k < K)
+        tl.store(place_ptr + places, tl.where(present, ids, last), mask=offs_k < K)
