@@ -59,7 +59,7 @@ def _type_of(parameter, dtype, grad_dtype):
         **dict.fromkeys(("grad_p_ptr", "grad_q_ptr", "grad_ptr"), grad_dtype),
         **{"tokens_ptr": "i64", "mask_ptr": "i1", "counter_ptr": "i32", "sync_ptr": "i32"},
         **{"ids_ptr": "i64", "totals_ptr": "fp64", "log_sum_ptr": "fp64", "peak_ptr": "fp64"},
-        **{"part_ptr": "fp64", "log_sums_ptr": "fp64", "counted_ptr": "i1", "place_ptr": "i64"},
+        **{"part_ptr": "fp64", "log_sums_ptr": "fp64", "place_ptr": "i64"},
     }
     if parameter.name.endswith("_ptr"):
         return "*" + pointers.get(parameter.name, "fp32")

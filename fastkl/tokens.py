@@ -14,6 +14,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
+from .ops.topk_rows import Teacher
 from .parallel import WHOLE, Shards
 
 
@@ -353,7 +354,8 @@ def selective_log_softmax(
     in_order = sorted_ids(ids, vocabulary)
     # An id above the last one is given the place of the rest, and becomes NaN below.
     listed, rest, *_ = cells(
-        CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments())
+        CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments()),
+        Teacher(),
     )
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)

@@ -15,13 +15,11 @@ from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .ops.topk_rows import LARGEST_K, TopKInputs, topk_rows
+from .ops.topk_rows import LARGEST_K, LARGEST_MASS, Teacher
 from .parallel import Shards
 
 TopkDirection = Literal["teacher||student", "student||teacher", "js"]
 Tail = Literal["bucket", "renormalize", "ignore"]
-# Log-probs with a larger listed mass are not from a distribution, whatever their rounding.
-LARGEST_MASS = 1.05
 
 
 class TopKStats(NamedTuple):
@@ -109,9 +107,8 @@ def topk_kl_divergence(  # noqa: PLR0913
     inequality: Cover & Thomas, Elements of Information Theory (2006), section 2.8.
     """
     how = _How(direction, beta, tail, clip, temperature)
-    return _reduced(
-        _topk(logits, topk_logprobs, topk_ids, mask, how, shard), weights, reduction, normalizer
-    )
+    found, counted = _topk(logits, topk_logprobs, topk_ids, mask, how, shard)
+    return _reduced(found.kl, counted, weights, reduction, normalizer)
 
 
 def linear_topk_kl_divergence(  # noqa: PLR0913
@@ -185,13 +182,21 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
     whole_vocabulary(inputs, "top-k log-probabilities")
     leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
     _check(leading, hidden.device, topk_logprobs, topk_ids, how)
+    request = ListInputs(topk_ids, keeps_logits(inputs, recompute), tail != "renormalize")
+    by_rows, count = request.by_rows(vocabulary), topk_ids.shape[-1]
+    if inputs.backend == "triton" and not by_rows and count <= LARGEST_K:
+        counted = (~_absent(topk_ids, topk_logprobs, vocabulary)).any(-1)
+        counted = counted if mask is None else counted & mask
+        given = inputs._replace(mask=counted), request, how.for_kernels(topk_logprobs)
+        kl = linear_cells(*given)[0]
+        return _reduced(kl, counted, weights, reduction, normalizer)
     teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)
     listed, rest, *_ = linear_cells(
-        inputs._replace(mask=teacher.counted),
-        ListInputs(teacher.ids, keeps_logits(inputs, recompute), tail != "renormalize"),
+        inputs._replace(mask=teacher.counted), request._replace(ids=teacher.ids), Teacher()
     )
-    found = _divergence(teacher, (listed, rest), how, inputs.backend, result_dtype(hidden))
-    return _reduced(found, weights, reduction, normalizer)
+    student = listed, rest
+    found, counted = _divergence(teacher, student, how, inputs.backend, result_dtype(hidden))
+    return _reduced(found.kl, counted, weights, reduction, normalizer)
 
 
 @takes_dtensors
@@ -228,6 +233,11 @@ class _How(NamedTuple):
     clip: float | None
     temperature: float | torch.Tensor
 
+    def for_kernels(self, logprobs: torch.Tensor) -> Teacher:
+        """Return the teacher with these log-probs for the kernels."""
+        beta = 0.5 if self.beta is None else self.beta
+        return Teacher(logprobs, self.direction, self.tail, beta, self.clip or 0.0)
+
 
 class _Teacher(NamedTuple):
     """A teacher's list: sorted ids [..., K] as in topk_op.CellInputs, their log-probs in float64,
@@ -241,13 +251,13 @@ class _Teacher(NamedTuple):
 
 
 def _reduced(
-    found: tuple[TopKStats, torch.Tensor],
+    kl: torch.Tensor,
+    counted: torch.Tensor,
     weights: torch.Tensor | None,
     reduction: str,
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
     """Reduce the divergence of the rows that count."""
-    kl, counted = found[0].kl, found[1]
     _reduce.check(reduction, weights, normalizer, kl.shape, kl.device)
     return _reduce.reduced(kl, counted, weights, reduction, normalizer)
 
@@ -268,32 +278,13 @@ def _topk(
     _checks.mask(mask, leading, logits.device)
     chosen = backend.select(logits)
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
+    per_row = *per_token(how.temperature), chosen
     if chosen == "triton" and not cut.group and ids.shape[-1] <= LARGEST_K:
-        found = topk_rows(
-            TopKInputs(
-                logits,
-                ids,
-                logprobs,
-                mask,
-                *per_token(how.temperature),
-                get_args(TopkDirection).index(how.direction),
-                get_args(Tail).index(how.tail),
-                0.5 if how.beta is None else how.beta,
-                math.inf if how.clip is None else how.clip,
-                LARGEST_MASS,
-            )
-        )
-        return TopKStats(*found[:3]), found[3]
+        kl, *_, masses = cells(CellInputs(logits, ids, mask, *per_row), how.for_kernels(logprobs))
+        return TopKStats(kl, *masses[..., :2].unbind(-1)), masses[..., 2] > 0
     teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
     listed, rest, *_ = cells(
-        CellInputs(
-            logits,
-            teacher.ids,
-            teacher.counted,
-            *per_token(how.temperature),
-            chosen,
-            **cut.as_arguments(),
-        )
+        CellInputs(logits, teacher.ids, teacher.counted, *per_row, **cut.as_arguments()), Teacher()
     )
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
 
@@ -368,7 +359,7 @@ def _merged(
     others 0. A row without entries does not count.
     """
     ids, log_p = ids.long(), logprobs.detach().double()
-    absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
+    absent = _absent(ids, log_p, vocabulary)
     ids, order = ids.masked_fill(absent, vocabulary).sort(-1)
     log_p = log_p.masked_fill(absent, -torch.inf).gather(-1, order)
     first = torch.searchsorted(ids, ids)
@@ -378,6 +369,11 @@ def _merged(
     log_p = torch.where(several, sums.log(), log_p).masked_fill(absent, -torch.inf)
     counted = ids[..., 0] < vocabulary
     return _Teacher(ids, log_p, counted if mask is None else counted & mask, vocabulary)
+
+
+def _absent(ids: torch.Tensor, logprobs: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return which entries of a list are absent."""
+    return (logprobs == -torch.inf) | (ids < 0) | (ids >= vocabulary)
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Launchers of row_outside and row_topk."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -132,18 +131,15 @@ def topk(
     values: Sequence[torch.Tensor] | None,
     gradient: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """Fill values: kl and the masses of student and teacher, [N] float32, and which rows count, [N]
-    bool. Or, given (upstream [N], grad [N, K], both float32, places [N, K] int64, grad_rest [N]
-    float32), fill the last three: the gradients to the logits at these places and to log_sum.
-    others: log_sum and peak as filled by `outside`.
+    """Fill values, (kl [N], masses [N, 3]) as row_topk. Or, given (upstream [N], grad [N, K],
+    places [N, K] int64, grad_rest [N]), fill the last three: the gradients to the logits at these
+    places and to log_sum. others: log_sum and peak as filled by `outside`.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
     layout, count = problem.layout, given.ids.shape[-1]
-    types, clipped = (given.ids.dtype, given.logprobs.dtype), math.isfinite(given.clip)
-    variant = topk_variant(
-        layout.case, count, types, given.direction, given.tail, clipped, gradient is not None
-    )
-    kl, student_mass, teacher_mass, counted = values or (p,) * 4
+    types, how = (given.ids.dtype, given.logprobs.dtype), (given.direction, given.tail)
+    variant = topk_variant(layout.case, count, types, *how, given.clip > 0.0, gradient is not None)
+    kl, masses = values or (p, p)
     upstream, grad, places, grad_rest = gradient or (p,) * 4
     with current(p):
         variant.start(
@@ -157,9 +153,7 @@ def topk(
                 log_sum_ptr=others[0],
                 peak_ptr=others[1],
                 kl_ptr=kl,
-                student_mass_ptr=student_mass,
-                teacher_mass_ptr=teacher_mass,
-                counted_ptr=counted,
+                masses_ptr=masses,
                 upstream_ptr=upstream,
                 grad_ptr=grad,
                 place_ptr=places,

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from .divergence_math import Formula, double_terms
-from .row_load import row_offset, row_scale
-from .row_math import JS, Kind
+from .row_load import load_logit, row_offset, row_scale
+from .row_math import JS, Kind, soft_cap_slope
 from .row_outside import list_entries, wide_scale
 
 # Directions and tails, in the order of topk.TopkDirection and topk.Tail.
@@ -87,9 +87,7 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
         "log_sum_ptr",
         "peak_ptr",
         "kl_ptr",
-        "student_mass_ptr",
-        "teacher_mass_ptr",
-        "counted_ptr",
+        "masses_ptr",
         "upstream_ptr",
         "grad_ptr",
         "place_ptr",
@@ -105,9 +103,7 @@ def row_topk(  # noqa: PLR0913, PLR0915
     log_sum_ptr,
     peak_ptr,  # as in row_outside, which has written the last two
     kl_ptr,  # [N] float32
-    student_mass_ptr,  # [N] float32
-    teacher_mass_ptr,  # [N] float32
-    counted_ptr,  # [N] bool; any pointers with WITH_GRADIENT for these four
+    masses_ptr,  # [N, 3] float32; any pointers with WITH_GRADIENT for these two
     upstream_ptr,  # [N] float32
     grad_ptr,  # [N, K] float32
     place_ptr,  # [N, K] int64
@@ -121,7 +117,7 @@ def row_topk(  # noqa: PLR0913, PLR0915
     V: tl.int32,
     K: tl.int32,
     share: tl.float64,  # the teacher's, of "js"
-    clip: tl.float64,  # +inf for none
+    clip: tl.float64,  # any number without CLIPPED
     largest_mass: tl.float64,
     CELLS: tl.constexpr,  # a power of two above K
     DIRECTION: tl.constexpr,
@@ -130,15 +126,16 @@ def row_topk(  # noqa: PLR0913, PLR0915
     WITH_GRADIENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
-    """Compute a row's divergence and the mass of its list in both models, or WITH_GRADIENT the
-    gradient to the listed logits.
+    """Compute a row's divergence, the mass of its list in the student and in the teacher, and 1 if
+    the row counts; or WITH_GRADIENT the gradient to the listed logits.
 
     Math:   this file's docstring, in float64; defined by topk._divergence.
     Grid:   (N,).
     Reads:  N·K of ids and logprobs (and again from cache, K² numbers, for repeated ids), N·K of p,
             two float64 per row.
-    Writes: 13 bytes per row. WITH_GRADIENT, the gradient at K places and that to log_sum per row;
+    Writes: 16 bytes per row. WITH_GRADIENT, the gradient at K places and that to log_sum per row;
             absent entries repeat the gradient at another place of the row, 0 without one.
     Saves:  nothing.
     Special values: a row without entries, or masked, does not count and gets zeros. A listed mass
@@ -159,7 +156,8 @@ def row_topk(  # noqa: PLR0913, PLR0915
     rounded = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     scale = wide_scale(rounded, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    x = tl.load(p_row + ids, mask=present, other=float("-inf")).to(tl.float64)
+    capped = load_logit(p_row, ids, present, 0.0, SOFTCAP).to(tl.float64)
+    x = tl.where(present, capped, float("-inf"))
     # The student's cells relative to the largest logit.
     rest_peak = tl.load(peak_ptr + row)
     peak = tl.maximum(tl.max(x, 0), rest_peak)
@@ -185,21 +183,22 @@ def row_topk(  # noqa: PLR0913, PLR0915
     elif TAIL == IGNORE:
         log_q = tl.where(is_rest, float("-inf"), log_q)
     value, slope = cell_terms(log_p, log_q, share, DIRECTION, PLAIN)
+    if CLIPPED:
+        slope = tl.where(value > clip, 0.0, slope)
+        value = tl.where(value > clip, clip, value)
     if not WITH_GRADIENT:
-        kl = tl.sum(tl.where(value > clip, clip, value), 0)
+        kl = tl.sum(value, 0)
         if not PLAIN:
             kl = tl.where(kl < 0.0, 0.0, kl)
-        invalid = mass > largest_mass
-        kl = tl.where(invalid, float("nan"), kl)
-        student_mass = tl.where(invalid, float("nan"), listed / total)
+        kl = tl.where(mass > largest_mass, float("nan"), kl)
+        student_mass = tl.where(mass > largest_mass, float("nan"), listed / total)
+        masses = (student_mass, mass, 1.0)
         tl.store(kl_ptr + row, tl.where(counted, kl, 0.0))
-        tl.store(student_mass_ptr + row, tl.where(counted, student_mass, 0.0))
-        tl.store(teacher_mass_ptr + row, tl.where(counted, mass, 0.0))
-        tl.store(counted_ptr + row, counted)
+        for i in tl.static_range(3):
+            tl.store(masses_ptr + row * 3 + i, tl.where(counted, masses[i], 0.0))
     else:
-        slope = tl.where(value > clip, 0.0, slope)
         upstream = tl.load(upstream_ptr + row).to(tl.float64)
-        grad = (slope - q * tl.sum(slope, 0)) * upstream
+        grad = (slope - q * tl.sum(slope, 0)) * upstream * soft_cap_slope(capped, SOFTCAP)
         grad_rest = tl.sum(tl.where(is_rest, grad, 0.0), 0)
         tl.store(grad_rest_ptr + row, tl.where(counted, grad_rest, 0.0))
         # Where to store the gradient of an absent entry.

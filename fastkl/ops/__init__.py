@@ -1,6 +1,6 @@
 """Connect the public functions to an engine: ops with rules for autograd, vmap and compilers.
 
-Reading order: row_op, summed_op, topk_op and topk_rows (from logits) and linear_op, linear_sum_op
-and linear_cells_op (from hidden states) define the ops, each through dual_op; engine runs them on
-the kernels (problems) or on the reference (reference_rows; cpu_* on a CPU).
+Reading order: row_op, summed_op and topk_op (from logits) and linear_op, linear_sum_op and
+linear_cells_op (from hidden states) define the ops, each through dual_op; engine runs them on the
+kernels (problems) or on the reference (reference_rows; cpu_* on a CPU).
 """

@@ -1,5 +1,5 @@
-"""topk_op.cells from hidden states: K listed logits, the log-sum-exp of all others, and their
-gradients, a chunk of tokens at a time.
+"""topk_op.cells from hidden states: K listed logits, the log-sum-exp of all others, or a divergence
+from a teacher's list, and their gradients, a chunk of tokens at a time.
 """
 
 import itertools
@@ -41,11 +41,13 @@ from .topk_op import (
     listed_gradient,
     matrix,
 )
+from .topk_rows import Teacher, fill_topk, fill_topk_gradients
 
 
 class ListInputs(NamedTuple):
-    """Further arguments of linear_cells: ids [..., K] as in topk_op.CellInputs, whether to return
-    all logits, which saves backward a GEMM, and whether the log-sum-exp of the others is needed.
+    """Further arguments of linear_cells, in addition to a Teacher, which requires `rest`: ids
+    [..., K] as in topk_op.CellInputs, whether to return all logits, which saves backward a GEMM,
+    and whether the log-sum-exp of the others is needed.
     """
 
     ids: Tensor
@@ -60,8 +62,8 @@ class ListInputs(NamedTuple):
 
 
 class ListGradientInputs(NamedTuple):
-    """Further arguments of linear_cell_gradients, in addition to CellUpstream: ids, logits of
-    linear_cells (None if not kept), and names as in linear_op.GradientInputs.
+    """Further arguments of linear_cell_gradients, in addition to a Teacher and CellUpstream: ids,
+    logits of linear_cells (None if not kept), and names as in linear_op.GradientInputs.
     """
 
     ids: Tensor
@@ -70,17 +72,21 @@ class ListGradientInputs(NamedTuple):
     by_rows: bool
 
 
-def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
-    """Compute (listed, *Outside) as topk_op.cells does for the lm_head's logits, and with `keep`
-    the logits too, as returned by linear_statistics.
+def _cells(inputs: LinearInputs, request: ListInputs, teacher: Teacher) -> Outputs:
+    """Compute the results of topk_op.cells for the lm_head's logits, and with `keep` the logits
+    too, as returned by linear_statistics.
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
-    ids = heads.taken(matrix(request.ids))
-    results = empty_cells(inputs.hidden, ids)
-    listed, others = results[0], Outside._make(results[1:])
+    ids, teacher = heads.taken(matrix(request.ids)), teacher.at(heads.taken)
+    listed, *outside, masses = empty_cells(inputs.hidden, ids, teacher)
+    others = Outside._make(outside)
 
     def fill(rows: slice, args: Any, *_: Any) -> None:
-        fill_cells(heads.engine, args, ids[rows], listed[rows], others.at(rows))
+        if masses is not None:
+            given = ids[rows], teacher.at(lambda value: value[rows]), others.at(rows)
+            fill_topk(args, *given, listed[rows], masses[rows])
+        else:
+            fill_cells(heads.engine, args, ids[rows], listed[rows], others.at(rows))
 
     if request.by_rows(len(inputs.weight)):
         for value in others:
@@ -90,26 +96,38 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
         fill_listed(heads.engine, heads.args, absent, x, listed, others)
     else:
         heads.each_chunk(fill, keep)
-    found = heads.of_all({"listed": listed, **others._asdict()})
-    leading = inputs.hidden.shape[:-1]
-    return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
+    found = {"listed": listed, **others._asdict(), "masses": masses}
+    all_of = heads.of_all({name: value for name, value in found.items() if value is not None})
+    leading, results = inputs.hidden.shape[:-1], [all_of.get(name) for name in found]
+    return *[v if v is None else v.view((*leading, *v.shape[1:])) for v in results], *keep
 
 
 def _gradients(
-    inputs: LinearInputs, request: ListGradientInputs, given: CellUpstream, overwrite: bool = False
+    inputs: LinearInputs,
+    request: ListGradientInputs,
+    teacher: Teacher,
+    given: CellUpstream,
+    overwrite: bool = False,
 ) -> Outputs:
     """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
     heads, wrt = inputs.heads(None), wanted(request.wrt)
     heads.reuse([request.logits], overwrite)
-    ids = heads.taken(matrix(request.ids))
+    ids, teacher = heads.taken(matrix(request.ids)), teacher.at(heads.taken)
     per_row = flat(given.log_sum), flat(given.peak), matrix(given.saved)
     others = Outside._make([heads.taken(value) for value in per_row])
-    g_listed = None if given.g_listed is None else heads.taken(matrix(given.g_listed))
+    # [N] for a divergence, [N, K] otherwise.
+    shaped = matrix if teacher.logprobs is None else flat
+    g_listed = None if given.g_listed is None else heads.taken(shaped(given.g_listed))
     g_log_sum = None if given.g_log_sum is None else heads.taken(flat(given.g_log_sum))
 
     def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
-        upstream = rows_of(g_listed, rows), rows_of(g_log_sum, rows)
-        fill_cell_gradients(heads.engine, args, ids[rows], others.at(rows), upstream, grad)
+        upstream, outside = rows_of(g_listed, rows), others.at(rows)
+        if teacher.logprobs is not None and upstream is not None:
+            lists = ids[rows], teacher.at(lambda value: value[rows])
+            fill_topk_gradients(heads.engine, args, *lists, outside, upstream, grad)
+        else:
+            both = upstream, rows_of(g_log_sum, rows)
+            fill_cell_gradients(heads.engine, args, ids[rows], outside, both, grad)
 
     if request.by_rows and g_listed is not None:
         args, listed = heads.args, _listed(heads, ids)
@@ -133,13 +151,13 @@ def _kept(inputs: LinearInputs, request: ListInputs) -> list[Tensor | None]:
 # ---- FLOP counts: 2·N·H·V for each GEMM, 2·N·H·K where rows are read; arguments hold shapes
 
 
-def _forward_flops(inputs: LinearInputs, request: Any) -> int:
+def _forward_flops(inputs: LinearInputs, request: Any, _: Teacher) -> int:
     entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
     by_rows = not request.rest and entries * SMALL_PART <= vocabulary
     return flops(inputs) // vocabulary * (entries if by_rows else vocabulary)
 
 
-def _backward_flops(inputs: LinearInputs, request: Any, _: CellUpstream) -> int:
+def _backward_flops(inputs: LinearInputs, request: Any, *_: Any) -> int:
     entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
     logits = bool(inputs.softcap) if request.by_rows else request.logits is None
     count = flops(inputs, request.wrt, ("logprob",), logits)
@@ -152,16 +170,19 @@ def _listed(heads: ChunkedHeads, ids: Tensor) -> Listed:
     return Listed(head, ids.masked_fill(ids >= len(head.weight), 0), heads.args.mask)
 
 
-def _save_for_backward(ctx: Any, groups: tuple[LinearInputs, ListInputs], output: Outputs) -> None:
-    inputs, request = groups
+def _save_for_backward(
+    ctx: Any, groups: tuple[LinearInputs, ListInputs, Teacher], output: Outputs
+) -> None:
+    inputs, request, teacher = groups
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
-    *found, logits = output
+    *found, _, logits = output
     ctx.by_rows = request.by_rows(inputs.weight.shape[0])
     logits = logits if request.keep and not ctx.by_rows else None  # the op's would be empty
-    save_tensors(ctx, *inputs[:TENSORS], request.ids, *found[1:], logits)
-    ctx.settings = inputs[TENSORS:]
+    save_tensors(ctx, *inputs[:TENSORS], request.ids, teacher.logprobs, *found[1:], logits)
+    ctx.settings, ctx.teacher = inputs[TENSORS:], teacher[1:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
-    ctx.mark_non_differentiable(*[value for value in output[2:] if value is not None])
+    constant = output[2 if teacher.logprobs is None else 1 :]
+    ctx.mark_non_differentiable(*[value for value in constant if value is not None])
     ctx.set_materialize_grads(False)
 
 
@@ -171,39 +192,41 @@ def _backward(
     refuse_forward_mode((g_listed, g_log_sum))
     names = [*itertools.compress(SIX, ctx.needs_input_grad)]
     if not names or (g_listed is None and g_log_sum is None):
-        return returned({}, ListInputs)
-    *tensors, ids, log_sum, peak, saved, logits = ctx.saved_tensors
+        return returned({}, ListInputs, Teacher)
+    *tensors, ids, logprobs, log_sum, peak, saved, logits = ctx.saved_tensors
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(ids, logits, ",".join(names), ctx.by_rows),
+        Teacher(logprobs, *ctx.teacher),
         CellUpstream(log_sum, peak, saved, g_listed, g_log_sum),
         unobserved=overwriting(ctx, _gradients),
     )
     return returned(
         {name: value for name, value in zip(SIX, gradients, strict=True) if name in names},
         ListInputs,
+        Teacher,
     )
 
 
 linear_cells = DualOp(
     "linear_cells",
-    (LinearInputs, ListInputs),
+    (LinearInputs, ListInputs, Teacher),
     _cells,
-    lambda inputs, request: (
-        *empty_cells(inputs.hidden, request.ids),
+    lambda inputs, request, teacher: (
+        *empty_cells(inputs.hidden, request.ids, teacher),
         *_kept(inputs, request),
     ),
-    outputs=5,
+    outputs=6,
     rules=Rules(_backward, setup_context=_save_for_backward, flops=_forward_flops),
 )
 linear_cell_gradients = DualOp(
     "linear_cell_gradients",
-    (LinearInputs, ListGradientInputs, CellUpstream),
+    (LinearInputs, ListGradientInputs, Teacher, CellUpstream),
     _gradients,
-    lambda inputs, request, _: empty_gradients(inputs, request.wrt),
+    lambda inputs, request, *_: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),
     rules=Rules(refuse_second_derivative, flops=_backward_flops),
 )

@@ -214,10 +214,10 @@ def _gradient_type(name: str, value: Tensor, wide: torch.dtype | None) -> torch.
 # ---- autograd
 
 
-def returned(gradients: dict[str, Tensor | None], request: type[tuple[Any, ...]]) -> Upstream:
+def returned(gradients: dict[str, Tensor | None], *requests: type[tuple[Any, ...]]) -> Upstream:
     """Return gradients in the order of an op's arguments, None for arguments without one."""
-    names = (*LinearInputs._fields, *request._fields)  # type: ignore[attr-defined]
-    return tuple([gradients.get(name) for name in names])
+    groups: tuple[Any, ...] = (LinearInputs, *requests)
+    return tuple([gradients.get(name) for group in groups for name in group._fields])
 
 
 def overwriting(ctx: Any, gradients: Callable[..., Outputs]) -> Callable[..., Outputs] | None:

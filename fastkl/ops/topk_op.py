@@ -1,5 +1,5 @@
 """Reduce a row of logits to K listed entries and the log-sum-exp of all others, both relative to
-the largest listed entry, in one read.
+the largest listed entry, or to the divergence from a teacher's list, in one read.
 """
 
 import math
@@ -13,13 +13,20 @@ from . import shard_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES, Engine
 from .fields import SAVED, Outside, RowArgs, flat, result_dtype, row_args
-from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temperature_gradient
+from .row_op import (
+    Outputs,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_temperature_gradient,
+)
+from .topk_rows import MASSES, Teacher, fill_topk, fill_topk_gradients
 
 
 class CellInputs(NamedTuple):
     """Arguments of cells: logits [..., V], int64 ids [..., K], sorted in each row, mask and
     temperature as in row_op.RowInputs, dtype as in Engine.outside, and the fields of parallel.Cut.
-    An id equal to the whole vocabulary's V, and every repeat of an id, is an absent entry.
+    An id equal to the whole vocabulary's V, and every repeat of an id, is an absent entry. With a
+    Teacher's log-probs, ids are int32 or int64 in any order, and a group is an error.
     """
 
     logits: Tensor
@@ -38,7 +45,7 @@ class CellInputs(NamedTuple):
 
 class CellUpstream(NamedTuple):
     """Further arguments of cell_gradients and of linear_cell_gradients: forward's result and saved
-    values, and upstream gradients.
+    values, and upstream gradients; g_listed: with a Teacher that of the divergence.
     """
 
     log_sum: Tensor
@@ -163,40 +170,47 @@ def matrix(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1]).contiguous()
 
 
-def _cells(inputs: CellInputs) -> tuple[Tensor, ...]:
-    """Compute (listed [..., K], *Outside of [...]) as fill_cells."""
-    results = empty_cells(inputs.logits, inputs.ids)
+def _cells(inputs: CellInputs, teacher: Teacher) -> Outputs:
+    """Compute (listed [..., K], *Outside of [...], None) as fill_cells; with a Teacher's log-probs
+    (kl [...], *Outside, masses [..., MASSES]) as fill_topk.
+    """
+    results = empty_cells(inputs.logits, inputs.ids, teacher)
     args = shard_rows.whole(_rows(inputs))
-    if results[1].numel():
-        listed, log_sum, peak, saved = results
-        others = Outside(log_sum.view(-1), peak.view(-1), saved.view(-1, SAVED))
-        fill_cells(
-            ENGINES[inputs.backend],
-            args,
-            matrix(inputs.ids),
-            listed.view(-1, listed.shape[-1]),
-            others,
-            inputs.dtype,
-        )
+    listed, log_sum, peak, saved, masses = results
+    if log_sum.numel():
+        ids, others = matrix(inputs.ids), Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
+        if masses is not None:
+            fill_topk(args, ids, teacher, others, listed.view(-1), masses.view(-1, MASSES))
+        else:
+            engine = ENGINES[inputs.backend]
+            fill_cells(engine, args, ids, listed.view(ids.shape), others, inputs.dtype)
     return results
 
 
-def empty_cells(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+def empty_cells(logits: Tensor, ids: Tensor, teacher: Teacher) -> Outputs:
     """Return uninitialised results of cells for logits or hidden states."""
-    listed = torch.empty_like(ids, dtype=torch.float64, memory_format=torch.contiguous_format)
-    log_sum = listed.new_empty(ids.shape[:-1])
-    saved = listed.new_empty((*ids.shape[:-1], SAVED), dtype=result_dtype(logits))
-    return listed, log_sum, torch.empty_like(log_sum), saved
+    shape, dtype = ids.shape[:-1], result_dtype(logits)
+    log_sum, peak = (torch.empty(shape, dtype=torch.float64, device=ids.device) for _ in range(2))
+    saved = log_sum.new_empty((*shape, SAVED), dtype=dtype)
+    if teacher.logprobs is None:
+        return log_sum.new_empty(ids.shape), log_sum, peak, saved, None
+    masses = saved.new_empty((*shape, MASSES))
+    return torch.empty_like(log_sum, dtype=dtype), log_sum, peak, saved, masses
 
 
-def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
+def _gradients(inputs: CellInputs, teacher: Teacher, given: CellUpstream) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
     log_sum, peak, saved, g_listed, g_log_sum = given
     grad = inputs.logits.new_empty(inputs.logits.shape)
     if not (log_sum.numel() and grad.numel()):
         return grad.zero_()
-    g_listed, g_log_sum = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
     args, ids, rows = _rows(inputs), matrix(inputs.ids), grad.view(-1, grad.shape[-1])
+    others, engine = Outside(flat(log_sum), flat(peak), matrix(saved)), ENGINES[inputs.backend]
+    if teacher.logprobs is not None:
+        assert g_listed is not None
+        fill_topk_gradients(engine, args, ids, teacher, others, flat(g_listed), rows)
+        return grad
+    g_listed, g_log_sum = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
     if args.cut.group:
         ids, args = ids - args.cut.start, shard_rows.local(args)
         columns = args.p.shape[-1]
@@ -205,51 +219,47 @@ def _gradients(inputs: CellInputs, given: CellUpstream) -> Tensor:
         g_listed = None if g_listed is None else g_listed.gather(-1, order)
         (rows,) = shard_rows.zero_padding(args, (rows,))
     if rows.numel():
-        fill_cell_gradients(
-            ENGINES[inputs.backend],
-            args,
-            ids,
-            Outside(flat(log_sum), flat(peak), matrix(saved)),
-            (g_listed, g_log_sum),
-            rows,
-        )
+        fill_cell_gradients(engine, args, ids, others, (g_listed, g_log_sum), rows)
     return grad
 
 
-def _save_for_backward(ctx: Any, groups: tuple[CellInputs], output: Any) -> None:
-    (inputs,) = groups
+def _save_for_backward(ctx: Any, groups: tuple[CellInputs, Teacher], output: Any) -> None:
+    inputs, teacher = groups
     refuse_temperature_gradient(ctx.needs_input_grad[3])
-    save_tensors(ctx, *inputs[:4], *output[1:])
-    ctx.options = inputs[4:]
-    ctx.mark_non_differentiable(*output[2:])
+    save_tensors(ctx, *inputs[:4], teacher.logprobs, *output[1:4])
+    ctx.options = inputs[4:], teacher[1:]
+    not_needed = output[1 if teacher.logprobs is not None else 2 :]
+    ctx.mark_non_differentiable(*[value for value in not_needed if value is not None])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * (len(CellInputs._fields) - 1)
+    none = (None,) * (len(CellInputs._fields) + len(Teacher._fields) - 1)
     if g_listed is None and g_log_sum is None:
         return None, *none
     refuse_forward_mode((g_listed, g_log_sum))
-    *tensors, log_sum, peak, saved = ctx.saved_tensors
+    *tensors, logprobs, log_sum, peak, saved = ctx.saved_tensors
+    options, how = ctx.options
     given = CellUpstream(log_sum, peak, saved, g_listed, g_log_sum)
-    return cell_gradients(CellInputs(*tensors, *ctx.options), given), *none
+    inputs, teacher = CellInputs(*tensors, *options), Teacher(logprobs, *how)
+    return cell_gradients(inputs, teacher, given), *none
 
 
 cells = DualOp(
     "cells",
-    (CellInputs,),
+    (CellInputs, Teacher),
     _cells,
-    lambda inputs: empty_cells(inputs.logits, inputs.ids),
-    outputs=4,
+    lambda inputs, teacher: empty_cells(inputs.logits, inputs.ids, teacher),
+    outputs=5,
     rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
 cell_gradients = DualOp(
     "cell_gradients",
-    (CellInputs, CellUpstream),
+    (CellInputs, Teacher, CellUpstream),
     _gradients,
-    lambda inputs, _: inputs.logits.new_empty(inputs.logits.shape),
+    lambda inputs, *_: inputs.logits.new_empty(inputs.logits.shape),
     outputs=1,
     rules=Rules(refuse_second_derivative, rowwise=True),
 )
