@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -12,20 +12,6 @@ from .layout import CACHE_SIZE, Case, Layout, Problem
 from .row_outside import row_outside
 from .row_topk import row_topk
 from .variant import Variant, current, row_variant, tensors
-
-
-class TopK(NamedTuple):
-    """A teacher's lists for row_topk, [N, K] each and contiguous, and the options of the divergence
-    as the kernel's arguments.
-    """
-
-    ids: torch.Tensor
-    logprobs: torch.Tensor
-    direction: int
-    tail: int
-    share: float
-    clip: float
-    largest_mass: float
 
 
 @functools.lru_cache(CACHE_SIZE)
@@ -64,8 +50,8 @@ def outside(
 ) -> None:
     """Fill peak and log_sum, [N] float64, with the largest of each row's entries not in `ids`
     [N, K], and the log-sum-exp of these entries relative to it; fill `saved` [N, 10] as
-    launch.forward does for these entries alone. ids: sorted int64 in each row, or as in TopK with
-    their logprobs.
+    launch.forward does for these entries alone. ids: sorted int64 in each row, or with their
+    logprobs as in `topk`.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
@@ -126,19 +112,24 @@ def topk_variant(
 
 def topk(
     problem: Problem,
-    given: TopK,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    how: tuple[int, int, float, float, float],
     others: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor] | None,
     gradient: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Fill values, (kl [N], masses [N, 3]) as row_topk. Or, given (upstream [N], grad [N, K],
     places [N, K] int64, grad_rest [N]), fill the last three: the gradients to the logits at these
-    places and to log_sum. others: log_sum and peak as filled by `outside`.
+    places and to log_sum. ids, logprobs: lists [N, K], int32 or int64 ids in any order. how:
+    direction, tail, share, clip (0: none) and largest_mass. others: log_sum and peak as filled by
+    `outside`.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
-    layout, count = problem.layout, given.ids.shape[-1]
-    types, how = (given.ids.dtype, given.logprobs.dtype), (given.direction, given.tail)
-    variant = topk_variant(layout.case, count, types, *how, given.clip > 0.0, gradient is not None)
+    layout, (direction, tail, share, clip, largest_mass) = problem.layout, how
+    types, with_gradient = (ids.dtype, logprobs.dtype), gradient is not None
+    case, count = layout.case, ids.shape[-1]
+    variant = topk_variant(case, count, types, direction, tail, clip > 0.0, with_gradient)
     kl, masses = values or (p, p)
     upstream, grad, places, grad_rest = gradient or (p,) * 4
     with current(p):
@@ -148,8 +139,8 @@ def topk(
                 p_ptr=p,
                 mask_ptr=mask,
                 temperature_ptr=temperatures,
-                ids_ptr=given.ids,
-                logprob_ptr=given.logprobs,
+                ids_ptr=ids,
+                logprob_ptr=logprobs,
                 log_sum_ptr=others[0],
                 peak_ptr=others[1],
                 kl_ptr=kl,
@@ -162,8 +153,8 @@ def topk(
                 **layout.places,
                 V=layout.vocabulary,
                 K=count,
-                share=given.share,
-                clip=given.clip,
-                largest_mass=given.largest_mass,
+                share=share,
+                clip=clip,
+                largest_mass=largest_mass,
             ),
         )

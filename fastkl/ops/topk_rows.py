@@ -45,9 +45,9 @@ def fill_topk(
     row counts), and `others`; ids [N, K].
     """
     for rows, problem, given in _lists(args, ids, teacher):
-        outside = others.at(rows)
-        outside_launchers().outside(problem, given.ids, *outside, given.logprobs)
-        outside_launchers().topk(problem, given, outside, (kl[rows], masses[rows]))
+        outside, (listed, logprobs, _) = others.at(rows), given
+        outside_launchers().outside(problem, listed, *outside, logprobs)
+        outside_launchers().topk(problem, *given, outside, (kl[rows], masses[rows]))
 
 
 def fill_topk_gradients(
@@ -66,17 +66,16 @@ def fill_topk_gradients(
     listed, rest = torch.empty_like(ids, dtype=torch.float32), torch.empty_like(upstream)
     for rows, problem, given in _lists(args, ids, teacher):
         gradient = [value[rows] for value in (upstream, listed, places, rest)]
-        outside_launchers().topk(problem, given, others.at(rows), None, gradient)
+        outside_launchers().topk(problem, *given, others.at(rows), None, gradient)
     engine.outside_gradient(args, others, rest, grad)
     grad.scatter_(-1, places, listed.to(grad.dtype))
 
 
 def _lists(args: RowArgs, ids: Tensor, teacher: Teacher) -> list[tuple[slice, Any, Any]]:
-    """Return triples (rows, kernels.launch.Problem, kernels.launch_outside.TopK)."""
-    logprobs, direction, tail, share, clip = teacher
+    """Return triples (rows, kernels.launch.Problem, arguments of kernels.launch_outside.topk)."""
+    logprobs, direction, tail, *numbers = teacher
     assert logprobs is not None
     logprobs = logprobs.reshape(ids.shape).contiguous()
-    numbers = DIRECTIONS.index(direction), TAILS.index(tail), share, clip, LARGEST_MASS
+    how = DIRECTIONS.index(direction), TAILS.index(tail), *numbers, LARGEST_MASS
     parts = [(slice(None) if rows is None else rows, each) for rows, each in problems(args)]
-    make = outside_launchers().TopK
-    return [(rows, each, make(ids[rows], logprobs[rows], *numbers)) for rows, each in parts]
+    return [(rows, each, (ids[rows], logprobs[rows], how)) for rows, each in parts]
