@@ -117,8 +117,9 @@ def _topk(where):
     ids.
     """
     types = torch.int64, torch.float32
-    yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
-    yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
+    if where.case.warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
+        yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
+        yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
     for name, direction, gradient in (("forward", 0, False), ("js_gradient", 2, True)):
         how = direction, 0, False, gradient
         yield f"topk.{name}", launch_outside.topk_variant(where.case, 64, types, *how)
@@ -202,7 +203,6 @@ def plan(dtype, aligned, arch):
     gradient = logits, start * logits.itemsize
     for each in _divergences(place("kl_divergence"), stride, gradient):
         add(*each)
-    if warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
-        for each in _topk(place(POLICY_ONLY)):
-            add(*each)
+    for each in _topk(place(POLICY_ONLY)):
+        add(*each)
     return specializations

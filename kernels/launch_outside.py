@@ -99,9 +99,9 @@ def topk_variant(
     return row_variant(
         row_topk,
         case,
-        config.RowConfig(max(case.warp, cells // 4), 1, 0, ""),
+        config.RowConfig(max(case.warp, cells // 4), 1, 0, "", config.ROOM),
         types,
-        False,
+        True,
         CELLS=cells,
         DIRECTION=direction,
         TAIL=tail,

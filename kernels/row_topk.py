@@ -53,7 +53,7 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
     else:
         p = tl.exp(log_p)
         q = tl.exp(log_q)
-        d = tl.where(log_p == log_q, 0.0, log_q - log_p)
+        d = log_q - log_p  # NaN where both are 0
         gap = 0.0 if PLAIN else q - p
         if DIRECTION == TEACHER_STUDENT:
             return gap - tl.where(p == 0.0, 0.0, p * d), -p if PLAIN else gap
