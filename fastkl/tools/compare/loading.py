@@ -209,9 +209,9 @@ class Checkpoint:
             self.config = transformers.AutoConfig.from_pretrained(
                 self.source, trust_remote_code=False
             )
-        rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         self.rows: int | None = max(
-            rows, default=getattr(self.config.get_text_config(), "vocab_size", None)
+            (len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)),
+            default=getattr(self.config.get_text_config(), "vocab_size", None),
         )
 
     def tokenizer(self) -> TextTokenizer:
