@@ -168,11 +168,11 @@ def two_logits(
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check that two tensors have the same shape and device, and both are float64 or neither."""
     if value.shape != other.shape:
-        hint = "align the batch and time dimensions"
-        if value.shape[:-1] == other.shape[:-1]:
-            hint = shared_vocabulary(
-                (name,), value.shape[-1], (other_name,), other.shape[-1], "..., "
-            )
+        hint = (
+            shared_vocabulary((name,), value.shape[-1], (other_name,), other.shape[-1], "..., ")
+            if value.shape[:-1] == other.shape[:-1]
+            else "align the batch and time dimensions"
+        )
         raise ValueError(
             f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got "
             f"{tuple(value.shape)}; {hint}"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from .parallel import WHOLE, Cut, Shards, VocabShard, checked_cut, cut_of, shards_of
@@ -44,10 +42,9 @@ def start_gather(
     each process.
     """
     described = signature, [(*value.shape, value.dtype) for value in values]
-    started: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(
+    return torch.ops._c10d_functional.all_gather_into_tensor(  # type: ignore[no-any-return]
         packed(values, described).unsqueeze(0), ranks, group
     )
-    return started
 
 
 def wait(started: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -130,8 +127,7 @@ def sharded_logits(
         if learn == (False, True):
             return [Moved.apply(p, group, *cuts, q.shape[-1], learn), q], cuts[1]  # type: ignore[no-untyped-call]
         return [p, Moved.apply(q, group, *cuts[::-1], p.shape[-1], learn)], cuts[0]  # type: ignore[no-untyped-call]
-    whole = _Whole.apply(shards, next(iter(logits)), *logits.values())  # type: ignore[no-untyped-call]
-    return list(whole), WHOLE
+    return list(_Whole.apply(shards, next(iter(logits)), *logits.values())), WHOLE  # type: ignore[no-untyped-call]
 
 
 def gather_columns(
@@ -159,7 +155,7 @@ class Moved(torch.autograd.Function):
     @staticmethod
     def forward(
         logits: torch.Tensor,
-        group: dist.ProcessGroup,
+        group: torch.distributed.ProcessGroup,
         held: Cut,
         wanted: Cut,
         own: int,
@@ -207,8 +203,7 @@ class Moved(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], logits: torch.Tensor, *layouts: Any) -> Any:
         """Treat the mapped dimension as a leading one."""
-        mapped = logits.movedim(in_dims[0], 0)
-        return Moved.apply(mapped, *layouts), 0  # type: ignore[no-untyped-call]
+        return Moved.apply(logits.movedim(in_dims[0], 0), *layouts), 0  # type: ignore[no-untyped-call]
 
 
 class _Whole(torch.autograd.Function):
@@ -254,7 +249,7 @@ class _Whole(torch.autograd.Function):
         return tuple(whole)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the part of each gradient that belongs to this rank's columns."""
         named = zip(upstream, ctx.places, strict=True)
@@ -272,8 +267,7 @@ def hidden_states(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
         lengths = (
             all_gather([sizes], group.group_name, group.size(), described)[0].flatten().tolist()
         )
-    whole: torch.Tensor = _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-untyped-call]
-    return whole
+    return _Hidden.apply(hidden, shard, lengths)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Hidden(torch.autograd.Function):

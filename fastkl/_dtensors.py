@@ -21,9 +21,8 @@ def takes_dtensors(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **more: Any) -> Any:
         first = args[0] if args else next(iter(more.values()), None)
-        if type(first) is not torch.Tensor and hasattr(type(first), "full_tensor"):
-            return on_local(function, *args, **more)
-        return function(*args, **more)
+        split = type(first) is not torch.Tensor and hasattr(type(first), "full_tensor")
+        return on_local(function, *args, **more) if split else function(*args, **more)
 
     return cast(Function, call)
 

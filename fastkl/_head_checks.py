@@ -174,9 +174,14 @@ def softcap(value: float | None, name: str = "softcap") -> None:
 
 def number(name: str, what: str, value: float, remedy: str = "pass numbers nearer to 1") -> None:
     """Check for a number within 2^-126 … 2^126, the range of temperatures."""
-    what = f"{what} within 2^-126 … 2^126"
-    expect(is_number(value), name, what, value, remedy, TypeError)
-    expect(LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE, name, what, value, remedy)
+    expect(
+        is_number(value) and LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE,
+        name,
+        f"{what} within 2^-126 … 2^126",
+        value,
+        remedy,
+        ValueError if is_number(value) else TypeError,
+    )
 
 
 def options(

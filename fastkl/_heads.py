@@ -98,9 +98,8 @@ def prepare(
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         models = [[_autocast(value) for value in model] for model in models]
     _head_checks.head(names[0], *models[0])
-    cut = WHOLE
-    if heads[0].shard is not None or heads[1].shard is not None:
-        cut = _shard(heads, models, shared and given.ref_hidden is None)
+    sharded = heads[0].shard is not None or heads[1].shard is not None
+    cut = _shard(heads, models, shared and given.ref_hidden is None) if sharded else WHOLE
     if shared:
         models[1][1] = models[0][1]
     (hidden, *_), (ref_hidden, *_) = models
@@ -316,11 +315,10 @@ def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> lis
 
 def _autocast(value: Any) -> Any:
     """Cast as F.linear does under autocast: float32 and 16-bit tensors to the autocast type."""
-    if (
+    casts = (
         isinstance(value, torch.Tensor)
         and value.is_floating_point()
         and value.dtype != torch.float64
         and value.device.type in _AUTOCAST_DEVICES
-    ):
-        return value.to(torch.get_autocast_dtype(value.device.type))
-    return value
+    )
+    return value.to(torch.get_autocast_dtype(value.device.type)) if casts else value

@@ -121,6 +121,8 @@ def quotient(
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
     """Return total / divisor; 0 for a normalizer of 0, also if the total is infinite."""
-    if isinstance(normalizer, torch.Tensor) and isinstance(divisor, torch.Tensor):
-        return torch.where(divisor.isinf(), 0.0, total / divisor)
-    return total / divisor
+    return (
+        torch.where(divisor.isinf(), 0.0, total / divisor)
+        if isinstance(normalizer, torch.Tensor) and isinstance(divisor, torch.Tensor)
+        else total / divisor
+    )

@@ -115,10 +115,9 @@ def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
     the logits' device.
     """
     backend = _forced or ("triton" if logits[0].is_cuda else "reference")
-    if backend == "triton":
-        problems = triton_problems(*logits, read_rows=read_rows)
-        if problems:
-            raise RuntimeError(
-                "fastkl: the triton backend cannot take this input: " + "; ".join(problems)
-            )
+    problems = triton_problems(*logits, read_rows=read_rows) if backend == "triton" else ()
+    if problems:
+        raise RuntimeError(
+            "fastkl: the triton backend cannot take this input: " + "; ".join(problems)
+        )
     return backend

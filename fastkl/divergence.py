@@ -327,10 +327,10 @@ class Call(NamedTuple):
             share,
             **cut.as_arguments(),
         )
-        values: torch.Tensor = row_statistics(inputs)[3]
-        if factor is not None:
-            values = factor * values
-        return _reduce.reduced(values, mask, weights, reduction, normalizer)
+        values = row_statistics(inputs)[3]
+        return _reduce.reduced(
+            values if factor is None else factor * values, mask, weights, reduction, normalizer
+        )
 
 
 DIVERGENCES = get_args(DivergenceName)

@@ -208,10 +208,8 @@ def reduced(
     leading, device, dtype = hidden.shape[:-1], hidden.device, result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
-        values: torch.Tensor = linear_statistics(
-            inputs, StatisticsInputs(None, "kl", keeps_logits(inputs, recompute))
-        )[3]
-        return values
+        request = StatisticsInputs(None, "kl", keeps_logits(inputs, recompute))
+        return linear_statistics(inputs, request)[3]  # type: ignore[no-any-return]
     # A masked token's weight may have any value, NaN included.
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
     divisor = _reduce.divisor(reduction, normalizer, mask, leading, dtype)

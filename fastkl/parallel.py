@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 
 from . import _checks
 
@@ -40,7 +39,7 @@ class VocabShard:
     Raises: TypeError, ValueError.
     """
 
-    group: dist.ProcessGroup
+    group: torch.distributed.ProcessGroup
     start: int
     vocab_size: int
     _: dataclasses.KW_ONLY
@@ -49,7 +48,7 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         _checks.expect(
-            isinstance(self.group, dist.ProcessGroup),
+            isinstance(self.group, torch.distributed.ProcessGroup),
             "group",
             "a process group that this process belongs to",
             self.group,
@@ -78,7 +77,9 @@ class VocabShard:
         )
 
     @classmethod
-    def megatron(cls, group: dist.ProcessGroup, width: int, vocab_size: int) -> VocabShard:
+    def megatron(
+        cls, group: torch.distributed.ProcessGroup, width: int, vocab_size: int
+    ) -> VocabShard:
         """Return the shard of Megatron-LM's layout: rank r starts at column r·width, and padding up
         to a multiple of 128 · ranks follows the vocabulary.
         """

@@ -45,9 +45,7 @@ class _Penalty(torch.nn.Module):
             "ref_temperature": temperature if ref_temperature is None else ref_temperature,
         }.items():
             _checks.fixed_temperature(name, value, elsewhere)
-        self.direction = direction
-        self.temperature = temperature
-        self.reduction = reduction
+        self.direction, self.temperature, self.reduction = direction, temperature, reduction
         self._beta = beta
         self.last: dict[str, torch.Tensor] = {}
         self.beta  # noqa: B018  (a wrong beta raises here, not in the training loop)
@@ -89,9 +87,12 @@ class _Penalty(torch.nn.Module):
         self, divisors: Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | float:
         """Return the divisor of the sum over tokens, by default one from `_counted`."""
-        if normalizer is None and self.reduction != "sum":
-            return divisors["sequences" if self.reduction == "sequence_mean" else "tokens"]
-        return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
+        unit = "sequences" if self.reduction == "sequence_mean" else "tokens"
+        return (
+            divisors[unit]
+            if normalizer is None and self.reduction != "sum"
+            else _reduce.divisor(self.reduction, normalizer, None, (), dtype)
+        )
 
     def _remember(
         self, kl: torch.Tensor, counts: Counts, divisors: Counts, beta: float, loss: torch.Tensor
@@ -278,11 +279,8 @@ class LinearKLPenalty(_Penalty):
         )
         _head_checks.softcap(softcap)
         _head_checks.options(logits_dtype, chunk_size, recompute)
-        self.ref_temperature = ref_temperature
-        self.softcap = softcap
-        self.logits_dtype = logits_dtype
-        self.chunk_size = chunk_size
-        self.recompute = recompute
+        self.ref_temperature, self.softcap = ref_temperature, softcap
+        self.logits_dtype, self.chunk_size, self.recompute = logits_dtype, chunk_size, recompute
 
     def forward(
         self,

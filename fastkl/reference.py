@@ -149,11 +149,11 @@ def row_statistics(
     row_entropy = (
         0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     )
-    logprob = log_p.gather(-1, tokens[:, None]) if tokens is not None else None
+    logprob = None if tokens is None else log_p.gather(-1, tokens[:, None])[:, 0]
     if q_logits is None:
         saved = torch.cat([x_max, x_log_sum, *[zero] * 3, row_entropy, *[zero] * 4], -1)
-        policy = _column(logprob), _column(row_entropy) if entropy else None
-        return RowStatistics(*policy, None, None, None, lse, None, saved)
+        wanted = row_entropy[:, 0] if entropy else None
+        return RowStatistics(logprob, wanted, None, None, None, lse, None, saved)
 
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
@@ -178,24 +178,20 @@ def row_statistics(
         [x_max, x_log_sum, y_max, y_log_sum, torch.log1p(t), row_entropy, *[zero] * 4], -1
     )
     ref_logprob = (
-        y.gather(-1, tokens[:, None]).sub(y_max).mul(scale).sub(y_log_sum)
+        y.gather(-1, tokens[:, None]).sub(y_max).mul(scale).sub(y_log_sum)[:, 0]
         if tokens is not None
         else None
     )
     return RowStatistics(
-        _column(logprob),
-        _column(row_entropy) if entropy else None,
-        _column(ref_logprob),
-        _column(kl),
-        _column(ref_kl) if reverse else None,
+        logprob,
+        row_entropy[:, 0] if entropy else None,
+        ref_logprob,
+        kl[:, 0],
+        ref_kl[:, 0] if reverse else None,
         lse,
         (y_max * scale + y_log_sum)[:, 0],
         saved,
     )
-
-
-def _column(value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else value[:, 0]
 
 
 def row_gradients(

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastkl import Head
 from fastkl._checks import expect
@@ -112,7 +111,9 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
     )
     weight, bias = cut(weight, rows), cut(bias, rows)
     with torch.no_grad():
-        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
+        product = torch.nn.functional.linear(
+            hidden.to(weight), weight, None if bias is None else bias.to(weight)
+        )
     # Two evaluations of the same product differ by a few roundings. 16-bit logits are accurate to
     # 4e-3, and autocast may apply to only one of the two.
     tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2

@@ -8,7 +8,6 @@ parallel_state.get_tensor_model_parallel_group(), or pg_collection.tp of a model
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fastkl import Head, TokenStats, VocabShard, linear_kl_divergence, token_stats
 
@@ -18,7 +17,7 @@ def vocab_parallel_token_stats(
     tokens: torch.Tensor | None,
     ref_logits: torch.Tensor | None = None,
     *,
-    group: dist.ProcessGroup,
+    group: torch.distributed.ProcessGroup,
     vocab_size: int,
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
@@ -67,7 +66,7 @@ def vocab_parallel_linear_kl(
     ref_hidden: torch.Tensor,
     ref_weight: torch.Tensor | None = None,
     *,
-    group: dist.ProcessGroup,
+    group: torch.distributed.ProcessGroup,
     vocab_size: int,
     sequence_parallel: bool = False,
     **options: Any,

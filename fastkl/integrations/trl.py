@@ -20,12 +20,11 @@ from .transformers import KLCallback
 # isort: split
 # After _trl, which checks the version.
 import trl
-from trl import DistillationTrainer, GRPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import use_adapter
 
 
-class ExactGRPOTrainer(GRPOTrainer):
+class ExactGRPOTrainer(trl.GRPOTrainer):
     """trl.GRPOTrainer whose KL penalty is the exact KL(policy‖reference) of each token, from hidden
     states, together with log-probs and entropy.
 
@@ -271,7 +270,7 @@ class ExactGRPOTrainer(GRPOTrainer):
             reference.train(training)
 
 
-class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
+class ExactDistillationTrainer(_trl.ExactDivergence, trl.DistillationTrainer):
     """trl.DistillationTrainer with fastkl's divergence: exact down to the smallest values, with
     gradients computed together with the loss.
 

@@ -84,7 +84,7 @@ class ChunkedHead:
         # Whether a gradient is requested, and whether it overwrites kept logits.
         self.learns = self.overwrites = False
         # Whether a chunk's logits have a separate buffer; otherwise their gradients overwrite them.
-        self.buffered = True
+        self.buffered = self.trains
         # Separate buffers for logits, in turn; buffer for a window's gradients of logits; those
         # gradients; the window's first token.
         self.logits: Iterator[torch.Tensor] | None = None
@@ -112,7 +112,7 @@ class ChunkedHead:
         """
         same_type = self.logits_dtype == self.hidden.dtype
         self.overwrites = self.learns and self.free and same_type
-        self.buffered = (
+        self.buffered = self.trains and (
             not (self.learns and same_type and not reads_again)
             if self.kept is None
             else self.overwrites and reads_again
@@ -128,8 +128,7 @@ class ChunkedHead:
 
     def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialised [tokens, V], a view of padded rows."""
-        vocabulary = len(self.weight)
-        return padded_rows((tokens,), vocabulary, self.hidden, dtype)[:, :vocabulary]
+        return padded_rows((tokens,), len(self.weight), self.hidden, dtype)[:, : len(self.weight)]
 
     def open(self, window: slice, mask: torch.Tensor | None) -> None:
         """Begin a window: tokens whose gradients of logits are kept until one GEMM."""
@@ -182,10 +181,6 @@ class GivenLogits(ChunkedHead):
         self._rows, self._index = logits.reshape(-1, logits.shape[-1]), index
         tokens = self._rows if index is None else index
         super().__init__(weight.new_empty(len(tokens), 0), weight, None, logits.dtype)
-        self.buffered = False
-
-    def settle(self, reads_again: bool) -> None:
-        """Use no buffer."""
 
     def logits_and_gradient(self, rows: slice) -> tuple[torch.Tensor, None]:
         """Return the logits of a chunk, and None."""

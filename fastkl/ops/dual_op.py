@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from torch.autograd.profiler import record_function
 
 from .. import _checks, _modes
 
@@ -159,7 +158,7 @@ class DualOp(Generic[Outputs]):
         compute = unobserved or self._compute
         if not _modes._profiler_enabled():
             return compute(*groups)
-        with record_function(self._name):
+        with torch.autograd.profiler.record_function(self._name):
             return compute(*groups)
 
     def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:

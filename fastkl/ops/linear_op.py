@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .chunks import padded_rows
 from .dual_op import DualOp, Rules, save_tensors
@@ -40,16 +39,16 @@ class LinearInputs(NamedTuple):
     and given logits are a shard.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    mask: Tensor | None
-    temperatures: Tensor | None
-    ratios: Tensor | None
-    given_logits: Tensor | None
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    ref_hidden: torch.Tensor | None
+    ref_weight: torch.Tensor | None
+    ref_bias: torch.Tensor | None
+    mask: torch.Tensor | None
+    temperatures: torch.Tensor | None
+    ratios: torch.Tensor | None
+    given_logits: torch.Tensor | None
     temperature: float
     softcap: float
     ref_softcap: float
@@ -66,7 +65,7 @@ class LinearInputs(NamedTuple):
     width: int = 0
     ranks: int = 0
 
-    def heads(self, tokens: Tensor | None) -> ChunkedHeads:
+    def heads(self, tokens: torch.Tensor | None) -> ChunkedHeads:
         """Return the heads for token ids [...] (None without log-probs)."""
         args = row_args(
             self.hidden,
@@ -117,7 +116,7 @@ class StatisticsInputs(NamedTuple):
     separated by commas, and whether to return all logits, which saves backward a GEMM.
     """
 
-    tokens: Tensor | None
+    tokens: torch.Tensor | None
     fields: str
     keep: bool
 
@@ -128,9 +127,9 @@ class GradientInputs(NamedTuple):
     commas.
     """
 
-    tokens: Tensor | None
-    logits: Tensor | None
-    ref_logits: Tensor | None
+    tokens: torch.Tensor | None
+    logits: torch.Tensor | None
+    ref_logits: torch.Tensor | None
     wrt: str
 
 
@@ -147,7 +146,7 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     return *fields, found["saved"].view(*leading, SAVED), *kept
 
 
-def kept_logits(inputs: LinearInputs, keep: bool) -> list[Tensor | None]:
+def kept_logits(inputs: LinearInputs, keep: bool) -> list[torch.Tensor | None]:
     """Return padded_rows for all logits of each model; None without `keep`."""
     return [
         padded_rows(states.shape[:-1], len(inputs.weight), states, inputs.logits_dtype)
@@ -175,7 +174,7 @@ def _gradients(
 
 def in_their_types(
     inputs: LinearInputs,
-    gradients: dict[str, Tensor],
+    gradients: dict[str, torch.Tensor],
     wrt: tuple[str, ...],
     wide: torch.dtype | None = None,
 ) -> Outputs:
@@ -206,7 +205,7 @@ def empty_gradients(inputs: LinearInputs, wrt: str, wide: torch.dtype | None = N
     )
 
 
-def _gradient_type(name: str, value: Tensor, wide: torch.dtype | None) -> torch.dtype:
+def _gradient_type(name: str, value: torch.Tensor, wide: torch.dtype | None) -> torch.dtype:
     wider = value.dtype == wide and not name.endswith("hidden")
     return torch.float32 if wider else value.dtype
 
@@ -214,9 +213,11 @@ def _gradient_type(name: str, value: Tensor, wide: torch.dtype | None) -> torch.
 # ---- autograd
 
 
-def returned(gradients: dict[str, Tensor | None], *requests: type[tuple[Any, ...]]) -> Upstream:
-    """Return gradients in the order of an op's arguments, None for arguments without one."""
-    groups: tuple[Any, ...] = (LinearInputs, *requests)
+def returned(gradients: dict[str, torch.Tensor | None], *requests: Any) -> Upstream:
+    """Return gradients in the order of an op's arguments, the fields of LinearInputs and of the
+    NamedTuples `requests`; None for arguments without one.
+    """
+    groups = (LinearInputs, *requests)
     return tuple([gradients.get(name) for group in groups for name in group._fields])
 
 
@@ -257,7 +258,7 @@ def _save_for_backward(
     mark_constant(ctx, output, request.fields, "logprob" in moved, "ref_logprob" in moved)
 
 
-def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
+def _backward(ctx: Any, *upstream: torch.Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
     *tensors, tokens, saved, logits, ref_logits = ctx.saved_tensors
     inputs, g_fields = LinearInputs(*tensors, *ctx.settings), upstream[: len(FIELDS)]

@@ -4,7 +4,6 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .dual_op import DualOp, Rules
 from .linear_op import (
@@ -31,15 +30,15 @@ SCALED_AT_ONCE = 1 << 20
 class SumInputs(NamedTuple):
     """Further arguments of linear_weighted_kl: weights [...], and names as in GradientInputs."""
 
-    weights: Tensor
+    weights: torch.Tensor
     wrt: str
 
 
 class ScaledInputs(NamedTuple):
     """Arguments of scaled: a gradient, a scalar tensor, and the type of the result."""
 
-    gradient: Tensor
-    factor: Tensor
+    gradient: torch.Tensor
+    factor: torch.Tensor
     dtype: torch.dtype
 
 
@@ -53,7 +52,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     """
     weights, wrt, ref_hidden = request.weights.contiguous(), wanted(request.wrt), inputs.ref_hidden
     unit = weights.new_ones(())
-    gradients: dict[str, Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     if not wrt:
         kl = inputs.heads(None).forward(("kl",))["kl"]
     else:
@@ -68,7 +67,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     return total, kl, unit, *in_their_types(inputs, gradients, wrt, wide=torch.float16)
 
 
-def _scaled(inputs: ScaledInputs) -> Tensor:
+def _scaled(inputs: ScaledInputs) -> torch.Tensor:
     """Compute gradient · factor in `dtype`, rounded once: torch would round the factor to a 16-bit
     gradient's type first.
     """
@@ -86,7 +85,9 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
 PER_TOKEN = "fastkl.linear_kl_divergence or fastkl.linear_divergence with reduction='none'"
 
 
-def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
+def _inverse_loss_scale(
+    inputs: LinearInputs, weights: torch.Tensor, wrt: tuple[str, ...]
+) -> torch.Tensor:
     """Return the inverse loss scale of float16 gradients: the power of two u for which max|f|/u is
     in (4, 8], or 1 if that maximum is 0 or not finite, with f a token's factor of the gradients of
     raw logits.
@@ -96,9 +97,9 @@ def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, .
     """
     # The second model's gradients have the factor `ratio`; the first's may have it through the
     # log-ratio.
-    size: Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
+    size: torch.Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
     if {"hidden", "weight", "bias"} & set(wrt) and not inputs.given_first:
-        size = size.clamp(min=1) if isinstance(size, Tensor) else max(1.0, size)
+        size = size.clamp(min=1) if isinstance(size, torch.Tensor) else max(1.0, size)
     temperature = inputs.temperature if inputs.temperatures is None else inputs.temperatures
     factors = torch.where(weights == 0, 0.0, weights / temperature * size).abs()
     largest = factors.max() if factors.numel() else factors.sum()
@@ -133,7 +134,7 @@ def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Ou
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Upstream:
+def _backward_of_sum(ctx: Any, upstream: torch.Tensor | None, *_: torch.Tensor | None) -> Upstream:
     if upstream is None:
         return returned({}, SumInputs)
     refuse_forward_mode((upstream,))

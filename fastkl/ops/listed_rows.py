@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .chunks import WORKSPACE, WORKSPACE_ON_A_GPU, ChunkedHead
 from .fields import result_dtype
@@ -20,10 +19,10 @@ class Listed(NamedTuple):
     """An lm_head and ids [N, K] in 0 … V-1; mask [N]: the tokens that count, None for all."""
 
     head: ChunkedHead
-    ids: Tensor
-    mask: Tensor | None
+    ids: torch.Tensor
+    mask: torch.Tensor | None
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield (tokens, their hidden states [c, H], rows of the weight [c, K, H])."""
         hidden, weight = self.head.hidden, self.head.weight
         workspace = WORKSPACE.get(hidden.device.type, WORKSPACE_ON_A_GPU)
@@ -38,7 +37,7 @@ class Listed(NamedTuple):
                 states = torch.where(self.mask[tokens][:, None], states, 0)
             yield tokens, states, weight[self.ids[tokens]]
 
-    def logits(self) -> Tensor:
+    def logits(self) -> torch.Tensor:
         """Compute the logits [N, K] in the head's logits_dtype."""
         head = self.head
         found = head.hidden.new_empty(self.ids.shape, dtype=head.logits_dtype)
@@ -52,20 +51,20 @@ class Listed(NamedTuple):
             found[tokens] = product[..., 0]
         return found
 
-    def gradients(self, upstream: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def gradients(self, upstream: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Compute the gradients of Σ upstream·logits named in `names`: hidden, weight, bias.
 
         The sums over tokens are in float32 and in a fixed order: entries are sorted by id, summed
         by segments, and added to each id once.
         """
-        head, found = self.head, {}
-        wide = result_dtype(head.weight)
+        head, wide = self.head, result_dtype(self.head.weight)
+        found = {
+            name: torch.zeros_like(value, dtype=wide)
+            for name, value in (("weight", head.weight), ("bias", head.bias))
+            if value is not None and name in names
+        }
         if "hidden" in names:
             found["hidden"] = torch.empty_like(head.hidden, memory_format=torch.contiguous_format)
-        if "weight" in names:
-            found["weight"] = torch.zeros_like(head.weight, dtype=wide)
-        if head.bias is not None and "bias" in names:
-            found["bias"] = torch.zeros_like(head.bias, dtype=wide)
         for tokens, states, rows in self.chunks():
             grad = upstream[tokens].to(states.dtype)
             if "hidden" in found:

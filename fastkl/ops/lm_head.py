@@ -193,8 +193,9 @@ class ChunkedHeads:
                 # Let the only GEMM round to the gradient's dtype.
                 total.dtype = total.like.dtype
         self._compute(heads, (chunk, window), engine)
-        totals = {name: each.total for name, each in sums.items() if each.total is not None}
-        return self.of_all(hidden) | totals
+        return self.of_all(hidden) | {
+            name: each.total for name, each in sums.items() if each.total is not None
+        }
 
     def _compute(
         self, heads: Sequence[ChunkedHead], lengths: tuple[int, int], engine: OfChunk

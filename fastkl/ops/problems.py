@@ -62,8 +62,7 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     )
     if layout is not None:
         number = 1.0 if temperatures is not None else temperature
-        problem = launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
-        return [(None, problem)]
+        return [(None, launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios))]
     count = p.shape[1:-1].numel()
     parts: list[tuple[slice | None, Any]] = []
     for i in range(p.shape[0]):

@@ -9,7 +9,6 @@ import functools
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
@@ -19,7 +18,7 @@ from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result
 
 # The outputs of an op; schemas have no optional outputs, see DualOp.
 Outputs = tuple[Any, ...]
-Upstream = tuple[Tensor | None, ...]
+Upstream = tuple[torch.Tensor | None, ...]
 
 
 class RowInputs(NamedTuple):
@@ -30,11 +29,11 @@ class RowInputs(NamedTuple):
     group to ranks: the fields of parallel.Cut.
     """
 
-    p: Tensor
-    q: Tensor | None
-    tokens: Tensor | None
-    mask: Tensor | None
-    temperatures: Tensor | None
+    p: torch.Tensor
+    q: torch.Tensor | None
+    tokens: torch.Tensor | None
+    mask: torch.Tensor | None
+    temperatures: torch.Tensor | None
     temperature: float
     fields: str
     backend: str
@@ -57,28 +56,28 @@ class RowUpstream(NamedTuple):
     row_gradients; linear_gradients has `wrt`.
     """
 
-    saved: Tensor
-    g_logprob: Tensor | None = None
-    g_entropy: Tensor | None = None
-    g_ref_logprob: Tensor | None = None
-    g_kl: Tensor | None = None
-    g_ref_kl: Tensor | None = None
-    g_lse: Tensor | None = None
-    g_ref_lse: Tensor | None = None
+    saved: torch.Tensor
+    g_logprob: torch.Tensor | None = None
+    g_entropy: torch.Tensor | None = None
+    g_ref_logprob: torch.Tensor | None = None
+    g_kl: torch.Tensor | None = None
+    g_ref_kl: torch.Tensor | None = None
+    g_lse: torch.Tensor | None = None
+    g_ref_lse: torch.Tensor | None = None
     wrt_p: bool = False
     wrt_q: bool = False
 
     @property
-    def by_field(self) -> dict[str, Tensor]:
+    def by_field(self) -> dict[str, torch.Tensor]:
         """The upstream gradients by field, without None."""
         return {k: g for k, g in zip(FIELDS, self[1:8], strict=True) if g is not None}
 
 
-def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+def per_token(temperature: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
     """Return (temperatures, temperature) of RowInputs for a number or a tensor [...]."""
-    if isinstance(temperature, Tensor):
-        return temperature, 1.0
-    return None, float(temperature)
+    return (
+        (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, float(temperature))
+    )
 
 
 @functools.lru_cache
@@ -93,13 +92,13 @@ def positions(fields: str) -> tuple[int, ...]:
     return tuple([FIELDS.index(name) for name in wanted(fields)])
 
 
-def empty_outputs(p: Tensor, fields: str) -> Outputs:
+def empty_outputs(p: torch.Tensor, fields: str) -> Outputs:
     """Return an uninitialised tensor for each field and the saved values of logits or hidden states
     p; None for a field that was not requested.
     """
     dtype, device, leading = result_dtype(p), p.device, p.shape[:-1]
     saved = torch.empty((*leading, SAVED), dtype=dtype, device=device)
-    outputs: list[Tensor | None] = [None] * len(FIELDS)
+    outputs: list[torch.Tensor | None] = [None] * len(FIELDS)
     if fields:
         first, *others = positions(fields)
         outputs[first] = like = torch.empty(leading, dtype=dtype, device=device)
@@ -177,7 +176,7 @@ def _constant(outputs: int, fields: str, policy: bool, reference: bool) -> tuple
     return tuple([at for at in range(outputs) if at not in moving])
 
 
-def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
+def _backward(ctx: Any, *upstream: torch.Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
     wrt_p, wrt_q, *_ = ctx.needs_input_grad
     # Skip zero gradients: log-probs of Q do not depend on P.
@@ -212,7 +211,7 @@ def refuse_forward_mode(upstream: Upstream) -> None:
             _checks.not_forward_mode("upstream gradient", value)
 
 
-def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
+def refuse_second_derivative(ctx: Any, *upstream: torch.Tensor | None) -> NoReturn:
     """Refuse, as the autograd rule of an op that computes gradients."""
     raise RuntimeError(
         "fastkl: second derivatives are not implemented: the gradient of a KL divergence was "

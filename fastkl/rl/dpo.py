@@ -4,7 +4,6 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from .. import _reduce
 from ..estimators import finite
@@ -142,9 +141,9 @@ def dpo_loss(  # noqa: PLR0913
     if loss == "ipo":
         losses = ((margin - 0.5) / beta).square()
     elif label_smoothing == 0:
-        losses = -logsigmoid(margin)
+        losses = -torch.nn.functional.logsigmoid(margin)
     else:
-        right, wrong = logsigmoid(margin), logsigmoid(-margin)
+        right, wrong = map(torch.nn.functional.logsigmoid, (margin, -margin))
         losses = -(1 - label_smoothing) * right - label_smoothing * wrong
     losses = _reduce.reduced(losses, None, None, reduction, normalizer)
     return DPOLoss(losses, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

@@ -255,10 +255,11 @@ def grpo_loss(  # noqa: PLR0913
         else:
             assert ref_logprob is not None
             reference = torch.where(mask, finite(ref_logprob.detach()), 0.0)
-            if correct_kl and level == "token":
-                kl = sampled_kl_loss(now, reference, old_logprob=old, clamp=kl_clamp)
-            else:
-                kl = estimate_kl(now, reference, estimator="k3", clamp=kl_clamp)
+            kl = (
+                sampled_kl_loss(now, reference, old_logprob=old, clamp=kl_clamp)
+                if correct_kl and level == "token"
+                else estimate_kl(now, reference, estimator="k3", clamp=kl_clamp)
+            )
             if correct_kl and level == "sequence":
                 mean = mean_log_ratio(now, old, mask, sequences)
                 kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()

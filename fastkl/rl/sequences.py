@@ -31,15 +31,19 @@ class Sequences(NamedTuple):
 
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum the tokens of each sequence."""
-        if self.owner is None:
-            return per_token.sum(-1)
-        return per_token.new_zeros(self.number + 1).index_add(0, self.owner, per_token)[:-1]
+        return (
+            per_token.sum(-1)
+            if self.owner is None
+            else per_token.new_zeros(self.number + 1).index_add(0, self.owner, per_token)[:-1]
+        )
 
     def spread(self, per_sequence: torch.Tensor) -> torch.Tensor:
         """Give each token the value of its sequence."""
-        if self.owner is None:
-            return per_sequence[..., None]
-        return torch.nn.functional.pad(per_sequence, (0, 1))[self.owner]
+        return (
+            per_sequence[..., None]
+            if self.owner is None
+            else torch.nn.functional.pad(per_sequence, (0, 1))[self.owner]
+        )
 
     def last(self, mask: torch.Tensor) -> torch.Tensor:
         """Return a mask of each sequence's last token that counts."""

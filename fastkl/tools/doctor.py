@@ -6,7 +6,7 @@ Checks run in a separate process: a crash or hang fails one check and not the re
 import contextlib
 import faulthandler
 import importlib.metadata
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -15,7 +15,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -322,7 +321,9 @@ def run_check(device: str, key: str) -> Outcome:
         faulthandler.cancel_dump_traceback_later()
 
 
-def run_checks(device: str, keys: Sequence[str], send: Connection) -> None:
+def run_checks(
+    device: str, keys: Sequence[str], send: multiprocessing.connection.Connection
+) -> None:
     """Run checks in this process, as leader of a new process group, and send their outcomes."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # so that its compilers are killed with it

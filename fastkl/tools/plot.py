@@ -70,9 +70,11 @@ def plot_runs(sources: Sequence[Path], out: Path) -> str:
     said = [describe(run) for run in runs.values()]
     title, sentence = (*runs, *said) if len(runs) == 1 else ("", "")
     write_whole(out, picture(runs, title, sentence, form=out.suffix[1:].lower()))
-    if sentence:
-        return f"{out}: {sentence}"
-    return "\n".join([f"{out}:", *map("  {}: {}".format, runs, said)])
+    return (
+        f"{out}: {sentence}"
+        if sentence
+        else "\n".join([f"{out}:", *map("  {}: {}".format, runs, said)])
+    )
 
 
 def run_names(sources: Sequence[Path]) -> list[str]:

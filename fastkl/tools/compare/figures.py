@@ -109,13 +109,12 @@ def histogram(tokens: pd.DataFrame) -> list[dict[str, float]]:
     kl = scored_of(tokens)["kl_ab"]
     level = np.floor(2 * np.log10(kl.clip(LOWEST_BIN, 1e3)))
     counts = level.astype(int).value_counts()
-    numbers = range(int(level.min()), int(level.max()) + 1)
     return [
         {
             "from": 10 ** (at / 2) if 10 ** (at / 2) > LOWEST_BIN else 0.0,
             "tokens": int(counts.get(at, 0)),
         }
-        for at in numbers
+        for at in range(int(level.min()), int(level.max()) + 1)
     ]
 
 
@@ -161,13 +160,17 @@ def worst_units(tokens: pd.DataFrame, by: str, limit: int) -> list[dict[str, Any
     keys = ["document", "line"] if by == "line" else ["document"]
     texts = tokens.groupby(keys, sort=False)["text"].agg("".join).str.strip().str[:80]
     groups = scored_of(tokens).reset_index().groupby(keys, sort=False)
-    units = groups[[*DIVERGENCES, "same_top1"]].mean()
-    units = units.assign(
-        max_kl_ab=groups["kl_ab"].max(),
-        tokens=groups.size(),
-        index=groups["index"].first(),
-        text=texts,
-    ).sort_values("kl_ab", ascending=False, kind="stable")
+    units = (
+        groups[[*DIVERGENCES, "same_top1"]]
+        .mean()
+        .assign(
+            max_kl_ab=groups["kl_ab"].max(),
+            tokens=groups.size(),
+            index=groups["index"].first(),
+            text=texts,
+        )
+        .sort_values("kl_ab", ascending=False, kind="stable")
+    )
     return cast(
         list[dict[str, Any]],
         units[: limit if by == "line" else None].reset_index().to_dict("records"),

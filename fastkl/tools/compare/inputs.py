@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +229,9 @@ def read(
     """Return the tables of the documents with a token to score, and the files without one."""
     tables = [read_document(each, tokenizers, vocabulary) for each in documents]
     kept = [bool(table["scored"].any()) for table in tables]
-    skipped = [file for file in files if file not in {d.file for d in compress(documents, kept)}]
+    skipped = [
+        file for file in files if file not in {d.file for d in itertools.compress(documents, kept)}
+    ]
     expect(
         any(kept),
         "--text",
@@ -238,7 +239,7 @@ def read(
         f"fewer than 2 tokens in {' and in '.join(map(repr, skipped))}",
         "check the names",
     )
-    return list(compress(tables, kept)), skipped
+    return list(itertools.compress(tables, kept)), skipped
 
 
 def readable(name: str | os.PathLike[str]) -> str:

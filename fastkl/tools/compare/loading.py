@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers.utils.hub import cached_file, has_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -57,7 +56,11 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
     hidden = hidden.to(head.weight.device).float()
     step = max(1, WIDENED // hidden.shape[1])
     out = torch.cat(
-        [F.linear(hidden, rows.float()) for rows in head.weight[:vocabulary].split(step)], -1
+        [
+            torch.nn.functional.linear(hidden, rows.float())
+            for rows in head.weight[:vocabulary].split(step)
+        ],
+        -1,
     )
     if head.bias is not None:
         out += head.bias[:vocabulary]
@@ -143,8 +146,7 @@ class Model:
         if self.checkpoint.config.model_type == "paligemma":
             # Attention is bidirectional over the prompt and causal over tokens marked 1.
             more["token_type_ids"] = torch.ones_like(ids)
-        output = self.backbone(input_ids=ids, use_cache=False, **more)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state[0]  # type: ignore[no-any-return]
 
     def states(self, windows: Sequence[Window], title: str) -> Iterator[torch.Tensor]:
         """Compute each window's last hidden states that score tokens, on the CPU."""
@@ -207,9 +209,9 @@ class Checkpoint:
             self.config = transformers.AutoConfig.from_pretrained(
                 self.source, trust_remote_code=False
             )
-        rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         self.rows: int | None = max(
-            rows, default=getattr(self.config.get_text_config(), "vocab_size", None)
+            (len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)),
+            default=getattr(self.config.get_text_config(), "vocab_size", None),
         )
 
     def tokenizer(self) -> TextTokenizer:
@@ -283,8 +285,10 @@ class InMemory:
                 f"a {config.peft_type.value}, which changes the input",
                 "compare other models",
             )
-            base = readable(str(config.base_model_name_or_path))
-            self.adapter = {"kind": str(config.peft_type.value), "base": base}
+            self.adapter = {
+                "kind": str(config.peft_type.value),
+                "base": readable(str(config.base_model_name_or_path)),
+            }
         with told(self.argument, "a causal LM of transformers", type(model).__name__, "pass one"):
             self.model = model.get_base_model() if adapters else model
             self.config, self.device = self.model.config, self.model.device

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import tokenizers
 import torch
@@ -80,14 +79,20 @@ class ReferenceFile:
             self.tensors = safetensors.torch.load_file(name)
             described = json.loads(self.metadata["described"])
             self.about: dict[str, Any] = described["about"]
-            documents = [Document(*each) for each in described["documents"]]
-            self.text = Text(described["files"], documents, Scheme(*described["scheme"]))
+            self.text = Text(
+                described["files"],
+                [Document(*each) for each in described["documents"]],
+                Scheme(*described["scheme"]),
+            )
         self.rows = len(self.tensors["weight"])
 
     def tokenizer(self) -> TextTokenizer:
         """Restore the base's tokenizer."""
-        made = tokenizers.Tokenizer.from_str(self.metadata["tokenizer"])
-        return TextTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
+        return TextTokenizer(
+            transformers.PreTrainedTokenizerFast(
+                tokenizer_object=tokenizers.Tokenizer.from_str(self.metadata["tokenizer"])
+            )
+        )
 
     def load(self, dtype: str, device: str) -> "ReferenceFile":
         """Move the head to the device."""

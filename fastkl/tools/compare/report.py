@@ -140,8 +140,11 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         [NAMES[name], *(f"{summary[name][key]:.4g}" for key in keys), within(summary, name)]
         for name in NAMES
     ]
-    head = ["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % of the mean"]
-    yield "", "<>>>>>>>", [head, *nats]
+    yield (
+        "",
+        "<>>>>>>>",
+        [["nats", "mean", "p50", "p95", "p99", "p99.9", "max", "95 % of the mean"], *nats],
+    )
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs: dict[str, Sequence[float]] = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
@@ -162,8 +165,11 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
         for each in report["buckets"]
         for number in [CONFIDENCE.index(each["from"]) + 1]
     ]
-    head = ["A's probability", "tokens", "mean KL", "same top-1", "acceptance rate"]
-    yield "tokens by the probability of A's most likely one", "<>>>>", [head, *rows]
+    yield (
+        "tokens by the probability of A's most likely one",
+        "<>>>>",
+        [["A's probability", "tokens", "mean KL", "same top-1", "acceptance rate"], *rows],
+    )
     rows = [
         [
             *(f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")),
@@ -204,9 +210,11 @@ def notes(report: dict[str, Any]) -> Iterator[str]:
 def intervals_line(summary: dict[str, Any]) -> str:
     """State how the intervals were computed."""
     over = "{units:,} {unit}s".format(**summary["bootstrap"])
-    if summary["intervals"]:
-        return f"95 % intervals of means: a bootstrap over {over}."
-    return f"No intervals of means: they need 10 documents or windows, and these are {over}."
+    return (
+        f"95 % intervals of means: a bootstrap over {over}."
+        if summary["intervals"]
+        else f"No intervals of means: they need 10 documents or windows, and these are {over}."
+    )
 
 
 def text_report(report: dict[str, Any], width: int) -> str:

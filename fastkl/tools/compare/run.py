@@ -1,7 +1,6 @@
 """Run a comparison from arguments to report: models, text, processes, files."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import string
@@ -136,10 +135,11 @@ def read_text(settings: Namespace, base: Any, others: Sequence[Any]) -> Read:
         str(text.scheme.window),
         f"--window {limit} or less; a file as MODEL_A keeps its window",
     )
-    if coded:
-        tables, skipped = base.tables(tokenizer), list[str]()
-    else:
-        tables, skipped = inputs.read(text.files, text.documents, tokenizers, vocabulary)
+    tables, skipped = (
+        (base.tables(tokenizer), list[str]())
+        if coded
+        else inputs.read(text.files, text.documents, tokenizers, vocabulary)
+    )
     windows = windows_of(tables, text.scheme, tokenizer.prefix)
     return Read(tables, windows, vocabulary, tokenizer, text, skipped)
 
@@ -209,7 +209,7 @@ def join(
     }
     comparisons = []
     for at, (other, model) in enumerate(zip(others, about[1:], strict=True)):
-        parts = itertools.chain(*(values[at] for _, values in shared))
+        parts = [part for _, values in shared for part in values[at]]
         tokens = table.join(pd.concat(parts))
         result = {
             "letter": other.letter,
@@ -253,10 +253,11 @@ def run_compare(settings: Namespace) -> int:
             floor=floor and floor.report["summary"], seconds=time.perf_counter() - start
         )
     width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns))
-    if len(found) == 1:
-        whole, text = found[0].report, partial(report.text_report, width=width)
-    else:
-        whole, text = candidates.overview(base, found, floor), partial(candidates.text, width=width)
+    whole, text = (
+        (found[0].report, report.text_report)
+        if len(found) == 1
+        else (candidates.overview(base, found, floor), candidates.text)
+    )
     outputs: dict[Path | None, Callable[[], Any]] = {
         settings.json: lambda: [json_text(whole)],
         settings.html: lambda: page.page(
@@ -279,7 +280,7 @@ def run_compare(settings: Namespace) -> int:
                 file=out,
             )
     elif found:
-        print(text(whole), file=out)
+        print(text(whole, width), file=out)
     named = [path for path in (*paths, settings.save_reference) if path and path != STDOUT]
     if named:
         print(f"\nwrote {' and '.join(map(readable, named))}", file=out)

@@ -1,6 +1,5 @@
 """The corpus: the source code of Python's standard library, and a byte-pair encoding of it."""
 
-import itertools
 import random
 import re
 import sysconfig
@@ -63,7 +62,8 @@ def build_corpus(settings: Settings) -> Corpus:
     streams = [code.ids for code in tokenizer.encode_batch([text + END_OF_FILE for text in texts])]
     split = len(streams) - max(1, round(HELD_OUT * len(streams)))
     train, held_out = (
-        torch.tensor([*itertools.chain(*part)]) for part in (streams[:split], streams[split:])
+        torch.tensor([token for ids in part for token in ids])
+        for part in (streams[:split], streams[split:])
     )
     words = [tokenizer.decode([token], skip_special_tokens=False) for token in range(vocabulary)]
     # A naive proxy for object-oriented code: the frequency of `self` in a sample.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
@@ -100,7 +99,9 @@ class Block(nn.Module):
                 k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
             cache[layer] = k, v
         # With a cache, every call after the first has one token, which attends to all positions.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=stream.shape[1] > 1)
+        attended = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=stream.shape[1] > 1
+        )
         mixed = attn["out_proj"](attended.transpose(1, 2).flatten(2))
         return cast(torch.Tensor, stream + mixed + self.mlp(normal))
 

@@ -7,7 +7,6 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import fastkl
 from fastkl.rl import FixedBeta, KLMonitor, PIDBeta, SpikeDetector, ppo_loss
@@ -18,7 +17,7 @@ from .corpus import Corpus, windows
 from .model import LanguageModel, sample
 
 
-def advantages_of(rewards: Tensor, discount: float) -> Tensor:
+def advantages_of(rewards: torch.Tensor, discount: float) -> torch.Tensor:
     """Return the discounted reward from each token on minus its mean over the batch, [B, T]."""
     returns = rewards.clone()
     for t in range(rewards.shape[1] - 2, -1, -1):
