@@ -22,13 +22,13 @@ MASSES = 3
 
 class Teacher(NamedTuple):
     """A teacher's log-probs [..., K] for ids in any order, and the divergence to compute on the
-    kernels; None for no divergence. share: beta. clip: 0 for none.
+    kernels; None for no divergence. clip: 0 for none.
     """
 
     logprobs: Tensor | None = None
     direction: str = ""
     tail: str = ""
-    share: float = 0.5
+    beta: float = 0.5
     clip: float = 0.0
 
     def at(self, rows: Callable[[Tensor], Tensor]) -> "Teacher":
