@@ -77,10 +77,9 @@ def log(x, LG2: tl.constexpr):
     """Return log x; for float32 near 1 with an absolute error of 2^-22."""
     if LG2 and x.dtype == tl.float32:
         # tl.log takes twenty instructions.
-        log2 = tl.inline_asm_elementwise(
+        return LN2 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-        return log2 * LN2
     else:
         return tl.log(x)
 

@@ -18,7 +18,7 @@ from .divergence_math import (
     empty_sums,
     renyi_exponent,
 )
-from .row_finish import not_above_zero, store_fields, store_lse, token_logits
+from .row_finish import not_above_zero, store_fields, store_tuple, token_logits
 from .row_load import load_logit
 from .row_math import OF_KL, RENYI, soft_cap_slope
 
@@ -77,28 +77,25 @@ def peak_ratios(stats, scale, q_scale):
 @triton.jit
 def fallback_statistics(
     row,
-    scale,
-    q_scale,
     BLOCK: tl.constexpr,
     WITH_KL: tl.constexpr,
     reading: tl.constexpr,
     PART: tl.constexpr = False,
 ):
-    """Compute the Fallback of a row, for float64 scales 1/T and ratio/T.
+    """Compute the Fallback of a WideRow.
 
     An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A
     NaN makes all results NaN, and so do logits that are all -inf, except in a PART of a row: there
     they have a peak of -inf and, for merge_parts, a log_sum of 0.
     """
-    V = row.V
-    SOFTCAP: tl.constexpr = reading.softcap
-    REF_SOFTCAP: tl.constexpr = reading.ref_softcap
     x_largest = tl.full([BLOCK], float("-inf"), tl.float64)
     y_largest = x_largest
-    for start in range(0, V, BLOCK):
-        x_largest = tl.maximum(x_largest, load_entries(row.p, start, V, BLOCK, SOFTCAP))
+    for start in range(0, row.V, BLOCK):
+        x_largest = tl.maximum(x_largest, load_entries(row.p, start, row.V, BLOCK, reading.softcap))
         if WITH_KL:
-            y_largest = tl.maximum(y_largest, load_entries(row.q, start, V, BLOCK, REF_SOFTCAP))
+            y_largest = tl.maximum(
+                y_largest, load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap)
+            )
     x_peak = tl.max(x_largest, 0)
     y_peak = tl.max(y_largest, 0)
     x_empty = (x_peak == float("-inf")) & PART
@@ -109,35 +106,38 @@ def fallback_statistics(
     y_weights = x_weights
     y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
     x_at_y_peak = y_at_x_peak
-    for start in range(0, V, BLOCK):
-        x = load_entries(row.p, start, V, BLOCK, SOFTCAP)
-        x_weights += tl.exp((x - x_peak) * scale)
+    for start in range(0, row.V, BLOCK):
+        x = load_entries(row.p, start, row.V, BLOCK, reading.softcap)
+        x_weights += tl.exp((x - x_peak) * row.scale)
         if WITH_KL:
-            y = load_entries(row.q, start, V, BLOCK, REF_SOFTCAP)
-            y_weights += tl.exp((y - y_peak) * q_scale)
+            y = load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap)
+            y_weights += tl.exp((y - y_peak) * row.q_scale)
             y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
             x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
     # Add instead of select, to keep a NaN among logits of -inf.
     log_sum = tl.log(tl.sum(x_weights, 0) + tl.where(x_empty, 1.0, 0.0))
-    log_sum_ratio = log_sum * 0.0
-    if WITH_KL:
-        log_sum_ratio = tl.log(tl.sum(y_weights, 0) + tl.where(y_empty, 1.0, 0.0)) - log_sum
+    log_sum_ratio = (
+        tl.log(tl.sum(y_weights, 0) + tl.where(y_empty, 1.0, 0.0)) - log_sum
+        if WITH_KL
+        else log_sum * 0.0
+    )
     # log_sum is a placeholder for the means and the entropy; peak_ratios does not read them.
     stats = Fallback(
         x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum,
         tl.max(x_at_y_peak, 0), log_sum, log_sum,
     )  # fmt: skip
-    d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
+    d_at_x_peak, d_at_y_peak = peak_ratios(stats, row.scale, row.q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
-    sum_p = plogp
-    sum_q = plogp
-    for start in range(0, V, BLOCK):
-        log_p = log_probability_p(load_entries(row.p, start, V, BLOCK, SOFTCAP), stats, scale)
+    sum_p, sum_q = plogp, plogp
+    for start in range(0, row.V, BLOCK):
+        log_p = log_probability_p(
+            load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, row.scale
+        )
         p = tl.exp(log_p)
         plogp += tl.where(p == 0.0, 0.0, p * log_p)
         if WITH_KL:
             log_q = log_probability_q(
-                load_entries(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
+                load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, row.q_scale
             )
             q = tl.exp(log_q)
             d = log_q - log_p
@@ -181,20 +181,21 @@ def save_stats(saved_ptr, stats, log_sum_ratio):
     )
     # The largest term is 1, so log_sum is never negative and its sign bit is free.
     marked = stats.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    values = (
-        stats.x_peak,
-        marked.to(tl.float32, bitcast=True),
-        stats.y_peak,
-        high,
-        low,
-        stats.y_at_x_peak,
-        stats.mean_p_from_peak * MEAN_FACTOR,
-        stats.x_at_y_peak,
-        stats.mean_q_from_peak * MEAN_FACTOR,
-        stats.entropy,
+    store_tuple(
+        saved_ptr,
+        (
+            stats.x_peak,
+            marked.to(tl.float32, bitcast=True),
+            stats.y_peak,
+            high,
+            low,
+            stats.y_at_x_peak,
+            stats.mean_p_from_peak * MEAN_FACTOR,
+            stats.x_at_y_peak,
+            stats.mean_q_from_peak * MEAN_FACTOR,
+            stats.entropy,
+        ),
     )
-    for i in tl.static_range(10):
-        tl.store(saved_ptr + i, values[i].to(tl.float32))
 
 
 @triton.jit
@@ -224,16 +225,14 @@ def divergence_sums(
     row, stats, formula, BLOCK: tl.constexpr, kind: tl.constexpr, reading: tl.constexpr
 ):
     """Return the Sums of a row for a divergence other than the KL."""
-    scale = row.scale.to(tl.float64)
-    q_scale = scale * row.ratio.to(tl.float64)
     formula = double_formula(formula)
     value, u, v, sum_p, sum_q = empty_sums(tl.zeros([BLOCK], tl.float64), kind)
     for start in range(0, row.V, BLOCK):
         log_p = log_probability_p(
-            load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, scale
+            load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, row.scale
         )
         log_q = log_probability_q(
-            load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, q_scale
+            load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, row.q_scale
         )
         if kind.name == RENYI:
             exponent = renyi_exponent(log_p, log_q, formula)
@@ -285,8 +284,8 @@ def load_hi_lo(ptr):
 
 
 @triton.jit
-def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
-    """Return T times the gradients, from the saved values of store_divergence."""
+def fallback_gradients(log_p, log_q, weight, saved_ptr, formula, kind: tl.constexpr):
+    """Return weight·T times the gradients, from the saved values of store_divergence."""
     formula = double_formula(formula)
     mean_u = load_hi_lo(saved_ptr + MEAN_U)
     mean_v = load_hi_lo(saved_ptr + MEAN_V)
@@ -294,36 +293,34 @@ def fallback_gradients(log_p, log_q, saved_ptr, formula, kind: tl.constexpr):
     q = tl.exp(log_q)
     if kind.name == RENYI:
         r = tl.exp(renyi_exponent(log_p, log_q, formula) - mean_u)
-        return (r - p) * (-formula.share / formula.rest), q - r
+        return (r - p) * (-formula.share / formula.rest) * weight, (q - r) * weight
     else:
         terms = double_terms(log_p, log_q, formula, kind)
-        return terms.to_p - p * mean_u, terms.to_q - q * mean_v
+        return (terms.to_p - p * mean_u) * weight, (terms.to_q - q * mean_v) * weight
 
 
 @triton.jit
 def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: tl.constexpr):
-    """Write a row's saved values and fields from its Fallback; for a divergence other than the KL
-    also from its Sums.
+    """Write a WideRow's saved values and fields from its Fallback; for a divergence other than the
+    KL also from its Sums.
     """
-    scale = row.scale.to(tl.float64)
-    q_scale = scale * row.ratio.to(tl.float64)
     log_sum_ratio = stats.log_sum_ratio
     if want.kind.name == RENYI:
         # log Z is that of normalised p and q.
         log_sum_ratio += tl.log(sums.q) - tl.log(sums.p)
     save_stats(out.saved, stats, log_sum_ratio)
-    kl, ref_kl = fallback_kl(stats, scale, q_scale)
+    kl, ref_kl = fallback_kl(stats, row.scale, row.q_scale)
     if want.kind.name > OF_KL:
         kl = store_divergence(out.saved, sums, formula, want.kind)
-    store_fields(out, stats.entropy, kl, ref_kl, want)
-    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
-    store_lse(out, stats.x_peak * scale + stats.log_sum, ref_lse, want)
+    lse = stats.x_peak * row.scale + stats.log_sum
+    ref_lse = stats.y_peak * row.q_scale + (stats.log_sum + stats.log_sum_ratio)
+    store_fields(out, stats.entropy, kl, ref_kl, lse, ref_lse, want)
     if reading.tokens:
         x, y = token_logits(row, want, reading)
-        log_p = log_probability_p(x.to(tl.float64), stats, scale)
+        log_p = log_probability_p(x.to(tl.float64), stats, row.scale)
         tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
         if want.kl:
-            log_q = log_probability_q(y.to(tl.float64), stats, q_scale)
+            log_q = log_probability_q(y.to(tl.float64), stats, row.q_scale)
             tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
 
 
@@ -336,36 +333,31 @@ def write_fallback(
     row, grads, saved_ptr, g, formula, BLOCK: tl.constexpr, asked: tl.constexpr,
     reading: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's gradients, computed in float64, for upstream gradients g."""
-    scale = row.scale.to(tl.float64)
-    q_scale = scale * row.ratio.to(tl.float64)
+    """Write a WideRow's gradients, computed in float64, for upstream gradients g."""
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob or asked.ref_lse
-    if asked.ref_kl and asked.wrt_q:
-        # Other rows take this path if float32 has too few digits for E_q[d].
-        if is_fallback(saved_ptr):
-            stats = load_stats(saved_ptr)
-        else:
-            stats = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
-    else:
-        stats = load_stats(saved_ptr)
-    d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
+    stats = load_stats(saved_ptr)
+    # Other rows take this path if float32 has too few digits for E_q[d].
+    if asked.ref_kl and asked.wrt_q and is_fallback(saved_ptr) == 0:
+        stats = fallback_statistics(row, BLOCK, True, reading)
+    d_at_x_peak, d_at_y_peak = peak_ratios(stats, row.scale, row.q_scale)
+    token = tl.load(row.token_ptr) if reading.tokens else 0
     for first in range(grads.start, grads.end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
         inside = offs_v < grads.end
         x = load_entries(row.p, first, grads.end, BLOCK, reading.softcap)
-        log_p = log_probability_p(x, stats, scale)
+        log_p = log_probability_p(x, stats, row.scale)
         p = tl.exp(log_p)
         grad_x = p * (g.lse - g.logprob - g.entropy * (log_p + stats.entropy))
         if HAS_Q:
             y = load_entries(row.q, first, grads.end, BLOCK, reading.ref_softcap)
-            log_q = log_probability_q(y, stats, q_scale)
+            log_q = log_probability_q(y, stats, row.q_scale)
             q = tl.exp(log_q)
             d = log_q - log_p
             grad_y = q * (g.ref_lse - g.ref_logprob)
             if asked.kind.name > OF_KL:
-                grad_x, grad_y = fallback_gradients(log_p, log_q, saved_ptr, formula, asked.kind)
-                grad_x *= g.kl
-                grad_y *= g.kl
+                grad_x, grad_y = fallback_gradients(
+                    log_p, log_q, g.kl, saved_ptr, formula, asked.kind
+                )
             elif asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
                 grad_x -= tl.where(
@@ -387,11 +379,11 @@ def write_fallback(
             # An entry with p = 0 has only the gradient of the reverse KL; its log may be infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
             if reading.tokens:
-                grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)
-            slope = soft_cap_slope(x, reading.softcap)
-            tl.store(grads.p + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
+                grad_x += tl.where(offs_v == token, g.logprob, 0.0)
+            grad_x = grad_x * row.scale * soft_cap_slope(x, reading.softcap)
+            tl.store(grads.p + offs_v, grad_x.to(tl.float32), mask=inside)
         if asked.wrt_q:
             if reading.tokens:
-                grad_y += tl.where(offs_v == row.token, g.ref_logprob, 0.0)
-            slope = soft_cap_slope(y, reading.ref_softcap)
-            tl.store(grads.q + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
+                grad_y += tl.where(offs_v == token, g.ref_logprob, 0.0)
+            grad_y = grad_y * row.q_scale * soft_cap_slope(y, reading.ref_softcap)
+            tl.store(grads.q + offs_v, grad_y.to(tl.float32), mask=inside)

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .divergence_math import Sums, add_sums, empty_sums
 from .fallback import Fallback, fallback_statistics, peak_ratios
-from .row_finish import Row, load_states, row_statistics
-from .row_load import Reading, row_offset, row_ratio, row_scale
+from .row_finish import load_states, row_statistics, store_tuple
+from .row_load import D_FACTOR, Reading, RowArguments, compensates, row_at, wide_row
 from .row_math import LOG2E, STATE, Kind, Want
 
 
@@ -101,45 +101,41 @@ def segment_log_sums(  # noqa: PLR0913
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     first = tl.program_id(0) % splits * segment
-    if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            return
-    COMPENSATED: tl.constexpr = (
-        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    )
-    want: tl.constexpr = Want(False, True, False, Kind(0, False, False), COMPENSATED, False)
+    if HAS_MASK and tl.load(mask_ptr + row) == 0:
+        return
+    want: tl.constexpr = Want(
+        False, True, False, Kind(0, False, False),
+        compensates(p_ptr.dtype.element_ty, q_ptr.dtype.element_ty, HAS_RATIO), False,
+    )  # fmt: skip
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
-    wide_scale = scale.to(tl.float64)
-    q_scale = wide_scale * ratio.to(tl.float64)
+    whole = row_at(
+        RowArguments(
+            p_ptr, q_ptr, mask_ptr, temperature_ptr, ratio_ptr, temperature, n_inner,
+            stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V,  # no token is read
+        ),
+        row, TEMPERATURE_PER_ROW, HAS_RATIO,
+    )  # fmt: skip
+    part = wide_row(whole, first, tl.minimum(segment, V - first))
     one = tl.arange(0, 1)
     states = load_states(state_ptr + (tl.program_id(0).to(tl.int64) + one) * STATE, one == 0, want)
     # Of the KL: gamma is not read.
+    scale = whole.doubled_scale * (1.0 / D_FACTOR)
     statistics = row_statistics(states, scale, scale, want)
     unshifted = statistics.unshifted
     # These are base-2 and refer to a rounded scale: divide by that scale.
-    factor = wide_scale / (scale * LOG2E).to(tl.float64)
+    factor = part.scale / (scale * LOG2E).to(tl.float64)
     lse = (unshifted.origin.to(tl.float64) + unshifted.log2_S.to(tl.float64)) * factor
     ref_lse = (unshifted.log2_Z_q.to(tl.float64) + unshifted.log2_Z_q_lo.to(tl.float64)) * factor
-    ref_lse += statistics.shift.to(tl.float64) * wide_scale
-    x_peak, log_sum = split_log_sum(lse, wide_scale)
-    y_peak, ref_log_sum = split_log_sum(ref_lse, q_scale)
+    ref_lse += statistics.shift.to(tl.float64) * part.scale
+    x_peak, log_sum = split_log_sum(lse, part.scale)
+    y_peak, ref_log_sum = split_log_sum(ref_lse, part.q_scale)
     if statistics.valid == 0:
-        part = Row(
-            p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner) + first,
-            q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner) + first,
-            tl.minimum(segment, V - first),
-            row,
-            scale,
-            ratio,
-        )
-        stats = fallback_statistics(part, wide_scale, q_scale, BLOCK, True, reading, True)
+        stats = fallback_statistics(part, BLOCK, True, reading, True)
         x_peak, log_sum, y_peak = stats.x_peak, stats.log_sum, stats.y_peak
         ref_log_sum = log_sum + stats.log_sum_ratio
-    values = (x_peak, log_sum, y_peak, ref_log_sum)
-    for i in tl.static_range(4):
-        tl.store(log_sums_ptr + tl.program_id(0).to(tl.int64) * 4 + i, values[i])
+    store_tuple(
+        log_sums_ptr + tl.program_id(0).to(tl.int64) * 4, (x_peak, log_sum, y_peak, ref_log_sum)
+    )
 
 
 @triton.jit

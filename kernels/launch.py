@@ -81,7 +81,7 @@ def forward_plan(
     splits = max(1, -(-(shard.width or vocabulary) // segment))
     # Above 1, programs store their states, as those of a split vocabulary always do.
     states = triton.next_power_of_2(splits * shard.ranks if shard.merges else splits)
-    states = max(2, states) if shard.ranks else states
+    states = max(2 if shard.ranks else 1, states)
     case, kind = layout.case, dict(divergence)["KIND"]
     wanted = dict(
         HAS_TOKENS=case.types[2] is not None,
@@ -232,9 +232,9 @@ def fallback(
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
-    split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks)
     with current(saved):
-        _start_fallback(plan, problem, given, fields, divergence.share, split)
+        split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks)
+        _start_fallback(plan, problem, given, fields, divergence.share, **split)
 
 
 def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch.Tensor:
@@ -268,11 +268,9 @@ def _start_fallback(
     given: tuple[torch.Tensor, ...],
     fields: dict[str, torch.Tensor],
     share: float,
-    split: dict[str, Any] | None = None,
+    **split: Any,
 ) -> None:
-    """Start row_fallback without gradients; given: the problem's tensors; split: its arguments for
-    a split vocabulary.
-    """
+    """Start row_fallback without gradients; given: tensors(problem); split: arguments of shards."""
     p, q, tokens, _, temperatures, ratios = given
     saved = fields["saved_ptr"]
     plan.fallback.start(
@@ -299,7 +297,7 @@ def _start_fallback(
             splits=plan.splits,
             segment=plan.segment,
         )
-        | (split or {}),
+        | split,
     )
 
 
@@ -359,10 +357,11 @@ def backward(
     p, q, tokens, mask, temperatures, ratios = tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
     values = list(upstream.values())
-    if len(values) == 1:
-        stacked = values[0].float().contiguous()
-    else:
-        stacked = torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
+    stacked = (
+        values[0].float().contiguous()
+        if len(values) == 1
+        else torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
+    )
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)

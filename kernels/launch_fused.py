@@ -63,32 +63,38 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
             for phase in ((1, 2) if case.arch == "interpreter" else (0,))
         ]
     )
-    fallback = fallback_variant(
-        case,
-        (grad_type,),
-        HAS_TOKENS=False,
-        WITH_ENTROPY=False,
-        WITH_KL=True,
-        WITH_REF_KL=False,
-        WITH_LSE=False,
-        KIND=0,
-        PART=False,
-        MERGE=False,
-        SPLITS=0,
+    return FusedPlan(
+        segment,
+        -(-segment // (8 * pieces)) * 8,
+        pieces,
+        splits,
+        phases,
+        fallback_variant(
+            case,
+            (grad_type,),
+            HAS_TOKENS=False,
+            WITH_ENTROPY=False,
+            WITH_KL=True,
+            WITH_REF_KL=False,
+            WITH_LSE=False,
+            KIND=0,
+            PART=False,
+            MERGE=False,
+            SPLITS=0,
+        ),
     )
-    return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, phases, fallback)
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
     """Return whether `fused` supports the problem: every row of logits and gradient starts on a
     16-byte boundary. config.fuses decides whether to use it.
     """
-    layout, stride = problem.layout, grad_p.stride(0)
+    place = grad_p.dtype, grad_p.data_ptr() % ADDRESSES
     return (
         problem.q is not None
-        and not layout.case.realign
-        and layout.case.q_in_blocks
-        and grads_in_blocks(layout, stride, (grad_p.dtype, grad_p.data_ptr() % ADDRESSES))
+        and not problem.layout.case.realign
+        and problem.layout.case.q_in_blocks
+        and grads_in_blocks(problem.layout, grad_p.stride(0), place)
     )
 
 

@@ -108,11 +108,6 @@ class Case(NamedTuple):
             HAS_RATIO=self.has_ratio,
         )
 
-    @property
-    def needs_registers(self) -> bool:
-        """Return whether soft caps, ratios or misaligned rows need registers for temporaries."""
-        return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
@@ -154,17 +149,24 @@ def layout(
         )
     )
     in_blocks = types[1] is None or (p.lanes == q.lanes and p.same_blocks(q, inner, outer))
-    places = dict(
-        n_inner=inner,
-        stride_p_outer=p.stride_outer,
-        stride_p_inner=p.stride_inner,
-        stride_q_outer=q.stride_outer,
-        stride_q_inner=q.stride_inner,
-    )
     realign = not p.same_blocks(Rows(p.itemsize, 0, 0, 0), inner, outer)
     arch, warp = arch_and_warp
     case = Case(device, arch, warp, types, has_mask, realign, in_blocks, *scaling)
-    return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
+    return Layout(
+        p,
+        outer,
+        inner,
+        vocabulary,
+        dict(
+            n_inner=inner,
+            stride_p_outer=p.stride_outer,
+            stride_p_inner=p.stride_inner,
+            stride_q_outer=q.stride_outer,
+            stride_q_inner=q.stride_inner,
+        ),
+        case,
+        outer * inner,
+    )
 
 
 def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:

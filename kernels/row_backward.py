@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .divergence_math import Formula
 from .fallback import GradientRow, is_fallback, write_fallback
-from .row_finish import SAVED, Row
+from .row_finish import SAVED
 from .row_gradient import (
     Asked,
     Place,
@@ -19,7 +19,17 @@ from .row_gradient import (
     load_saved,
     write_tile,
 )
-from .row_load import Reading, Tiling, load_logit, row_offset, row_pad, row_ratio, row_scale
+from .row_load import (
+    D_FACTOR,
+    Reading,
+    Tiling,
+    block_of,
+    compensates,
+    load_logit,
+    row_at,
+    row_pad,
+    wide_row,
+)
 from .row_math import LARGEST_MEAN_GAP, OF_KL, Kind, scale_reference, soft_cap_slope
 
 
@@ -33,7 +43,7 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
     )
 
 
-# The arguments of both kernels.
+# The arguments of both kernels, among them the fields of row_load.RowArguments.
 Arguments = namedtuple(
     "Arguments",
     "p q grad_p grad_q tokens saved upstream mask temperatures ratios temperature n_rows n_inner "
@@ -72,9 +82,7 @@ def write_chunk(  # noqa: PLR0915
         kind,
         cut.wrt_p,
         cut.wrt_q,
-        args.p.dtype.element_ty == tl.float32
-        or args.q.dtype.element_ty == tl.float32
-        or reading.ratio,
+        compensates(args.p.dtype.element_ty, args.q.dtype.element_ty, reading.ratio),
     )
     g = Upstream(
         upstream_of(args.upstream, row, args.n_rows, fields.logprob),
@@ -94,43 +102,33 @@ def write_chunk(  # noqa: PLR0915
     )
     if cut.has_mask:
         activity = tl.where(tl.load(args.mask + row) != 0, activity, 0.0)
-    scale = row_scale(args.temperatures, args.temperature, row, row >= 0, cut.per_row)
-    ratio = row_ratio(args.ratios, row, row >= 0, reading.ratio)
+    whole = row_at(args, row, cut.per_row, reading.ratio)
+    scale = whole.doubled_scale * (1.0 / D_FACTOR)
     saved_ptr = args.saved + row * SAVED
-    p_row = args.p + row_offset(row, args.n_inner, args.stride_p_outer, args.stride_p_inner)
-    q_row = args.q + row_offset(row, args.n_inner, args.stride_q_outer, args.stride_q_inner)
     grad_p_row = args.grad_p + row * args.stride_grad
     grad_q_row = args.grad_q + row * args.stride_grad
-    pad = row_pad(p_row, True)
+    pad = row_pad(whole.p, True)
     # Read no entry of an inactive row.
     read_end = tl.where(activity != 0.0, args.V + pad, 0)
-    # Give hints where the pointers are computed: a hint on a function argument is lost in inlining.
-    p_block = tl.multiple_of(p_row - pad, 16)
-    q_block = tl.multiple_of(q_row - pad, 16) if tiling.q_in_blocks else q_row - pad
-    grad_p_block = grad_p_row - pad
-    grad_q_block = grad_q_row - pad
-    if cut.grad_in_blocks:
-        grad_p_block = tl.multiple_of(
-            grad_p_block, tiling.lanes * args.grad_p.dtype.element_ty.primitive_bitwidth // 8
-        )
-        grad_q_block = tl.multiple_of(
-            grad_q_block, tiling.lanes * args.grad_q.dtype.element_ty.primitive_bitwidth // 8
-        )
-
-    token = tl.load(args.tokens + row) if reading.tokens else row * 0
-    needs_fallback = is_fallback(saved_ptr)
-    if asked.ref_kl and asked.wrt_q:  # saved value 8 is mean_q
-        needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
-    if needs_fallback & (activity != 0.0):
-        whole = Row(p_row, q_row, args.V, token, scale, ratio)
+    p_block = block_of(whole.p, pad, tiling.lanes, True)
+    q_block = block_of(whole.q, pad, tiling.lanes, tiling.q_in_blocks)
+    grad_p_block = block_of(grad_p_row, pad, tiling.lanes, cut.grad_in_blocks)
+    grad_q_block = block_of(grad_q_row, pad, tiling.lanes, cut.grad_in_blocks)
+    token = tl.load(whole.token_ptr) if reading.tokens else row
+    # Saved value 8 is mean_q.
+    far = asked.ref_kl and asked.wrt_q and tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP
+    if (is_fallback(saved_ptr) | far) & (activity != 0.0):
         start, end = tl.maximum(first - pad, 0), tl.minimum(first + cut.chunk - pad, args.V)
-        grads = GradientRow(grad_p_row, grad_q_row, start, end)
-        write_fallback(whole, grads, saved_ptr, g, formula, tiling.threads * 2, asked, reading)
+        write_fallback(
+            wide_row(whole, 0, args.V), GradientRow(grad_p_row, grad_q_row, start, end), saved_ptr,
+            g, formula, tiling.threads * 2, asked, reading,
+        )  # fmt: skip
         return
     terms = gradient_terms(load_saved(saved_ptr), formula)
     place = Place(
-        p_block, q_block, grad_p_block, grad_q_block, pad, args.V + pad, read_end, scale, ratio
-    )
+        p_block, q_block, grad_p_block, grad_q_block, pad, args.V + pad, read_end, scale,
+        whole.ratio,
+    )  # fmt: skip
     if reading.tokens:
         # The sampled token's gradient has a one-hot term: read its logits before any store, and
         # write its gradient last.
@@ -139,9 +137,9 @@ def write_chunk(  # noqa: PLR0915
             & (token + pad >= first)
             & (token + pad < tl.minimum(first + cut.chunk, read_end))
         )
-        token_x = load_logit(p_row, token, token_here, 0.0, reading.softcap)
-        capped_token_y = load_logit(q_row, token, token_here, 0.0, reading.ref_softcap)
-        token_y, token_y_lo = scale_reference(capped_token_y, ratio, reading.ratio)
+        token_x = load_logit(whole.p, token, token_here, 0.0, reading.softcap)
+        capped_token_y = load_logit(whole.q, token, token_here, 0.0, reading.ref_softcap)
+        token_y, token_y_lo = scale_reference(capped_token_y, whole.ratio, reading.ratio)
         # The gradients may overwrite the logits: every warp must read the token's logits before any
         # store.
         tl.debug_barrier()
@@ -177,7 +175,7 @@ def write_chunk(  # noqa: PLR0915
             tl.store(
                 grad_q_row + token,
                 (grad_y + scale * g.ref_logprob)
-                * (soft_cap_slope(capped_token_y, reading.ref_softcap) * ratio),
+                * (soft_cap_slope(capped_token_y, reading.ref_softcap) * whole.ratio),
                 mask=token_here,
             )
 
@@ -272,13 +270,18 @@ def row_backward(  # noqa: PLR0913
         temperature_ptr, ratio_ptr, temperature, n_rows, n_inner, stride_p_outer, stride_p_inner,
         stride_q_outer, stride_q_inner, stride_grad, V, chunks,
     )  # fmt: skip
-    cut: tl.constexpr = Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS)
-    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
-    fields: tl.constexpr = Upstream(LOGPROB, ENTROPY, REF_LOGPROB, KL, REF_KL, LSE, REF_LSE)
-    HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
-    reading: tl.constexpr = Reading(HAS_TOKEN, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    kind: tl.constexpr = Kind(OF_KL, False, False)
-    write_chunk(args, temperature, fields, kind, cut, tiling, reading)  # the KL has no Formula
+    write_chunk(
+        args,
+        temperature,  # the KL has no Formula
+        Upstream(LOGPROB, ENTROPY, REF_LOGPROB, KL, REF_KL, LSE, REF_LSE),
+        Kind(OF_KL, False, False),
+        Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS),
+        Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS),
+        Reading(
+            (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0), SOFTCAP, REF_SOFTCAP,
+            HAS_RATIO,
+        ),
+    )  # fmt: skip
 
 
 # Row counts, strides, lengths and base addresses vary from step to step and must not cause a
@@ -385,12 +388,13 @@ def row_divergence_backward(  # noqa: PLR0913
         temperature_ptr, ratio_ptr, temperature, n_rows, n_inner, stride_p_outer, stride_p_inner,
         stride_q_outer, stride_q_inner, stride_grad, V, chunks,
     )  # fmt: skip
-    cut: tl.constexpr = Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS)
-    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
-    formula = Formula(
-        share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13)
+    series = (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13)
+    write_chunk(
+        args,
+        Formula(share, rest, curvature, series),
+        Upstream(-1, -1, -1, 0, -1, -1, -1),
+        Kind(KIND, SMALL_REST, LG2),
+        Cut(CHUNK, WRT_P, WRT_Q, HAS_MASK, TEMPERATURE_PER_ROW, GRAD_IN_BLOCKS),
+        Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS),
+        Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO),
     )
-    fields: tl.constexpr = Upstream(-1, -1, -1, 0, -1, -1, -1)
-    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2)
-    reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    write_chunk(args, formula, fields, kind, cut, tiling, reading)

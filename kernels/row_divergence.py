@@ -7,18 +7,8 @@ from .divergence_math import Formula, Second
 from .fallback import is_fallback
 from .row_finish import SAVED, load_rank_states, load_states, store_state
 from .row_gradient import gradient_terms, load_saved
-from .row_load import (
-    D_FACTOR,
-    Reading,
-    Segment,
-    Tiling,
-    lane_order,
-    row_offset,
-    row_pad,
-    row_ratio,
-    row_scale,
-)
-from .row_math import LOG2E, STATE, TOTAL_VARIATION, Kind, Want
+from .row_load import D_FACTOR, Reading, RowArguments, Tiling, compensates, row_at
+from .row_math import STATE, TOTAL_VARIATION, Kind, Want
 from .row_segment import segment_sums
 
 
@@ -145,20 +135,22 @@ def row_divergence(  # noqa: PLR0913
     first = (tl.program_id(0) % (1 if MERGE else splits)) * segment
     saved_ptr += row * SAVED
     marked = tl.load(saved_ptr)
-    done = is_fallback(saved_ptr) | (marked != marked)
-    if HAS_MASK:
-        done = done | (tl.load(mask_ptr + row) == 0)
-    if done:
+    masked = HAS_MASK and tl.load(mask_ptr + row) == 0
+    if is_fallback(saved_ptr) | (marked != marked) | masked:
         return
-    COMPENSATED: tl.constexpr = (
-        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    )
-    want: tl.constexpr = Want(False, True, False, Kind(KIND, SMALL_REST, LG2), COMPENSATED, False)
+    want: tl.constexpr = Want(
+        False, True, False, Kind(KIND, SMALL_REST, LG2),
+        compensates(p_ptr.dtype.element_ty, q_ptr.dtype.element_ty, HAS_RATIO), False,
+    )  # fmt: skip
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    whole = row_at(
+        RowArguments(
+            p_ptr, q_ptr, tokens_ptr, temperature_ptr, ratio_ptr, temperature, n_inner,
+            stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V,
+        ),
+        row, TEMPERATURE_PER_ROW, HAS_RATIO,
+    )  # fmt: skip
     formula = Formula(
         share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12)
     )
@@ -166,23 +158,12 @@ def row_divergence(  # noqa: PLR0913
     if MERGE:
         states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
     else:
-        pad = row_pad(p_row, REALIGN)
-        zero = tl.full([], 0.0, tl.float32)
-        part = Segment(
-            p_row + first - pad,
-            q_row + first - pad,
-            q_row + first,
-            pad,
-            lane_order(pad, LANES),
-            V - first,
-            zero,
-            scale * D_FACTOR,
-            scale * LOG2E,
-            row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO),
-            zero,
-            Second(formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR),
+        second = Second(
+            formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR
         )
-        states = segment_sums(part, tl.minimum(segment, V - first), tiling, want, reading)
+        length = tl.minimum(segment, V - first)
+        # No gamma.
+        states = segment_sums(whole, first, length, gamma, second, tiling, want, reading)
         if SPLITS > 1:
             store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, states, want)
             # Order all threads' stores before the release by one thread.

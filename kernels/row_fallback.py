@@ -11,15 +11,10 @@ from .fallback import (
     store_fallback,
     write_fallback,
 )
-from .fallback_parts import (
-    fallback_of_log_sums,
-    load_parts,
-    merge_parts,
-    merge_sums,
-)
-from .row_finish import SAVED, Outputs, Row, row_outputs
+from .fallback_parts import fallback_of_log_sums, load_parts, merge_parts, merge_sums
+from .row_finish import SAVED, Outputs, row_outputs, store_tuple
 from .row_gradient import Asked, Upstream
-from .row_load import Reading, row_offset, row_ratio, row_scale
+from .row_load import Reading, RowArguments, row_at, wide_row
 from .row_math import Kind, Want
 
 
@@ -142,10 +137,6 @@ def row_fallback(  # noqa: PLR0913, PLR0915
         for i_row in range(ROWS):
             if tl.max(tl.where(tl.arange(0, ROWS) == i_row, marked, 0), 0) > 0:
                 row = first + i_row
-                scale = row_scale(
-                    temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW
-                )
-                ratio = row_ratio(ratio_ptr, row, row < n_rows, HAS_RATIO)
                 out = row_outputs(
                     Outputs(
                         saved_ptr,
@@ -159,51 +150,39 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     ),
                     row,
                 )
-                whole = Row(
-                    p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner),
-                    q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner),
-                    V,
-                    tl.load(tokens_ptr + row) if HAS_TOKENS else row,
-                    scale,
-                    ratio,
-                )
-                wide_scale = scale.to(tl.float64)
-                q_scale = wide_scale * ratio.to(tl.float64)
+                located = row_at(
+                    RowArguments(
+                        p_ptr, q_ptr, tokens_ptr, temperature_ptr, ratio_ptr, temperature, n_inner,
+                        stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V,
+                    ),
+                    row, TEMPERATURE_PER_ROW, HAS_RATIO,
+                )  # fmt: skip
+                whole = wide_row(located, 0, V)
                 # The segments of all ranks, in order.
                 index = tl.arange(0, SPLITS if SPLITS > 0 else 1)
                 held = index < ranks * splits
                 place = (index // splits * n_rows.to(tl.int64) + row) * splits + index % splits
                 if SPLITS > 0 and KIND > 0:
                     stats = fallback_of_log_sums(
-                        log_sums_ptr + place * 4, held, wide_scale, q_scale
+                        log_sums_ptr + place * 4, held, whole.scale, whole.q_scale
                     )
                 elif MERGE:
                     stats = merge_parts(
-                        load_parts(part_ptr + place * 9, held), wide_scale, q_scale, WITH_KL
+                        load_parts(part_ptr + place * 9, held), whole.scale, whole.q_scale, WITH_KL
                     )
                 elif not PART:
-                    stats = fallback_statistics(whole, wide_scale, q_scale, BLOCK, WITH_KL, reading)
+                    stats = fallback_statistics(whole, BLOCK, WITH_KL, reading)
                 if PART:
                     for split in range(splits):
-                        first_entry = split * segment
-                        part = Row(
-                            whole.p + first_entry,
-                            whole.q + first_entry,
-                            tl.minimum(segment, V - first_entry),
-                            row,
-                            scale,
-                            ratio,
+                        part = wide_row(
+                            located, split * segment, tl.minimum(segment, V - split * segment)
                         )
                         values = (
                             divergence_sums(part, stats, formula, BLOCK, kind, reading)
                             if KIND > 0
-                            else fallback_statistics(
-                                part, wide_scale, q_scale, BLOCK, WITH_KL, reading, True
-                            )
+                            else fallback_statistics(part, BLOCK, WITH_KL, reading, True)
                         )
-                        VALUES: tl.constexpr = 5 if KIND > 0 else 9
-                        for i in tl.static_range(VALUES):
-                            tl.store(part_ptr + (row * splits + split) * VALUES + i, values[i])
+                        store_tuple(part_ptr + (row * splits + split) * len(values), values)
                 else:
                     # Not read for the KL.
                     sums = (
@@ -223,6 +202,6 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     )
                     zero = tl.full([], 0.0, tl.float32)
                     g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
-                    grad_row = grad_ptr + row * stride_grad
-                    grads = GradientRow(grad_row, grad_row, 0, V)
+                    # No gradient to Q.
+                    grads = GradientRow(grad_ptr + row * stride_grad, grad_ptr, 0, V)
                     write_fallback(whole, grads, out.saved, g, formula, BLOCK, asked, reading)

@@ -5,7 +5,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .row_load import load_logit
+from .row_load import D_FACTOR, load_logit
 from .row_math import (
     LARGEST_LOG2_SUM,
     LARGEST_SUM,
@@ -77,16 +77,27 @@ def store_if(ptr, value, WANTED: tl.constexpr):
 
 
 @triton.jit
+def store_tuple(ptr, values):
+    """Write numbers next to each other, in the type of the pointer."""
+    for i in tl.static_range(len(values)):
+        tl.store(ptr + i, values[i].to(ptr.dtype.element_ty))
+
+
+@triton.jit
 def store_state(state_ptr, state, want: tl.constexpr):
     """Write a scalar state [8]."""
-    store_if(state_ptr, state.origin, True)
-    store_if(state_ptr + 1, state.S, True)
-    store_if(state_ptr + 2, state.A, want.entropy)
-    store_if(state_ptr + 3, state.W, want.kl)
-    store_if(state_ptr + 4, state.U, want.kl)
-    store_if(state_ptr + 5, state.R, want.ref_kl or want.kind.name >= RENYI)
-    store_if(state_ptr + 6, state.centre, want.kl)
-    store_if(state_ptr + 7, state.shift, want.kl and want.compensated)
+    wanted: tl.constexpr = State(
+        True,
+        True,
+        want.entropy,
+        want.kl,
+        want.kl,
+        want.ref_kl or want.kind.name >= RENYI,
+        want.kl,
+        want.kl and want.compensated,
+    )
+    for i in tl.static_range(STATE):
+        store_if(state_ptr + i, state[i], wanted[i])
 
 
 @triton.jit
@@ -165,18 +176,22 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
     entropy = (log2_S - tl.div_rn(state.A, state.S)) * LN2
     zero = entropy * 0.0
     if not want.kl:
-        unshifted = Saved(
-            state.origin, log2_S, log2_S, zero, state.centre, zero, zero, zero, zero, entropy
+        return Statistics(
+            Saved(
+                state.origin, log2_S, log2_S, zero, state.centre, zero, zero, zero, zero, entropy
+            ),
+            zero,
+            zero,
+            zero,
+            valid,
         )
-        return Statistics(unshifted, zero, zero, zero, valid)
     else:
         # Use correctly rounded division: on a peaked row the gradient is the remainder d - E_p[d],
         # and plain division may be off by 2 ulp.
         mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
         mean_p = tl.div_rn(state.W, state.S)
         kl = kl_of_means(mean_h, mean_p)
-        ref_kl = zero
-        mean_q = zero
+        ref_kl, mean_q = zero, zero
         if want.ref_kl:
             mean_r = tl.div_rn(state.R, state.S)
             ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p)
@@ -217,39 +232,29 @@ def not_above_zero(logprob):
 
 
 @triton.jit
-def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
-    """Write the fields that do not depend on a token."""
+def store_fields(out, entropy, kl, ref_kl, lse, ref_lse, want: tl.constexpr):
+    """Write the fields that do not depend on a token; lse, ref_lse: of x/T and y/T."""
     store_if(out.entropy, entropy, want.entropy)
     store_if(out.kl, kl, want.kl)
     store_if(out.ref_kl, ref_kl, want.ref_kl)
-
-
-@triton.jit
-def store_lse(out, lse, ref_lse, want: tl.constexpr):
-    """Write the log-sum-exps of x/T and y/T."""
     store_if(out.lse, lse, want.lse)
     store_if(out.ref_lse, ref_lse, want.lse and want.kl)
-
-
-# The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
-# temperature of Q over that of P.
-Row = namedtuple("Row", "p q V token scale ratio")
 
 
 @triton.jit
 def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
     """Return the sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
-    inside = (row.token >= 0) & (row.token < row.V)
-    x = load_logit(row.p, row.token, inside, float("nan"), reading.softcap)
-    y = load_logit(row.q, row.token, inside, float("nan"), reading.ref_softcap) if want.kl else x
+    token = tl.load(row.token_ptr)
+    inside = (token >= 0) & (token < row.V)
+    x = load_logit(row.p, token, inside, float("nan"), reading.softcap)
+    y = load_logit(row.q, token, inside, float("nan"), reading.ref_softcap) if want.kl else x
     return x, y
 
 
 @triton.jit
 def saved_values(statistics, scale):
     """Return the Saved of a row from its Statistics."""
-    unshifted = statistics.unshifted
-    shift = statistics.shift
+    unshifted, shift = statistics.unshifted, statistics.shift
     log2_Z_q, log2_Z_q_lo = add_product(
         unshifted.log2_Z_q, unshifted.log2_Z_q_lo, shift, scale * LOG2E
     )
@@ -277,19 +282,15 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
     fallback row.
     """
     unshifted = statistics.unshifted
-    saved = saved_values(statistics, row.scale)
+    scale = row.doubled_scale * (1.0 / D_FACTOR)
+    saved = saved_values(statistics, scale)
     tl.store(out.saved, tl.where(valid, saved.origin, float("nan")))
-    for i in tl.static_range(1, SAVED):
-        tl.store(out.saved + i, saved[i])
+    store_tuple(out.saved + 1, saved[1:])
     store_fields(
         out,
         tl.where(unshifted.entropy <= 0.0, 0.0, unshifted.entropy),
         statistics.kl,
         statistics.ref_kl,
-        want,
-    )
-    store_lse(
-        out,
         tl.fma(saved.origin, LN2, saved.log2_S * LN2),
         tl.fma(saved.log2_Z_q, LN2, saved.log2_Z_q_lo * LN2),
         want,
@@ -297,7 +298,7 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
     if reading.tokens:
         # Compute half the base-2 logarithm (halving is exact): x·s·LOG2E may overflow although the
         # log-probability is finite.
-        half_scale = row.scale * (LOG2E * 0.5)
+        half_scale = scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)
         half_p = tl.fma(x, half_scale, unshifted.origin * -0.5) - unshifted.log2_S * 0.5
         tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
@@ -315,7 +316,6 @@ def store_zeros(out, want: tl.constexpr, reading: tl.constexpr):
     for value in tl.static_range(SAVED):
         tl.store(out.saved + value, 0.0)
     zero = tl.full([], 0.0, tl.float32)
-    store_fields(out, zero, zero, zero, want)
-    store_lse(out, zero, zero, want)
+    store_fields(out, zero, zero, zero, zero, zero, want)
     store_if(out.logprob, zero, reading.tokens)
     store_if(out.ref_logprob, zero, reading.tokens and want.kl)

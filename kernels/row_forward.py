@@ -5,7 +5,6 @@ import triton.language as tl
 
 from .row_finish import (
     Outputs,
-    Row,
     load_rank_states,
     load_states,
     row_outputs,
@@ -14,20 +13,8 @@ from .row_finish import (
     store_statistics,
     store_zeros,
 )
-from .row_load import (
-    D_FACTOR,
-    Reading,
-    Segment,
-    Tiling,
-    lane_order,
-    prefetch,
-    row_offset,
-    row_pad,
-    row_ratio,
-    row_scale,
-    segment_shift,
-)
-from .row_math import LARGEST_MEAN_GAP, LOG2E, STATE, Kind, State, Want
+from .row_load import D_FACTOR, Reading, RowArguments, Tiling, compensates, prefetch, row_at
+from .row_math import LARGEST_MEAN_GAP, STATE, Kind, State, Want
 from .row_segment import segment_sums
 
 
@@ -128,8 +115,8 @@ def row_forward(  # noqa: PLR0913, PLR0915
             depend on V, the logits' dtype and the GPU's architecture, and states are merged in
             order: a row's bits depend neither on N nor on which program is last.
     Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; per segment three logits
-            of each (COMPENSATED); the token's logits; nothing of a masked row. With MERGE, in place
-            of the segments, 8 · ranks · splits float32 per row.
+            of each (want.compensated); the token's logits; nothing of a masked row. With MERGE, in
+            place of the segments, 8 · ranks · splits float32 per row.
     Writes: 8 · N · splits float32, read again by the last program; 10 saved values and the fields
             asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
@@ -140,11 +127,13 @@ def row_forward(  # noqa: PLR0913, PLR0915
     """
     row = (tl.program_id(0) // (1 if MERGE else splits)).to(tl.int64)
     split = tl.program_id(0) % (1 if MERGE else splits)
-    COMPENSATED: tl.constexpr = (
-        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    )
     want: tl.constexpr = Want(
-        WITH_ENTROPY, WITH_KL, WITH_REF_KL, Kind(KIND, False, False), COMPENSATED, WITH_LSE
+        WITH_ENTROPY,
+        WITH_KL,
+        WITH_REF_KL,
+        Kind(KIND, False, False),
+        compensates(p_ptr.dtype.element_ty, q_ptr.dtype.element_ty, HAS_RATIO),
+        WITH_LSE,
     )
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
@@ -158,49 +147,27 @@ def row_forward(  # noqa: PLR0913, PLR0915
         lse_ptr,
         ref_lse_ptr,
     )
-    if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            if split == 0:
-                store_zeros(row_outputs(outputs, row), want, reading)
-            return
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+    if HAS_MASK and tl.load(mask_ptr + row) == 0:
+        if split == 0:
+            store_zeros(row_outputs(outputs, row), want, reading)
+        return
+    whole = row_at(
+        RowArguments(
+            p_ptr, q_ptr, tokens_ptr, temperature_ptr, ratio_ptr, temperature, n_inner,
+            stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V,
+        ),
+        row, TEMPERATURE_PER_ROW, HAS_RATIO,
+    )  # fmt: skip
     first = split * segment
     length = tl.minimum(segment, V - first)
     if PREFETCH:
-        prefetch(p_row + first, length, prefetching)
+        prefetch(whole.p + first, length, prefetching)
         if WITH_KL:
-            prefetch(q_row + first, length, prefetching)
-    doubled_scale = (
-        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_FACTOR
-    )
-    scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
-    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
-    gamma = tl.cast(gamma, tl.float32)
+            prefetch(whole.q + first, length, prefetching)
     if MERGE:
         states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
     else:
-        shift = (
-            segment_shift(p_row + first, q_row + first, length, ratio, reading)
-            if WITH_KL and COMPENSATED
-            else tl.full([], 0.0, tl.float32)
-        )
-        pad = row_pad(p_row, REALIGN)
-        part = Segment(
-            p_row + first - pad,
-            q_row + first - pad,
-            q_row + first,
-            pad,
-            lane_order(pad, LANES),
-            V - first,
-            shift,
-            doubled_scale,
-            scale_log2,
-            ratio,
-            gamma,
-            gamma,
-        )
-        state = segment_sums(part, length, tiling, want, reading)
+        state = segment_sums(whole, first, length, gamma, gamma, tiling, want, reading)
         if SPLITS > 1:
             store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
             # Order all threads' stores before the release by one thread.
@@ -221,12 +188,9 @@ def row_forward(  # noqa: PLR0913, PLR0915
                 zeros + state.centre,
                 zeros + state.shift,
             )
-    token = tl.load(tokens_ptr + row) if HAS_TOKENS else row
-    scale = doubled_scale * (1.0 / D_FACTOR)
-    statistics = row_statistics(states, scale, gamma, want)
+    statistics = row_statistics(states, whole.doubled_scale * (1.0 / D_FACTOR), gamma, want)
     valid = statistics.valid
     if MERGE and WITH_REF_KL:
         # Send the row to the fallback: backward cannot recompute E_q[d] from a shard's columns.
         valid = valid & (tl.abs(statistics.unshifted.mean_q) <= LARGEST_MEAN_GAP)
-    whole = Row(p_row, q_row, V, token, scale, ratio)
     store_statistics(row_outputs(outputs, row), statistics, valid, whole, want, reading)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from .row_finish import (
     Outputs,
-    Row,
     load_states,
     row_outputs,
     row_statistics,
@@ -17,19 +16,8 @@ from .row_finish import (
     store_zeros,
 )
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
-from .row_load import (
-    D_FACTOR,
-    Reading,
-    Segment,
-    Tiling,
-    lane_order,
-    prefetch,
-    row_offset,
-    row_ratio,
-    row_scale,
-    segment_shift,
-)
-from .row_math import LOG2E, OF_KL, STATE, Kind, Want
+from .row_load import D_FACTOR, Reading, RowArguments, Tiling, compensates, prefetch, row_at
+from .row_math import OF_KL, STATE, Kind, Want
 from .row_segment import segment_sums
 
 
@@ -122,7 +110,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             and row_gradients.
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
     Reads:  N·V of p and of q twice, the second time from cache; three entries of each per piece
-            (COMPENSATED); nothing of a masked row.
+            (want.compensated); nothing of a masked row.
     Writes: N·V of the gradient, zeros in a masked row; 8·N·splits float32; 10 saved values and the
             KL, per row.
     Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
@@ -132,70 +120,51 @@ def row_fused(  # noqa: PLR0913, PLR0915
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed") if PHASE == 0 else tl.program_id(0)
     row = (ticket // splits).to(tl.int64)
     split = ticket % splits
-    COMPENSATED: tl.constexpr = (
-        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    )
     kind: tl.constexpr = Kind(OF_KL, False, False)
-    want: tl.constexpr = Want(False, True, False, kind, COMPENSATED, False)
+    compensated: tl.constexpr = compensates(
+        p_ptr.dtype.element_ty, q_ptr.dtype.element_ty, HAS_RATIO
+    )
+    want: tl.constexpr = Want(False, True, False, kind, compensated, False)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     asked: tl.constexpr = Asked(
-        False, False, False, True, False, False, False, kind, True, False, COMPENSATED
+        False, False, False, True, False, False, False, kind, True, False, compensated
     )
     TILE: tl.constexpr = THREADS * GROUPS * LANES
     begin = split // pieces * segment + split % pieces * piece
     length = tl.minimum(tl.minimum(piece, segment - split % pieces * piece), V - begin)
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+    whole = row_at(
+        RowArguments(
+            p_ptr, q_ptr, mask_ptr, temperature_ptr, ratio_ptr, temperature, n_inner,
+            stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V,  # no token is read
+        ),
+        row, TEMPERATURE_PER_ROW, HAS_RATIO,
+    )  # fmt: skip
     grad_row = grad_ptr + row * stride_grad
     out = row_outputs(
         Outputs(saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr), row
     )
     # Give hints where the pointers are computed: a hint on a function argument is lost in inlining.
-    p_block = tl.multiple_of(p_row + begin, 16)
-    q_block = tl.multiple_of(q_row + begin, 16)
+    p_block = tl.multiple_of(whole.p + begin, 16)
+    q_block = tl.multiple_of(whole.q + begin, 16)
     grad_block = tl.multiple_of(
         grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8
     )
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
-    if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            if PHASE != 1:
-                for start in range(0, length, TILE):
-                    offs_v = start + tl.arange(0, TILE)
-                    tl.store(
-                        grad_row + begin + offs_v,
-                        tl.zeros([TILE], tl.float32),
-                        mask=offs_v < length,
-                    )
-                if split == 0:
-                    store_zeros(out, want, reading)
-            return
+    if HAS_MASK and tl.load(mask_ptr + row) == 0:
+        if PHASE != 1:
+            for start in range(0, length, TILE):
+                offs_v = start + tl.arange(0, TILE)
+                tl.store(
+                    grad_row + begin + offs_v, tl.zeros([TILE], tl.float32), mask=offs_v < length
+                )
+            if split == 0:
+                store_zeros(out, want, reading)
+        return
     if PREFETCH:
         prefetch(p_block, tl.maximum(length, 0), 1)
         prefetch(q_block, tl.maximum(length, 0), 1)
     if PHASE != 2:
-        shift = (
-            segment_shift(p_row + begin, q_row + begin, length, ratio, reading)
-            if COMPENSATED
-            else tl.full([], 0.0, tl.float32)
-        )
-        part = Segment(
-            p_block,
-            q_block,
-            q_block,
-            0,
-            lane_order(0, LANES),
-            V - begin,
-            shift,
-            scale * D_FACTOR,
-            scale * LOG2E,
-            ratio,
-            ratio,
-            ratio,
-        )
-        state = segment_sums(part, length, tiling, want, reading)
+        state = segment_sums(whole, begin, length, whole.ratio, whole.ratio, tiling, want, reading)
         store_state(state_ptr + ticket.to(tl.int64) * STATE, state, want)
     if PHASE == 0:
         # Order all threads' stores before the release by one thread.
@@ -211,15 +180,17 @@ def row_fused(  # noqa: PLR0913, PLR0915
     if PHASE != 1:
         index = tl.arange(0, SPLITS)
         states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
+        scale = whole.doubled_scale * (1.0 / D_FACTOR)
         statistics = row_statistics(states, scale, scale, want)  # the KL has no gamma
         if split == 0:
-            whole = Row(p_row, q_row, V, row, scale, ratio)
             store_statistics(out, statistics, statistics.valid, whole, want, reading)
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
             terms = gradient_terms(saved_values(statistics, scale), zero)
-            place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
+            place = Place(
+                p_block, q_block, grad_block, grad_block, 0, length, length, scale, whole.ratio
+            )
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):
                 write_tile(place, group, terms, g, tiling, asked, reading, False)
@@ -251,5 +222,5 @@ def scale_gradient(
         for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            scaled = tl.where(grad == 0.0, 0.0, grad * factor)
-            tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, scaled), mask=offs < n)
+            scaled = tl.where((grad == 0.0) | (factor == 0.0), 0.0, grad * factor)
+            tl.store(grad_ptr + offs, scaled, mask=offs < n)

@@ -105,9 +105,6 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
     # per entry.
     log2_p = tl.fma(x, scale * LOG2E, -terms.log2_Z_p)
     p = tl.exp2(log2_p)
-    d = x
-    q = x
-    q_minus_p = x
     if asked.kl or asked.ref_kl:
         difference, lo = subtract(y, x, asked.compensated)
         if HAS_RATIO:
@@ -129,8 +126,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
                 log_q_over_p * log_q_over_p, h_over_square(log_q_over_p), log_q_over_p
             )
             q_minus_p = tl.where(tl.abs(log_q_over_p) < SMALL_D, near, q_minus_p)
-    grad_x = x
-    grad_y = x
+    grad_x, grad_y = x, x
     if asked.wrt_p:
         weight = scale * terms.factor_p
         bracket = -weight * (g.logprob - g.lse + g.entropy * terms.entropy)
@@ -211,11 +207,11 @@ def write_entries(
                 log2_p, d, g.kl * place.scale, terms, asked.kind, ALL_NEAR
             )
         # Without soft caps and a ratio these factors are the constant 1.
-        grad_x = grad_x * soft_cap_slope(x, reading.softcap)
-        grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap) * place.ratio
         if asked.wrt_p:
+            grad_x = grad_x * soft_cap_slope(x, reading.softcap)
             store_gradient(place.grad_p_block, raw.offs[i], grad_x, place, EDGE)
         if asked.wrt_q:
+            grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap) * place.ratio
             store_gradient(place.grad_q_block, raw.offs[i], grad_y, place, EDGE)
 
 

@@ -28,6 +28,12 @@ D_FACTOR = tl.constexpr(2.0)
 Reading = namedtuple("Reading", "tokens softcap ref_softcap ratio")
 
 
+@triton.constexpr_function
+def compensates(p_type, q_type, has_ratio):
+    """Return Want.compensated for logits of these dtypes."""
+    return tl.float32 in (p_type, q_type) or has_ratio
+
+
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
     """Return the offset in elements of a row of a [outer, inner, V] tensor; row is int64."""
@@ -43,14 +49,45 @@ def row_scale(temperature_ptr, temperature, row, mask, TEMPERATURE_PER_ROW: tl.c
     return tl.where((scale >= 2.0**-126) & (scale <= 2.0**126), scale, float("nan"))
 
 
+# The arguments of a kernel that locate and scale its rows: pointers to logits, tokens, temperatures
+# and ratios, and the layout of row_forward.
+RowArguments = namedtuple(
+    "RowArguments",
+    "p q tokens temperatures ratios temperature n_inner stride_p_outer stride_p_inner "
+    "stride_q_outer stride_q_inner V",
+)
+
+
+# The addresses of a row of P and of Q, its length, the address of its sampled token, D_FACTOR/T,
+# and the inverse temperature of Q over that of P.
+#
+# The loop over a segment reads doubled_scale: halve it only after the loop, to save a register.
+Row = namedtuple("Row", "p q V token_ptr doubled_scale ratio")
+
+
 @triton.jit
-def row_ratio(ratio_ptr, row, mask, HAS_RATIO: tl.constexpr):
-    """Return the inverse temperature of Q over that of P, of a row or of a vector of rows."""
-    return (
-        tl.load(ratio_ptr + row, mask=mask, other=1.0)
-        if HAS_RATIO
-        else tl.full([], 1.0, tl.float32)
+def row_at(args, row, PER_ROW: tl.constexpr, HAS_RATIO: tl.constexpr):
+    """Return the Row with this number, from RowArguments or more; row is int64."""
+    return Row(
+        args.p + row_offset(row, args.n_inner, args.stride_p_outer, args.stride_p_inner),
+        args.q + row_offset(row, args.n_inner, args.stride_q_outer, args.stride_q_inner),
+        args.V,
+        args.tokens + row,
+        row_scale(args.temperatures, args.temperature, row, row >= 0, PER_ROW) * D_FACTOR,
+        tl.load(args.ratios + row) if HAS_RATIO else tl.full([], 1.0, tl.float32),
     )
+
+
+# A part of a Row, with 1/T of P and of Q as float64.
+WideRow = namedtuple("WideRow", "p q V token_ptr scale q_scale")
+
+
+@triton.jit
+def wide_row(row, first, length):
+    """Return the WideRow of `length` entries of a Row from `first` on."""
+    scale = row.doubled_scale.to(tl.float64) * (1.0 / D_FACTOR)
+    q_scale = scale * row.ratio.to(tl.float64)
+    return WideRow(row.p + first, row.q + first, length, row.token_ptr, scale, q_scale)
 
 
 @triton.jit
@@ -91,6 +128,14 @@ def row_pad(row_ptr, REALIGN: tl.constexpr):
     """
     itemsize: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
     return (row_ptr.to(tl.int64) % 16).to(tl.int32) // itemsize if REALIGN else 0
+
+
+@triton.jit
+def block_of(row_ptr, pad, LANES: tl.constexpr, IN_BLOCKS: tl.constexpr):
+    """Return the address `pad` elements before a row; IN_BLOCKS: a multiple of LANES elements."""
+    # Give the hint where the pointer is computed: on a function argument it is lost in inlining.
+    itemsize: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(row_ptr - pad, LANES * itemsize if IN_BLOCKS else 1)
 
 
 @triton.jit
@@ -152,12 +197,11 @@ def widen(words, DTYPE: tl.constexpr):
         return words.to(tl.float32, bitcast=True)
     else:
         if DTYPE == tl.bfloat16:
-            low = (words << 16).to(tl.float32, bitcast=True)
-            high = (words & -65536).to(tl.float32, bitcast=True)
+            pairs = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
         else:
-            low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return tl.reshape(tl.join(low, high), [words.shape[0], 8])
+            halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+            pairs = halves.to(tl.float16, bitcast=True).to(tl.float32)
+        return tl.reshape(pairs, [words.shape[0], 8])
 
 
 @triton.jit
@@ -201,7 +245,12 @@ def load_lanes(
     FIRST: tl.constexpr = 0,
     STEP: tl.constexpr = 1,
 ):
-    """Return float32 [THREADS, 2, …, 2]: every STEP-th lane of each group, from FIRST on."""
+    """Return float32 [THREADS, 2, …, 2]: every STEP-th lane of each group, from FIRST on, read
+    element by element, for a tensor aligned differently from the other.
+
+    One load per lane, joined inside each thread: reshaped to [THREADS, LANES] the layout is that of
+    load_group, and so is the order of every sum.
+    """
     if STEP == LANES:
         offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (FIRST + LANES - pad) % LANES
         return load_edge(row_ptr + offs_v, offs_v < remaining, EDGE).to(tl.float32)
@@ -210,18 +259,6 @@ def load_lanes(
             load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, FIRST, STEP * 2),
             load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, FIRST + STEP, STEP * 2),
         )
-
-
-@triton.jit
-def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """Return float32 [THREADS, LANES]: groups read element by element, for a tensor aligned
-    differently from the other.
-
-    One load per lane, joined inside each thread: the layout is that of load_group, and so is the
-    order of every sum.
-    """
-    lanes = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES)
-    return tl.reshape(lanes, [group.shape[0], LANES])
 
 
 # Compile-time: how a program reads a row, in tiles of threads · groups groups.
@@ -271,15 +308,17 @@ def load_tile(
         inside = group * LANES + part.order < end
         if EDGE:
             x = tl.where(inside, x, LOWEST)
-        difference = x
-        lo = x
+        difference, lo = x, x
         if want.kl:
-            if tiling.q_in_blocks:
-                y = load_group(
+            y = (
+                load_group(
                     part.q_block, group, part.pad, part.remaining, tiling.realign, EDGE, LANES
                 )
-            else:
-                y = load_elements(part.q_row, group, part.pad, part.remaining, EDGE, LANES)
+                if tiling.q_in_blocks
+                else tl.reshape(
+                    load_lanes(part.q_row, group, part.pad, part.remaining, EDGE, LANES), x.shape
+                )
+            )
             y = soft_cap(y, reading.ref_softcap, part.q_row.dtype.element_ty)
             y, y_lo = scale_reference(y, part.ratio, reading.ratio)
             difference, lo = subtract(y, x, want.compensated)

@@ -78,8 +78,8 @@ def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
     """Return Q's (capped) logits times the ratio of inverse temperatures, as hi and lo."""
     if HAS_RATIO:
         product = y * ratio
-        lo = tl.fma(y, ratio, -product)
-        return product, tl.where(tl.abs(product) < float("inf"), lo, 0.0)
+        finite = tl.abs(product) < float("inf")
+        return product, tl.where(finite, tl.fma(y, ratio, -product), 0.0)
     else:
         return y, tl.zeros_like(y)
 

@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from .divergence_math import add_terms
-from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
+from .row_load import (
+    D_FACTOR,
+    Segment,
+    lane_order,
+    lane_sum,
+    load_tile,
+    or_lanes,
+    row_pad,
+    segment_shift,
+)
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -138,10 +147,9 @@ def weigh(sums, tile, part, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.co
             lane_A = tl.fma(e, exponent, lane_A)
         es += (e,)
         ds += (d,)
-        if g == 0:
-            lane_S = e
-        else:
-            lane_S = lane_S + e
+    lane_S = es[0]
+    for g in tl.static_range(1, len(es)):
+        lane_S += es[g]
     S = lane_sum(lane_S) if want.kind.name <= RENYI else sums.S
     return Weights(es, ds, S, lane_A)
 
@@ -241,13 +249,10 @@ def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
 
     d and h below include their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
     """
-    lane_W = sums.lane_W
-    lane_U = sums.lane_U
-    lane_R = sums.lane_R
+    lane_W, lane_U, lane_R = sums.lane_W, sums.lane_U, sums.lane_R
     largest = sums.largest
     for g in tl.static_range(len(weights.e)):
-        e = weights.e[g]
-        d = weights.d[g]
+        e, d = weights.e[g], weights.d[g]
         if want.kind.name > RENYI:
             lane_U, lane_W, lane_R = add_terms(
                 (lane_U, lane_W, lane_R), e, d, part.second.formula, want.kind, ALL_NEAR
@@ -283,10 +288,33 @@ def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
 
 
 @triton.jit
-def segment_sums(part, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """Return the scalar State of the first `length` entries; U is +inf if some |d| may reach
-    LARGEST_D or LARGEST_FAR_D.
+def segment_sums(
+    row, first, length, gamma, second, tiling: tl.constexpr, want: tl.constexpr,
+    reading: tl.constexpr,
+):  # fmt: skip
+    """Return the scalar State of `length` entries of a Row from `first` on; U is +inf if some |d|
+    may reach LARGEST_D or LARGEST_FAR_D. gamma, second: as in Segment.
     """
+    shift = (
+        segment_shift(row.p + first, row.q + first, length, row.ratio, reading)
+        if want.kl and want.compensated and want.kind.name <= RENYI
+        else tl.full([], 0.0, tl.float32)
+    )
+    pad = row_pad(row.p, tiling.realign)
+    part = Segment(
+        row.p + first - pad,
+        row.q + first - pad,
+        row.q + first,
+        pad,
+        lane_order(pad, tiling.lanes),
+        row.V - first,
+        shift,
+        row.doubled_scale,
+        row.doubled_scale * (LOG2E / D_FACTOR),
+        row.ratio,
+        gamma,
+        second,
+    )
     TILE: tl.constexpr = tiling.threads * tiling.groups
     # Without a KL there is no near path to keep short: always clamp instead of summing twice.
     CLAMP: tl.constexpr = not want.kl

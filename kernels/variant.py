@@ -90,10 +90,17 @@ def row_variant(
     registers.
     """
     constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
-    registers = config.ROOM if case.needs_registers else chosen.max_registers
-    warps = max(1, chosen.threads // case.warp)
-    items = frozenset(constants.items())
-    return _variant(kernel, case, grads, items, warps, registers if limited else None)
+    # These need registers for temporaries.
+    roomy = case.softcap > 0.0 or case.ref_softcap > 0.0 or case.has_ratio or case.realign
+    registers = config.ROOM if roomy else chosen.max_registers
+    return _variant(
+        kernel,
+        case,
+        grads,
+        frozenset(constants.items()),
+        max(1, chosen.threads // case.warp),
+        registers if limited else None,
+    )
 
 
 def fallback_variant(
@@ -103,9 +110,14 @@ def fallback_variant(
     table.
     """
     constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
-    warps = FALLBACK_THREADS // case.warp
-    limit = PART_REGISTERS if constants.get("PART") else FALLBACK_REGISTERS
-    return _variant(kernel, case, grads, frozenset(constants.items()), warps, limit)
+    return _variant(
+        kernel,
+        case,
+        grads,
+        frozenset(constants.items()),
+        FALLBACK_THREADS // case.warp,
+        PART_REGISTERS if constants.get("PART") else FALLBACK_REGISTERS,
+    )
 
 
 def tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
