@@ -41,7 +41,7 @@ from .topk_op import (
     listed_gradient,
     matrix,
 )
-from .topk_rows import Teacher, fill_topk, fill_topk_gradients
+from .topk_rows import Teacher
 
 
 class ListInputs(NamedTuple):
@@ -77,16 +77,13 @@ def _cells(inputs: LinearInputs, request: ListInputs, teacher: Teacher) -> Outpu
     too, as returned by linear_statistics.
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
-    ids, teacher = heads.taken(matrix(request.ids)), teacher.at(heads.taken)
+    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(teacher.logprobs))
     listed, *outside, masses = empty_cells(inputs.hidden, ids, teacher)
     others = Outside._make(outside)
 
     def fill(rows: slice, args: Any, *_: Any) -> None:
-        if masses is not None:
-            given = ids[rows], teacher.at(lambda value: value[rows]), others.at(rows)
-            fill_topk(args, *given, listed[rows], masses[rows])
-        else:
-            fill_cells(heads.engine, args, ids[rows], listed[rows], others.at(rows))
+        given = ids[rows], teacher._replace(logprobs=rows_of(logprobs, rows))
+        fill_cells(heads.engine, args, *given, listed[rows], others.at(rows), masses[rows])
 
     if request.by_rows(len(inputs.weight)):
         for value in others:
@@ -96,10 +93,9 @@ def _cells(inputs: LinearInputs, request: ListInputs, teacher: Teacher) -> Outpu
         fill_listed(heads.engine, heads.args, absent, x, listed, others)
     else:
         heads.each_chunk(fill, keep)
-    found = {"listed": listed, **others._asdict(), "masses": masses}
-    all_of = heads.of_all({name: value for name, value in found.items() if value is not None})
-    leading, results = inputs.hidden.shape[:-1], [all_of.get(name) for name in found]
-    return *[v if v is None else v.view((*leading, *v.shape[1:])) for v in results], *keep
+    found = heads.of_all({"listed": listed, **others._asdict(), "masses": masses})
+    leading = inputs.hidden.shape[:-1]
+    return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
 
 def _gradients(
@@ -112,22 +108,16 @@ def _gradients(
     """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
     heads, wrt = inputs.heads(None), wanted(request.wrt)
     heads.reuse([request.logits], overwrite)
-    ids, teacher = heads.taken(matrix(request.ids)), teacher.at(heads.taken)
+    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(teacher.logprobs))
     per_row = flat(given.log_sum), flat(given.peak), matrix(given.saved)
     others = Outside._make([heads.taken(value) for value in per_row])
-    # [N] for a divergence, [N, K] otherwise.
-    shaped = matrix if teacher.logprobs is None else flat
-    g_listed = None if given.g_listed is None else heads.taken(shaped(given.g_listed))
-    g_log_sum = None if given.g_log_sum is None else heads.taken(flat(given.g_log_sum))
+    g_listed = matrix(given.g_listed) if logprobs is None else flat(given.g_listed)
+    g_listed, g_log_sum = heads.taken(g_listed), heads.taken(flat(given.g_log_sum))
 
     def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
-        upstream, outside = rows_of(g_listed, rows), others.at(rows)
-        if teacher.logprobs is not None and upstream is not None:
-            lists = ids[rows], teacher.at(lambda value: value[rows])
-            fill_topk_gradients(heads.engine, args, *lists, outside, upstream, grad)
-        else:
-            both = upstream, rows_of(g_log_sum, rows)
-            fill_cell_gradients(heads.engine, args, ids[rows], outside, both, grad)
+        lists = ids[rows], teacher._replace(logprobs=rows_of(logprobs, rows))
+        upstream = rows_of(g_listed, rows), rows_of(g_log_sum, rows)
+        fill_cell_gradients(heads.engine, args, *lists, others.at(rows), upstream, grad)
 
     if request.by_rows and g_listed is not None:
         args, listed = heads.args, _listed(heads, ids)

@@ -12,7 +12,15 @@ import torch
 from .. import _collectives, _value_checks
 from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
-from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
+from .fields import (
+    POLICY_FIELDS,
+    REFERENCE_FIELDS,
+    SAVED,
+    PerRow,
+    RowArgs,
+    result_dtype,
+    rows_of_each,
+)
 
 # Hidden states, weight and bias of the policy and of the reference; with ref_hidden, a ref_weight
 # of None means the policy's.
@@ -146,9 +154,9 @@ class ChunkedHeads:
             if logits is not None:
                 head.keep(logits, filled=True, free=overwrite)
 
-    def taken(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the rows [N, …] of the tokens computed."""
-        return values if self.index is None else values[self.index]
+    def taken(self, values: PerRow) -> PerRow:
+        """Return the rows [N, …] of the tokens computed; None as it is."""
+        return values if self.index is None or values is None else values[self.index]
 
     def of_all(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return results of the tokens computed as results of all tokens, 0 for the others."""

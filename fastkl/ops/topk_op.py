@@ -12,7 +12,7 @@ from .. import reference
 from . import shard_rows
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES, Engine
-from .fields import SAVED, Outside, RowArgs, flat, result_dtype, row_args
+from .fields import SAVED, Outside, PerRow, RowArgs, flat, result_dtype, row_args
 from .row_op import (
     Outputs,
     refuse_forward_mode,
@@ -65,13 +65,18 @@ def fill_cells(
     engine: Engine,
     args: RowArgs,
     ids: Tensor,
+    teacher: Teacher,
     listed: Tensor,
     others: Outside,
+    masses: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Fill listed [N, K], float64, with (x - peak)/T at the ids, -inf at an absent one, and
-    `others` relative to the same peak: the row's largest listed x, the soft-capped logit.
+    `others` relative to the same peak: the row's largest listed x, the soft-capped logit. With a
+    Teacher's log-probs fill_topk fills `others` and, in place of listed, kl [N] and masses.
     """
+    if teacher.logprobs is not None:
+        return fill_topk(args, ids, teacher, others, listed, masses)
     absent = absent_entries(ids, args.p.shape[-1])
     x = _at(args.p, ids.masked_fill(absent, 0))
     engine.outside(args, ids, others, dtype)
@@ -112,15 +117,19 @@ def fill_cell_gradients(
     engine: Engine,
     args: RowArgs,
     ids: Tensor,
+    teacher: Teacher,
     others: Outside,
     upstream: tuple[Tensor | None, Tensor | None],
     grad: Tensor,
 ) -> None:
     """Fill the gradient [N, V] of upstream gradients of (listed, log_sum), which may overwrite the
     logits: the engine writes that of log_sum everywhere, and the listed entries are then
-    overwritten. The peak counts as a constant: it cancels in log-probabilities.
+    overwritten. The peak counts as a constant: it cancels in log-probabilities. With a Teacher's
+    log-probs, upstream is that of kl [N].
     """
     g_listed, g_log_sum = upstream
+    if teacher.logprobs is not None and g_listed is not None:
+        return fill_topk_gradients(engine, args, ids, teacher, others, g_listed, grad)
     absent = absent_entries(ids, args.p.shape[-1])
     if args.mask is not None:
         absent |= ~args.mask[:, None]
@@ -165,37 +174,33 @@ def _rows(inputs: CellInputs) -> RowArgs:
     )
 
 
-def matrix(value: Tensor) -> Tensor:
-    """Return [..., K] as a contiguous [N, K]."""
-    return value.reshape(-1, value.shape[-1]).contiguous()
+def matrix(value: PerRow) -> PerRow:
+    """Return [..., K] as a contiguous [N, K]; None as it is."""
+    return value if value is None else value.reshape(-1, value.shape[-1]).contiguous()
 
 
 def _cells(inputs: CellInputs, teacher: Teacher) -> Outputs:
-    """Compute (listed [..., K], *Outside of [...], None) as fill_cells; with a Teacher's log-probs
-    (kl [...], *Outside, masses [..., MASSES]) as fill_topk.
-    """
+    """Compute (listed [..., K], *Outside of [...], masses) as fill_cells."""
     results = empty_cells(inputs.logits, inputs.ids, teacher)
     args = shard_rows.whole(_rows(inputs))
     listed, log_sum, peak, saved, masses = results
     if log_sum.numel():
-        ids, others = matrix(inputs.ids), Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
-        if masses is not None:
-            fill_topk(args, ids, teacher, others, listed.view(-1), masses.view(-1, MASSES))
-        else:
-            engine = ENGINES[inputs.backend]
-            fill_cells(engine, args, ids, listed.view(ids.shape), others, inputs.dtype)
+        listed = listed.view(-1, *listed.shape[log_sum.dim() :])
+        others = Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
+        given = args, matrix(inputs.ids), teacher, listed, others, masses.view(len(listed), -1)
+        fill_cells(ENGINES[inputs.backend], *given, inputs.dtype)
     return results
 
 
 def empty_cells(logits: Tensor, ids: Tensor, teacher: Teacher) -> Outputs:
-    """Return uninitialised results of cells for logits or hidden states."""
-    shape, dtype = ids.shape[:-1], result_dtype(logits)
-    log_sum, peak = (torch.empty(shape, dtype=torch.float64, device=ids.device) for _ in range(2))
-    saved = log_sum.new_empty((*shape, SAVED), dtype=dtype)
-    if teacher.logprobs is None:
-        return log_sum.new_empty(ids.shape), log_sum, peak, saved, None
-    masses = saved.new_empty((*shape, MASSES))
-    return torch.empty_like(log_sum, dtype=dtype), log_sum, peak, saved, masses
+    """Return uninitialised results of cells for logits or hidden states; without a Teacher's
+    log-probs masses is [..., 0].
+    """
+    rows, lists, dtype = ids.shape[:-1], teacher.logprobs is None, result_dtype(logits)
+    log_sum, peak = (torch.empty(rows, dtype=torch.float64, device=ids.device) for _ in range(2))
+    saved = log_sum.new_empty((*rows, SAVED), dtype=dtype)
+    listed = log_sum.new_empty(ids.shape) if lists else saved.new_empty(rows)
+    return listed, log_sum, peak, saved, saved.new_empty((*rows, 0 if lists else MASSES))
 
 
 def _gradients(inputs: CellInputs, teacher: Teacher, given: CellUpstream) -> Tensor:
@@ -205,12 +210,8 @@ def _gradients(inputs: CellInputs, teacher: Teacher, given: CellUpstream) -> Ten
     if not (log_sum.numel() and grad.numel()):
         return grad.zero_()
     args, ids, rows = _rows(inputs), matrix(inputs.ids), grad.view(-1, grad.shape[-1])
-    others, engine = Outside(flat(log_sum), flat(peak), matrix(saved)), ENGINES[inputs.backend]
-    if teacher.logprobs is not None:
-        assert g_listed is not None
-        fill_topk_gradients(engine, args, ids, teacher, others, flat(g_listed), rows)
-        return grad
-    g_listed, g_log_sum = None if g_listed is None else matrix(g_listed), flat(g_log_sum)
+    others, g_log_sum = Outside(flat(log_sum), flat(peak), matrix(saved)), flat(g_log_sum)
+    g_listed = matrix(g_listed) if teacher.logprobs is None else flat(g_listed)
     if args.cut.group:
         ids, args = ids - args.cut.start, shard_rows.local(args)
         columns = args.p.shape[-1]
@@ -219,7 +220,8 @@ def _gradients(inputs: CellInputs, teacher: Teacher, given: CellUpstream) -> Ten
         g_listed = None if g_listed is None else g_listed.gather(-1, order)
         (rows,) = shard_rows.zero_padding(args, (rows,))
     if rows.numel():
-        fill_cell_gradients(engine, args, ids, others, (g_listed, g_log_sum), rows)
+        given_rows = args, ids, teacher, others, (g_listed, g_log_sum)
+        fill_cell_gradients(ENGINES[inputs.backend], *given_rows, rows)
     return grad
 
 
@@ -228,8 +230,7 @@ def _save_for_backward(ctx: Any, groups: tuple[CellInputs, Teacher], output: Any
     refuse_temperature_gradient(ctx.needs_input_grad[3])
     save_tensors(ctx, *inputs[:4], teacher.logprobs, *output[1:4])
     ctx.options = inputs[4:], teacher[1:]
-    not_needed = output[1 if teacher.logprobs is not None else 2 :]
-    ctx.mark_non_differentiable(*[value for value in not_needed if value is not None])
+    ctx.mark_non_differentiable(*output[2 if teacher.logprobs is None else 1 :])
     ctx.set_materialize_grads(False)
 
 

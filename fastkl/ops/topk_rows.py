@@ -1,6 +1,5 @@
 """A divergence from a teacher's top k and its gradient on the kernels, for rows of logits."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +29,6 @@ class Teacher(NamedTuple):
     tail: str = ""
     beta: float = 0.5
     clip: float = 0.0
-
-    def at(self, rows: Callable[[Tensor], Tensor]) -> "Teacher":
-        """Return the teacher with `rows` of its log-probs as a matrix [N, K]."""
-        if self.logprobs is None:
-            return self
-        return self._replace(logprobs=rows(self.logprobs.reshape(-1, self.logprobs.shape[-1])))
 
 
 def fill_topk(
