@@ -93,8 +93,7 @@ def problem(operation, p, q, exact, wrt):
     leaf = q.double().requires_grad_()
     (values,) = cases.exact(operation, p, leaf, tokens).values()
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    gradients = testing.Gradients(None, gradient)
-    return Problem(operation, p, q, tokens, values.detach(), gradients, "q")
+    return Problem(operation, p, q, tokens, values.detach(), testing.Gradients(None, gradient), "q")
 
 
 def error_of(provider, asked, rows=None):

@@ -80,8 +80,9 @@ def _fused(where, suffix, dtype):
 def _shards(name, where, asked):
     """Yield (name, Variant) of the additional launches for a vocabulary in four shards."""
     for stage, merges in (("part", False), ("merge", True)):
-        shard = launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
-        split = launch.forward_plan(where, *asked, shard)
+        split = launch.forward_plan(
+            where, *asked, launch.Shard(VOCABULARY, VOCABULARY // 4, 4, merges)
+        )
         yield f"{name}.fallback_{stage}", split.fallback
     if name == "skew_kl":
         yield "skew_kl.log_sums", split.log_sums
@@ -120,9 +121,9 @@ def _topk(where):
     if where.case.warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
         yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
         yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
-    for name, direction, gradient in (("forward", 0, False), ("js_gradient", 2, True)):
-        how = direction, 0, False, gradient
-        yield f"topk.{name}", launch_outside.topk_variant(where.case, 64, types, *how)
+    given = where.case, 64, types
+    yield "topk.forward", launch_outside.topk_variant(*given, 0, 0, False, False)
+    yield "topk.js_gradient", launch_outside.topk_variant(*given, 2, 0, False, True)
 
 
 def plan(dtype, aligned, arch):
@@ -152,9 +153,11 @@ def plan(dtype, aligned, arch):
     def add(name, variant, segment=0, grad_dtype=dtype):
         parameters = inspect.signature(variant.kernel.fn).parameters
         constants, options = variant.constants, dict(variant.options)
-        pairs = FALLBACK_BLOCK // FALLBACK_THREADS
-        if "GROUPS" in constants:
-            pairs = constants["GROUPS"] * constants["LANES"]
+        pairs = (
+            constants["GROUPS"] * constants["LANES"]
+            if "GROUPS" in constants
+            else FALLBACK_BLOCK // FALLBACK_THREADS
+        )
         signature = {
             each: "constexpr" if each in constants else _type_of(parameter, dtype, grad_dtype)
             for each, parameter in parameters.items()

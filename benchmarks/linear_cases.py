@@ -173,8 +173,7 @@ def linear_truth(workload, inputs):
         least = SMALL_ROW * size.square().mean().sqrt()
         # If plain torch is off by more than WORST in a row, the limit is TOLERANCE times that.
         scale = size.clamp_min(least).maximum(TOLERANCE / WORST * off)
-        errors = Known(true, scale).errors(plain[name])
-        pairs = zip(TOLERANCES, errors, strict=True)
+        pairs = zip(TOLERANCES, Known(true, scale).errors(plain[name]), strict=True)
         limits = tuple(min(times * error, WORST) + LEAST for times, error in pairs)
         at, shape = places.get(name, ...), shapes.get(name, true.shape)
         known[name] = Known(true, scale, limits, shape, at)

@@ -232,8 +232,9 @@ def load_liger(device):
 
     known = inspect.signature(LigerFusedLinearJSD).parameters
     options = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
-    betas = (1.0, 0.0, JS_BETA)
-    reverse, forward, js = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in betas)
+    reverse, forward, js = (
+        LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in (1.0, 0.0, JS_BETA)
+    )
     functions = {
         "mean_kl": lambda h, w, rh, rw, tokens: (reverse(h, w, rh, rw, None),),
         "reverse_mean_kl": lambda h, w, rh, rw, tokens: (forward(h, w, rh, rw, None),),

@@ -45,8 +45,7 @@ def _measuring(provider, check):
     if provider != linear_cases.FLOOR:
         loader = providers.ALL_LOADERS.get(provider) or providers.own(provider)[1]
         measure = partial(timing.measure, providers.load(provider, loader, device))
-    copy = None if check else timing.copy_bandwidth(device)
-    return partial(measure, device=device, copy=copy)
+    return partial(measure, device=device, copy=None if check else timing.copy_bandwidth(device))
 
 
 def measure_here(provider, check, workload):
@@ -98,8 +97,7 @@ def run_provider(run, name, provider):
             if left < LEAST_SECONDS or crashes >= CRASHES:
                 run.add(name, failed("missing", NO_TIME if left < LEAST_SECONDS else missing))
                 continue
-            check = run.arguments.check
-            row, fault = child.attempt(left, measure_here, provider, check, workload)
+            row, fault = child.attempt(left, measure_here, provider, run.arguments.check, workload)
             if fault:
                 crashes, missing, row = crashes + 1, fault, failed("failed", fault)
             elif "context" in row:
