@@ -79,8 +79,7 @@ def case(vocabulary: int, rows: int, dtype: torch.dtype, noise: float, width: in
     borders = torch.tensor([0, width - 1, width, vocabulary - 1, vocabulary // 2])
     tokens = borders.clamp(max=vocabulary - 1).repeat(rows)[:rows]
     temperature = torch.rand(rows, generator=generator) + 0.5
-    mask = torch.arange(rows) != rows - 1
-    return Case(p.to(dtype), q.to(dtype), tokens, mask, temperature)
+    return Case(p.to(dtype), q.to(dtype), tokens, torch.arange(rows) != rows - 1, temperature)
 
 
 def distilled(loss: fastkl.DistillationLoss, c: Case, **more) -> torch.Tensor:

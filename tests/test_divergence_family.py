@@ -175,8 +175,7 @@ def test_mask_and_nan(implementation, name, any_dtype) -> None:
     sizes, member, device = (0.01, 0.1, 1.0, 3.0, 0.3), KINDS[name], implementation.device
     p, q = testing.sizes_pair("normal3", sizes, SHIFTS, SHORT, any_dtype)
     mask, upstream = torch.tensor([True, False, True, False, True]), torch.arange(1.0, 6.0)
-    kept = [side[mask] for side in (p, q)]
-    expected = outcome(member, *kept, device, upstream=upstream[mask])
+    expected = outcome(member, *[side[mask] for side in (p, q)], device, upstream=upstream[mask])
     p[1], q[3, ::2] = math.nan, math.nan
     results = outcome(member, p, q, device, mask, upstream)
     assert_same([result[mask] for result in results], expected)

@@ -5,6 +5,7 @@ formulas in float64, lists as samplers and trainers pass them, and properties.
 import math
 from typing import get_args
 
+import memory
 import pytest
 import torch
 from cases import INTERPRETING, assert_same, check_ops, padded
@@ -240,6 +241,16 @@ def test_long_lists(implementation, monkeypatch, direction, tail) -> None:
     monkeypatch.setattr(topk, "LARGEST_K", 4)
     results = outcome(implementation.device, *example(), **how)
     torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-8)
+
+
+# The kernels keep no value per entry from forward to backward.
+def test_memory(kernels) -> None:
+    student, *lists = (x.to(kernels.device) for x in example(k=20))
+    leaf = testing.leaf(student)
+    held = memory.saved(lambda: fastkl.topk_kl_divergence(leaf, *lists, direction="js"))
+    for own in (leaf, *lists):
+        held.pop(own.untyped_storage().data_ptr())
+    assert sum(held.values()) == 56 * len(SIZES)
 
 
 # ---- options

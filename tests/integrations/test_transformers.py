@@ -275,8 +275,7 @@ def test_the_monitor_gets_one_packed_batch() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("monitor, count", [(None, 1), (KLMonitor(), 2)])
 def test_waits_per_optimizer_step(monitor, count) -> None:
-    micro_batches = three("cuda")
-    assert waits(lambda: step(KLCallback(None, monitor), *micro_batches)) == count
+    assert waits(lambda: step(KLCallback(None, monitor), *three("cuda"))) == count
 
 
 # ---- what is refused

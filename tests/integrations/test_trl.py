@@ -74,8 +74,7 @@ def test_every_loss_type_reduces_the_kl_as_trl_does(pair, monkeypatch, loss_type
     exact, inputs = pair[0], batch()
     with torch.no_grad():
         logits, ref_logits = (full_logits(each, inputs) for each in (exact.model, exact.ref_model))
-    estimate = k3_of(exact_kl(logits, ref_logits))
-    inputs["ref_per_token_logps"] = logprobs(logits, inputs) + estimate
+    inputs["ref_per_token_logps"] = logprobs(logits, inputs) + k3_of(exact_kl(logits, ref_logits))
     for trainer in pair:
         monkeypatch.setattr(trainer, "loss_type", loss_type)
         monkeypatch.setattr(trainer.args, "steps_per_generation", 5)

@@ -66,8 +66,7 @@ def assert_loss(loss, expected, inputs) -> None:
     testing.assert_near(loss, expected, ROUNDING, 0.0, "value")
     got, exact = (torch.autograd.grad(each, inputs["log_prob"])[0] for each in (loss, expected))
     # The parts of an entry may cancel, those of another are of the size of the largest.
-    largest = float(exact.abs().max())
-    testing.assert_near(got, exact, ROUNDING, ROUNDING * largest, "gradient")
+    testing.assert_near(got, exact, ROUNDING, ROUNDING * float(exact.abs().max()), "gradient")
 
 
 # ---- the policy loss

@@ -318,5 +318,4 @@ def test_one_weight_is_kept_once(call, heads) -> None:
         lambda value: kept.append(value.shape) or value, lambda value: value
     ):
         linear_cases.call(case, inputs)
-    twice = "detached" in heads and call == "stats"
-    assert kept.count(inputs["weight"].shape) == 1 + twice
+    assert kept.count(inputs["weight"].shape) == 1 + ("detached" in heads and call == "stats")

@@ -48,6 +48,5 @@ def test_kernels_loads_it_beside_an_installed_fastkl(repository, tmp_path) -> No
     if find_spec("triton") is None:
         pytest.skip("the kernels' modules import triton")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    user = ROOT / "tests" / "repo" / "hub_user.py"
-    command = [sys.executable, user, repository, ROOT / "hub"]
+    command = [sys.executable, ROOT / "tests" / "repo" / "hub_user.py", repository, ROOT / "hub"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)

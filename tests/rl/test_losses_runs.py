@@ -126,8 +126,7 @@ def every_loss(made, mask: torch.Tensor, where: dict, step: int = 1) -> torch.Te
     for i, (call, more, kl) in enumerate(WITH_KL[::step]):
         more = more if more["reduction"] == "sum" else {**more, "normalizer": mask.sum()}
         # Alternately, so that both have every form.
-        per = made.per_token if i % 3 else made.per_sequence
-        given = made.logprob, made.old, per, mask
+        given = made.logprob, made.old, made.per_token if i % 3 else made.per_sequence, mask
         losses.append(call(*given, **more, **where, **penalty(made, kl)))
     for scores in (made.per_token, made.per_sequence):
         losses.append(

@@ -44,8 +44,7 @@ def make_chats(files, tmp_path):
     # Checkpoints a and b with chat templates that differ, and a special token in front.
     for name, template in (("a", TEMPLATE), ("b", "{{ messages }}")):
         shutil.copytree(files.folder / name, tmp_path / name)
-        made = make_tokenizer(begin=True, chat_template=template)
-        made.save_pretrained(tmp_path / name)
+        make_tokenizer(begin=True, chat_template=template).save_pretrained(tmp_path / name)
     return str(tmp_path / "a"), str(tmp_path / "b")
 
 

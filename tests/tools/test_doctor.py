@@ -187,8 +187,7 @@ def test_a_crash_a_hang_or_a_failure_costs_one_check(monkeypatch, tmp_path, capf
     monkeypatch.setattr(doctor, "CRASHES", 2)
     keys = ("fine", "fine", "broken", "fine", "crash", "hang", "fine")
     found = [*doctor.outcomes("cpu", keys)]
-    status = [each.status for each in found]
-    assert status == ["ok", "ok", "FAIL", "ok", "FAIL", "FAIL", "skipped"]
+    assert [each.status for each in found] == ["ok", "ok", "FAIL", "ok", "FAIL", "FAIL", "skipped"]
     assert len({each.text for each in found if each.status == "ok"}) == 2
     assert capfd.readouterr().err.count("run_check") >= 2  # stacks
     fcntl.flock(os.open(tmp_path / "lock", os.O_RDONLY), fcntl.LOCK_EX)

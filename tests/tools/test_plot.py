@@ -204,8 +204,7 @@ def test_wrong_out(run, monkeypatch, capsys) -> None:
     assert source.read_bytes() == before and [*run.parent.iterdir()] == [source]
     out = run.parent / "out.png"
     out.write_bytes(b"before")
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr("os.replace", Mock(side_effect=full))
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
     # In this process standard output is another file than descriptor 1.
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)
     assert cli.main(["plot", str(source), "--out", str(out)]) == 1
