@@ -30,16 +30,18 @@ def add_repeats(ids, log_p, ids_ptr, logprob_ptr, K, V):
     others are absent.
     """
     offs_k = tl.arange(0, ids.shape[0])
-    p = tl.zeros(ids.shape, tl.float64)
     first = offs_k
     for k in range(K):
-        log_p_k = tl.load(logprob_ptr + k).to(tl.float64)
-        id_k = tl.where(log_p_k == float("-inf"), V, tl.load(ids_ptr + k))
-        same = (ids == id_k) & (ids < V)
-        p += tl.where(same, tl.exp(log_p_k), 0.0)
-        first = tl.where(same, tl.minimum(first, k), first)
-    log_p = tl.where(p > tl.exp(log_p), tl.log(p), log_p)
-    return tl.where(first < offs_k, V, ids), tl.where(first < offs_k, float("-inf"), log_p)
+        id_k = tl.where(tl.load(logprob_ptr + k) == float("-inf"), V, tl.load(ids_ptr + k))
+        first = tl.where((ids == id_k) & (ids < V), tl.minimum(first, k), first)
+    repeated = first < offs_k
+    if tl.max(repeated.to(tl.int32), 0) > 0:
+        p = tl.zeros(ids.shape, tl.float64)
+        for k in range(K):
+            p_k = tl.exp(tl.load(logprob_ptr + k).to(tl.float64))
+            p += tl.where((ids == tl.load(ids_ptr + k)) & (ids < V), p_k, 0.0)
+        log_p = tl.where(p > tl.exp(log_p), tl.log(p), log_p)
+    return tl.where(repeated, V, ids), tl.where(repeated, float("-inf"), log_p)
 
 
 @triton.jit
