@@ -59,7 +59,7 @@ def _type_of(parameter, dtype, grad_dtype):
         **dict.fromkeys(("grad_p_ptr", "grad_q_ptr", "grad_ptr"), grad_dtype),
         **{"tokens_ptr": "i64", "mask_ptr": "i1", "counter_ptr": "i32", "sync_ptr": "i32"},
         **{"ids_ptr": "i64", "totals_ptr": "fp64", "log_sum_ptr": "fp64", "peak_ptr": "fp64"},
-        **{"part_ptr": "fp64", "log_sums_ptr": "fp64", "place_ptr": "i64"},
+        **{"part_ptr": "fp64", "log_sums_ptr": "fp64", "columns_ptr": "i64"},
     }
     if parameter.name.endswith("_ptr"):
         return "*" + pointers.get(parameter.name, "fp32")
@@ -121,9 +121,9 @@ def _topk(where):
     if where.case.warp == 32:  # on gfx942 the loop's loads and those of the ids look alike
         yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
         yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
-    given = where.case, 64, types
-    yield "topk.forward", launch_outside.topk_variant(*given, 0, 0, False, False)
-    yield "topk.js_gradient", launch_outside.topk_variant(*given, 2, 0, False, True)
+    kl, js = (launch_outside.Terms(direction, 0, 0.5, 0.0, 1.0) for direction in (0, 2))
+    yield "topk.forward", launch_outside.topk_variant(where.case, 64, types, kl, False)
+    yield "topk.js_gradient", launch_outside.topk_variant(where.case, 64, types, js, True)
 
 
 def plan(dtype, aligned, arch):

@@ -12,7 +12,7 @@ from ._heads import Head as Head
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.linear_op import StatisticsInputs, linear_statistics
-from .ops.topk_rows import Teacher
+from .ops.topk_rows import ListDivergence
 from .tokens import PairedTokenStats, PolicyTokenStats, Support, TokenStats
 
 
@@ -229,7 +229,9 @@ def linear_token_stats(  # noqa: PLR0913
         kept = Support.of(support, mask, shape, hidden.device, inputs.backend)
         restricted = []
         for one in inputs._replace(mask=kept.counted).models():
-            relative, _, peak, *_ = linear_cells(one, ListInputs(kept.ids, keep, False), Teacher())
+            relative, _, peak, *_ = linear_cells(
+                one, ListInputs(kept.ids, keep, False), ListDivergence()
+            )
             divisor = one.temperature if one.temperatures is None else one.temperatures
             restricted.append((relative, peak / divisor))
         return kept.statistics(restricted, tokens, result_dtype(hidden))

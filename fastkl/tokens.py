@@ -14,7 +14,7 @@ from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .ops.topk_rows import Teacher
+from .ops.topk_rows import ListDivergence
 from .parallel import WHOLE, Shards
 
 
@@ -355,7 +355,7 @@ def selective_log_softmax(
     # An id above the last one is given the place of the rest, and becomes NaN below.
     listed, rest, *_ = cells(
         CellInputs(logits, in_order, None, None, 1.0, chosen, dtype, **cut.as_arguments()),
-        Teacher(),
+        ListDivergence(),
     )
     logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
     values = logprobs.gather(-1, torch.searchsorted(in_order, ids.contiguous())).to(dtype)

@@ -1,7 +1,7 @@
 """KL divergence against a teacher that is known by its K most probable tokens."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -15,11 +15,15 @@ from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, absent_entries, cells
-from .ops.topk_rows import LARGEST_K, LARGEST_MASS, Teacher
+from .ops.topk_rows import (
+    LARGEST_K,
+    LARGEST_MASS,
+    SUMMARY,
+    ListDivergence,
+    Tail,
+    TopkDirection,
+)
 from .parallel import Shards
-
-TopkDirection = Literal["teacher||student", "student||teacher", "js"]
-Tail = Literal["bucket", "renormalize", "ignore"]
 
 
 class TopKStats(NamedTuple):
@@ -101,8 +105,9 @@ def topk_kl_divergence(  # noqa: PLR0913
         "student||teacher" omits the student's rest. A mass above 1.05 is an error on a CPU and
         gives NaN on a GPU.
 
-    Memory: from forward to backward, in addition to logits and lists, 60 bytes per token on a GPU
-    up to K = 511; otherwise about 51·K + 120, and 117·K + 190 for "js".
+    Memory: from forward to backward, in addition to logits and lists, 4·K + 68 bytes per token on a
+    GPU up to K = 511; otherwise about 51·K + 120 ("student||teacher": 60·K + 130, "js": 117·K +
+    190).
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -155,7 +160,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
 
     Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
     linear_token_stats, for one model; from forward to backward, in addition to kept logits, the
-    bytes of topk_kl_divergence (those of a CPU where K rows of the weight are read).
+    bytes of topk_kl_divergence, where K rows of the weight are read those of a CPU.
 
     Gradient:
         With respect to hidden, weight and bias, in their types.
@@ -195,7 +200,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
         return _reduced(kl, counted, weights, reduction, normalizer)
     teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)
     listed, rest, *_ = linear_cells(
-        inputs._replace(mask=teacher.counted), request._replace(ids=teacher.ids), Teacher()
+        inputs._replace(mask=teacher.counted), request._replace(ids=teacher.ids), ListDivergence()
     )
     student = listed, rest
     found, counted = _divergence(teacher, student, how, inputs.backend, result_dtype(hidden))
@@ -236,10 +241,10 @@ class _How(NamedTuple):
     clip: float | None
     temperature: float | torch.Tensor
 
-    def for_kernels(self, logprobs: torch.Tensor) -> Teacher:
-        """Return the teacher with these log-probs for the kernels."""
+    def for_kernels(self, logprobs: torch.Tensor) -> ListDivergence:
+        """Return the divergence from a teacher with these log-probs."""
         beta = 0.5 if self.beta is None else self.beta
-        return Teacher(logprobs, self.direction, self.tail, beta, self.clip or 0.0)
+        return ListDivergence(logprobs, self.direction, self.tail, beta, self.clip or 0.0)
 
 
 class _Teacher(NamedTuple):
@@ -283,11 +288,14 @@ def _topk(
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
     per_row = *per_token(how.temperature), chosen
     if chosen == "triton" and not cut.group and ids.shape[-1] <= LARGEST_K:
-        kl, *_, masses = cells(CellInputs(logits, ids, mask, *per_row), how.for_kernels(logprobs))
-        return TopKStats(kl, *masses[..., :2].unbind(-1)), masses[..., 2] > 0
+        inputs = CellInputs(logits, ids, mask, *per_row)
+        kl, *_, entries = cells(inputs, how.for_kernels(logprobs))
+        *masses, counted = entries[..., -SUMMARY:].unbind(-1)
+        return TopKStats(kl, *masses), counted > 0
     teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
     listed, rest, *_ = cells(
-        CellInputs(logits, teacher.ids, teacher.counted, *per_row, **cut.as_arguments()), Teacher()
+        CellInputs(logits, teacher.ids, teacher.counted, *per_row, **cut.as_arguments()),
+        ListDivergence(),
     )
     return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
 
@@ -337,8 +345,9 @@ def _divergence(
     total = value.sum(-1)
     if how.tail != "ignore" and how.clip is None:
         total = total.clamp(min=0.0)
+    # A product, so that the gradient is NaN too.
     total, student_mass = (
-        x.masked_fill(too_much[..., 0], torch.nan) for x in (total, student_mass)
+        x * torch.where(too_much[..., 0], torch.nan, 1.0) for x in (total, student_mass)
     )
     values = total, student_mass, mass[..., 0].exp()
     return TopKStats(*[torch.where(counted, x, 0.0).to(dtype) for x in values]), counted

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,23 +40,37 @@ def outside_plan(
     return segment, splits, variant
 
 
+class Terms(NamedTuple):
+    """The terms that row_topk sums. direction, tail: as numbered there. share: the teacher's, of
+    "js". clip: 0 for none. largest_mass: of a list; above it the result is NaN.
+    """
+
+    direction: int
+    tail: int
+    share: float
+    clip: float
+    largest_mass: float
+
+
 def outside(
     problem: Problem,
     ids: torch.Tensor,
-    log_sum: torch.Tensor,
-    peak: torch.Tensor,
-    saved: torch.Tensor,
-    logprobs: torch.Tensor | None = None,
+    logprobs: torch.Tensor | None,
+    entries: torch.Tensor | None,
+    others: Sequence[torch.Tensor],
 ) -> None:
-    """Fill peak and log_sum, [N] float64, with the largest of each row's entries not in `ids`
-    [N, K], and the log-sum-exp of these entries relative to it; fill `saved` [N, 10] as
-    launch.forward does for these entries alone. ids: sorted int64 in each row, or with their
-    logprobs as in `topk`.
+    """Fill others: log_sum and peak, [N] float64, with the log-sum-exp of each row's logits not at
+    `ids` [N, K], relative to the largest of them, and that one; and saved [N, 10] as launch.forward
+    does for these logits alone.
+
+    ids: sorted int64 in each row; or with logprobs [N, K] int32 or int64 in any order, and the
+    logits at them are written to entries [N, K + 3] float32.
     """
     p, _, _, mask, temperatures, _ = tensors(problem)
     layout, (_, count) = problem.layout, ids.shape
     lists = () if logprobs is None else (ids.dtype, logprobs.dtype)
     segment, splits, variant = outside_plan(layout, count, lists, tuple(config._override.items()))
+    log_sum, peak, saved = others
     with current(p):
         state = counters = saved
         if splits > 1:
@@ -72,6 +86,7 @@ def outside(
                 logprob_ptr=ids if logprobs is None else logprobs,
                 totals_ptr=state,
                 counter_ptr=counters,
+                entries_ptr=saved if entries is None else entries,
                 log_sum_ptr=log_sum,
                 peak_ptr=peak,
                 saved_ptr=saved,
@@ -85,27 +100,24 @@ def outside(
         )
 
 
+@functools.lru_cache(CACHE_SIZE)
 def topk_variant(
-    case: Case,
-    count: int,
-    types: tuple[torch.dtype, torch.dtype],
-    direction: int,
-    tail: int,
-    clipped: bool,
-    gradient: bool,
+    case: Case, count: int, types: tuple[torch.dtype, ...], terms: Terms, gradient: bool
 ) -> Variant:
     """Return row_topk for `count` entries per row; types: of ids and log-probs."""
     cells = triton.next_power_of_2(count + 1)
+    # Four cells per thread.
+    chosen = config.RowConfig(max(case.warp, cells // 4), 1, 0, config._UNTIMED, config.ROOM)
     return row_variant(
         row_topk,
         case,
-        config.RowConfig(max(case.warp, cells // 4), 1, 0, "", config.ROOM),
+        chosen,
         types,
         True,
         CELLS=cells,
-        DIRECTION=direction,
-        TAIL=tail,
-        CLIPPED=clipped,
+        DIRECTION=terms.direction,
+        TAIL=terms.tail,
+        CLIPPED=terms.clip > 0.0,
         WITH_GRADIENT=gradient,
     )
 
@@ -114,47 +126,42 @@ def topk(
     problem: Problem,
     ids: torch.Tensor,
     logprobs: torch.Tensor,
-    how: tuple[int, int, float, float, float],
+    entries: torch.Tensor,
     others: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor] | None,
+    terms: Terms,
+    kl: torch.Tensor | None,
     gradient: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """Fill values, (kl [N], masses [N, 3]) as row_topk. Or, given (upstream [N], grad [N, K],
-    places [N, K] int64, grad_rest [N]), fill the last three: the gradients to the logits at these
-    places and to log_sum. ids, logprobs: lists [N, K], int32 or int64 ids in any order. how:
-    direction, tail, share, clip (0: none) and largest_mass. others: log_sum and peak as filled by
-    `outside`.
+    """Fill kl [N] float32 and the last three columns of entries, as row_topk. Or fill the last
+    three of `gradient`, (upstream [N], grad [N, K], both float32, columns [N, K] int64, g_log_sum
+    [N] float32): the gradients to the logits in these columns, and to log_sum. The others: as
+    filled by `outside` or given to it.
     """
-    p, _, _, mask, temperatures, _ = tensors(problem)
-    layout, (direction, tail, share, clip, largest_mass) = problem.layout, how
+    _, _, _, mask, temperatures, _ = tensors(problem)
     types, with_gradient = (ids.dtype, logprobs.dtype), gradient is not None
-    case, count = layout.case, ids.shape[-1]
-    variant = topk_variant(case, count, types, direction, tail, clip > 0.0, with_gradient)
-    kl, masses = values or (p, p)
-    upstream, grad, places, grad_rest = gradient or (p,) * 4
-    with current(p):
+    variant = topk_variant(problem.layout.case, ids.shape[1], types, terms, with_gradient)
+    upstream, grad, columns, g_log_sum = gradient or (entries,) * 4
+    with current(entries):
         variant.start(
-            layout.rows,
+            problem.layout.rows,
             dict(
-                p_ptr=p,
                 mask_ptr=mask,
                 temperature_ptr=temperatures,
                 ids_ptr=ids,
                 logprob_ptr=logprobs,
                 log_sum_ptr=others[0],
                 peak_ptr=others[1],
-                kl_ptr=kl,
-                masses_ptr=masses,
+                entries_ptr=entries,
+                kl_ptr=entries if kl is None else kl,
                 upstream_ptr=upstream,
-                grad_ptr=grad,
-                place_ptr=places,
-                grad_rest_ptr=grad_rest,
+                grad_listed_ptr=grad,
+                columns_ptr=columns,
+                g_log_sum_ptr=g_log_sum,
                 temperature=float(problem.temperature),
-                **layout.places,
-                V=layout.vocabulary,
-                K=count,
-                share=share,
-                clip=clip,
-                largest_mass=largest_mass,
+                V=problem.layout.vocabulary,
+                K=ids.shape[1],
+                share=terms.share,
+                clip=terms.clip,
+                largest_mass=terms.largest_mass,
             ),
         )

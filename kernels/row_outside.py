@@ -11,6 +11,7 @@ from .row_load import (
     Tiling,
     lane_order,
     lane_sum,
+    load_logit,
     load_tile,
     row_offset,
     row_pad,
@@ -70,30 +71,24 @@ def whole_exponent(peak, scale_log2, scale_lo):
 def outside_sum(  # noqa: PLR0913
     part,
     length,
+    ids,
     ids_ptr,
-    logprob_ptr,
     K,
     first,
     tiling: tl.constexpr,
     reading: tl.constexpr,
-    IDS: tl.constexpr,
     SORTED: tl.constexpr,
 ):
     """Return (peak, sum) of the first `length` entries of a Segment that starts at entry `first`,
-    without those in a list of K: the largest entry, -inf if there is none, and
-    Σ 2^(x·s·LOG2E - origin), with origin the whole_exponent of the peak.
+    without those at `ids`, relative to it, a list of K in memory: the largest entry, -inf if there
+    is none, and Σ 2^(x·s·LOG2E - origin), with origin the whole_exponent of the peak.
 
     part.second: the low part of the scale.
     """
     V = first + part.remaining
     want: tl.constexpr = Want(False, False, False, Kind(OF_KL, False, False), False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
-    offs_k = tl.arange(0, IDS)
-    if SORTED:
-        ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V).to(tl.int32) - first
-        place = tl.sum((ids < 0).to(tl.int32), 0)
-    else:
-        ids = list_entries(ids_ptr, logprob_ptr, K, V, IDS)[0] - first
+    place = tl.sum((ids < 0).to(tl.int32), 0)
     lowest = LOWEST_PRODUCT / tl.maximum(part.scale_log2, 1.0)
     peak = tl.full([], float("-inf"), tl.float32)
     origin, origin_lo = whole_exponent(peak, part.scale_log2, part.second)
@@ -132,11 +127,11 @@ def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_lo
     origin, origin_lo = whole_exponent(peak, scale_log2, scale_lo)
     huge = tl.abs(origin) > LARGEST_LOG2_SUM
     # peak·s·LOG2E - (origin + origin_lo); in a huge row with the sum's rounding.
-    wide_scale = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
+    wide_scale_log2 = scale_log2.to(tl.float64) + scale_lo.to(tl.float64)
     above = tl.where(
         huge,
         (tl.fma(peak, scale_lo, tl.fma(peak, scale_log2, -origin)) - origin_lo).to(tl.float64),
-        peak.to(tl.float64) * wide_scale - origin.to(tl.float64) - origin_lo.to(tl.float64),
+        peak.to(tl.float64) * wide_scale_log2 - origin.to(tl.float64) - origin_lo.to(tl.float64),
     )
     # A float64 tensor, whatever the type of a bare constant.
     log_sum = tl.log(total) - above * tl.full([], LN2, tl.float64)
@@ -147,7 +142,7 @@ def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_lo
     fallback_saved = tl.where(offs_saved == 0, peak, marked.to(tl.float32, bitcast=True))
     # Backward multiplies by the rounded scale: correct for it at the peak. Add 1, because a
     # negative log2_S would mark a fallback row.
-    rounding = peak.to(tl.float64) * (wide_scale - (scale * LOG2E).to(tl.float64))
+    rounding = peak.to(tl.float64) * (wide_scale_log2 - (scale * LOG2E).to(tl.float64))
     log2_S = tl.log2(total.to(tl.float32)) + (1.0 - rounding.to(tl.float32))
     saved = tl.where(offs_saved == 0, origin + origin_lo - 1.0, log2_S)
     saved = tl.where(huge, fallback_saved, saved)
@@ -179,6 +174,7 @@ def store_outside(log_sum_ptr, peak_ptr, saved_ptr, peak, total, scale, scale_lo
         "logprob_ptr",
         "totals_ptr",
         "counter_ptr",
+        "entries_ptr",
         "log_sum_ptr",
         "peak_ptr",
         "saved_ptr",
@@ -192,6 +188,7 @@ def row_outside(  # noqa: PLR0913
     logprob_ptr,  # [N, K], see list_entries; any pointer if SORTED
     totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
+    entries_ptr,  # [N, K + 3] float32, the first K of each row written; any pointer if SORTED
     log_sum_ptr,  # [N] float64
     peak_ptr,  # [N] float64
     saved_ptr,  # [N, 10] float32
@@ -225,7 +222,7 @@ def row_outside(  # noqa: PLR0913
     Reads:  N·V of p, N·K·splits of ids and (unless SORTED) of logprobs, from cache but for the
             first split; nothing of a masked row.
     Writes: 2 · N · splits float64, read again by the last program; 10 saved values and two results
-            per row.
+            per row; unless SORTED, the N·K soft-capped logits at present ids, in the list's order.
     Saves:  values for the backward of a policy alone with the rest as its vocabulary: origin - 1,
             and log2(sum) + 1, corrected for the rounded scale at the peak; beyond LARGEST_LOG2_SUM
             the peak and the marked log_sum, as fallback.save_stats. Zeros otherwise.
@@ -256,16 +253,24 @@ def row_outside(  # noqa: PLR0913
         start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
         scale_log2, scale, scale, scale_lo,  # in place of a Second
     )  # fmt: skip
+    offs_k = tl.arange(0, IDS)
+    ids_ptr += row * K
+    if SORTED:
+        ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V).to(tl.int32)
+    else:
+        ids, _ = list_entries(ids_ptr, logprob_ptr + row * K, K, V, IDS)
+        inside = (ids >= first) & (ids < tl.minimum(first + segment, V))
+        listed = load_logit(p_row, ids, inside, 0.0, SOFTCAP)
+        tl.store(entries_ptr + row * (K + 3) + offs_k, listed, mask=inside)
     peak, total = outside_sum(
         part,
         tl.minimum(segment, V - first),
-        ids_ptr + row * K,
-        logprob_ptr + row * K,
+        ids - first,
+        ids_ptr,
         K,
         first,
         tiling,
         reading,
-        IDS,
         SORTED,
     )
     if SPLITS > 1:

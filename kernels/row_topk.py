@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 
 from .divergence_math import Formula, double_terms
-from .row_load import load_logit, row_offset, row_scale
+from .row_finish import store_tuple
+from .row_load import row_scale
 from .row_math import JS, Kind, soft_cap_slope
 from .row_outside import list_entries, wide_scale
 
-# Directions and tails, in the order of topk.TopkDirection and topk.Tail.
+# Directions and tails, as numbered by fastkl/ops/topk_rows.py.
 TEACHER_STUDENT, STUDENT_TEACHER, JS_DIRECTION = map(tl.constexpr, range(3))
 BUCKET, RENORMALIZE, IGNORE = map(tl.constexpr, range(3))
 
@@ -35,6 +36,7 @@ def add_repeats(ids, log_p, ids_ptr, logprob_ptr, K, V):
         id_k = tl.where(tl.load(logprob_ptr + k) == float("-inf"), V, tl.load(ids_ptr + k))
         first = tl.where((ids == id_k) & (ids < V), tl.minimum(first, k), first)
     repeated = first < offs_k
+    # Skip the exponentials of nearly every row: lists rarely repeat an id.
     if tl.max(repeated.to(tl.int32), 0) > 0:
         p = tl.zeros(ids.shape, tl.float64)
         for k in range(K):
@@ -48,6 +50,7 @@ def add_repeats(ids, log_p, ids_ptr, logprob_ptr, K, V):
 def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr):
     """Return the terms and slopes of cells; PLAIN: without q - p."""
     if DIRECTION == JS_DIRECTION:
+        # double_terms reads neither curvature nor series.
         formula = Formula(share, 1.0 - share, share, share)
         terms = double_terms(log_p, log_q, formula, Kind(JS, False, False))
         inner = (share > 0.0) & (share < 1.0)
@@ -55,7 +58,7 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
     else:
         p = tl.exp(log_p)
         q = tl.exp(log_q)
-        d = log_q - log_p  # NaN where both are 0
+        d = log_q - log_p  # NaN where p = q = 0, selected away below
         gap = 0.0 if PLAIN else q - p
         if DIRECTION == TEACHER_STUDENT:
             return gap - tl.where(p == 0.0, 0.0, p * d), -p if PLAIN else gap
@@ -69,11 +72,6 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
 @triton.jit(
     do_not_specialize=[
         "temperature",
-        "n_inner",
-        "stride_p_outer",
-        "stride_p_inner",
-        "stride_q_outer",
-        "stride_q_inner",
         "V",
         "K",
         "share",
@@ -81,41 +79,34 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
         "largest_mass",
     ],
     do_not_specialize_on_alignment=[
-        "p_ptr",
         "mask_ptr",
         "temperature_ptr",
         "ids_ptr",
         "logprob_ptr",
         "log_sum_ptr",
         "peak_ptr",
+        "entries_ptr",
         "kl_ptr",
-        "masses_ptr",
         "upstream_ptr",
-        "grad_ptr",
-        "place_ptr",
-        "grad_rest_ptr",
+        "grad_listed_ptr",
+        "columns_ptr",
+        "g_log_sum_ptr",
     ],
 )
 def row_topk(  # noqa: PLR0913, PLR0915
-    p_ptr,  # the student's logits
     mask_ptr,
     temperature_ptr,
     ids_ptr,
-    logprob_ptr,
-    log_sum_ptr,
-    peak_ptr,  # as in row_outside, which has written the last two
-    kl_ptr,  # [N] float32
-    masses_ptr,  # [N, 3] float32; any pointers with WITH_GRADIENT for these two
-    upstream_ptr,  # [N] float32
-    grad_ptr,  # [N, K] float32
-    place_ptr,  # [N, K] int64
-    grad_rest_ptr,  # [N] float32; any pointers without WITH_GRADIENT for these four
+    logprob_ptr,  # as in row_outside
+    log_sum_ptr,  # [N] float64, written by row_outside
+    peak_ptr,  # [N] float64, likewise
+    entries_ptr,  # [N, K + 3] float32: K soft-capped logits, likewise, and three results
+    kl_ptr,  # [N] float32; any pointer WITH_GRADIENT
+    upstream_ptr,  # [N] float32; any pointer without WITH_GRADIENT
+    grad_listed_ptr,  # [N, K] float32; likewise
+    columns_ptr,  # [N, K] int64; likewise
+    g_log_sum_ptr,  # [N] float32; likewise
     temperature: tl.float64,
-    n_inner: tl.int32,
-    stride_p_outer: tl.int64,
-    stride_p_inner: tl.int64,
-    stride_q_outer: tl.int64,
-    stride_q_inner: tl.int64,
     V: tl.int32,
     K: tl.int32,
     share: tl.float64,  # the teacher's, of "js"
@@ -131,14 +122,16 @@ def row_topk(  # noqa: PLR0913, PLR0915
     SOFTCAP: tl.constexpr,
 ):
     """Compute a row's divergence, the mass of its list in the student and in the teacher, and 1 if
-    the row counts; or WITH_GRADIENT the gradient to the listed logits.
+    the row counts. WITH_GRADIENT, compute instead the gradients to the listed logits and to
+    log_sum.
 
     Math:   this file's docstring, in float64; defined by topk._divergence.
     Grid:   (N,).
-    Reads:  N·K of ids and logprobs (and again from cache, K² numbers, for repeated ids), N·K of p,
-            two float64 per row.
-    Writes: 16 bytes per row. WITH_GRADIENT, the gradient at K places and that to log_sum per row;
-            absent entries repeat the gradient at another place of the row, 0 without one.
+    Reads:  N·K of ids, of logprobs and of entries, the first two again from cache, one by one, to
+            find repeated ids; two float64 per row. WITH_GRADIENT, one float32 per row.
+    Writes: four float32 per row. WITH_GRADIENT, N·K float32 and N·K int64, the gradients and their
+            columns, and one float32 per row. An absent entry repeats the gradient of the row's
+            largest id; a row that does not count gets zeros for column 0.
     Saves:  nothing.
     Special values: a row without entries, or masked, does not count and gets zeros. A listed mass
             above largest_mass gives NaN.
@@ -155,10 +148,10 @@ def row_topk(  # noqa: PLR0913, PLR0915
     present = ids < V
     entries = tl.sum(present.to(tl.int32), 0)
     counted = entries > 0
-    rounded = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    scale = wide_scale(rounded, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    capped = load_logit(p_row, ids, present, 0.0, SOFTCAP).to(tl.float64)
+    rounded_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    scale = wide_scale(rounded_scale, temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
+    entries_ptr += row * (K + 3)
+    capped = tl.load(entries_ptr + offs_k, mask=present, other=0.0).to(tl.float64)
     x = tl.where(present, capped, float("-inf"))
     # The student's cells relative to the largest logit.
     rest_peak = tl.load(peak_ptr + row)
@@ -194,19 +187,24 @@ def row_topk(  # noqa: PLR0913, PLR0915
             kl = tl.where(kl < 0.0, 0.0, kl)
         kl = tl.where(mass > largest_mass, float("nan"), kl)
         student_mass = tl.where(mass > largest_mass, float("nan"), listed / total)
-        masses = (student_mass, mass, 1.0)
         tl.store(kl_ptr + row, tl.where(counted, kl, 0.0))
-        for i in tl.static_range(3):
-            tl.store(masses_ptr + row * 3 + i, tl.where(counted, masses[i], 0.0))
+        summary = (
+            tl.where(counted, student_mass, 0.0),
+            tl.where(counted, mass, 0.0),
+            tl.where(counted, 1.0, 0.0),
+        )
+        store_tuple(entries_ptr + K, summary)
     else:
         upstream = tl.load(upstream_ptr + row).to(tl.float64)
+        upstream = tl.where(mass > largest_mass, float("nan"), upstream)
+        # The rest's `capped` is 0, where the slope of a soft cap is 1.
         grad = (slope - q * tl.sum(slope, 0)) * upstream * soft_cap_slope(capped, SOFTCAP)
         grad_rest = tl.sum(tl.where(is_rest, grad, 0.0), 0)
-        tl.store(grad_rest_ptr + row, tl.where(counted, grad_rest, 0.0))
-        # Where to store the gradient of an absent entry.
+        tl.store(g_log_sum_ptr + row, tl.where(counted, grad_rest, 0.0))
+        # Equal values in one column: a scatter of them is deterministic.
         last = tl.max(tl.where(present, ids, 0), 0)
         grad_last = tl.sum(tl.where(present & (ids == last), grad, 0.0), 0)
         grad = tl.where(present, grad * scale, grad_last * tl.where(counted, scale, 0.0))
         places = row * K + offs_k
-        tl.store(grad_ptr + places, grad, mask=offs_k < K)
-        tl.store(place_ptr + places, tl.where(present, ids, last), mask=offs_k < K)
+        tl.store(grad_listed_ptr + places, grad, mask=offs_k < K)
+        tl.store(columns_ptr + places, tl.where(present, ids, last), mask=offs_k < K)

@@ -184,7 +184,7 @@ class Kernels(Engine):
     ) -> None:
         for rows, problem in problems(args):
             part = slice(None) if rows is None else rows
-            outside_launchers().outside(problem, ids[part], *others.at(part))
+            outside_launchers().outside(problem, ids[part], None, None, others.at(part))
 
     def outside_gradient(
         self, args: RowArgs, others: Outside, upstream: torch.Tensor, grad: torch.Tensor

@@ -1,5 +1,5 @@
-"""topk_op.cells from hidden states: K listed logits, the log-sum-exp of all others, or a divergence
-from a teacher's list, and their gradients, a chunk of tokens at a time.
+"""topk_op.cells from hidden states, a chunk of tokens at a time: K listed logits and the
+log-sum-exp of all others, or the divergence from a teacher's list, and their gradients.
 """
 
 import itertools
@@ -41,13 +41,13 @@ from .topk_op import (
     listed_gradient,
     matrix,
 )
-from .topk_rows import Teacher
+from .topk_rows import ListDivergence
 
 
 class ListInputs(NamedTuple):
-    """Further arguments of linear_cells, in addition to a Teacher, which requires `rest`: ids
-    [..., K] as in topk_op.CellInputs, whether to return all logits, which saves backward a GEMM,
-    and whether the log-sum-exp of the others is needed.
+    """Further arguments of linear_cells, in addition to a ListDivergence, whose log-probs
+    exclude by_rows: ids [..., K] as in topk_op.CellInputs, whether to return all logits, which
+    saves backward a GEMM, and whether the log-sum-exp of the others is needed.
     """
 
     ids: Tensor
@@ -62,8 +62,9 @@ class ListInputs(NamedTuple):
 
 
 class ListGradientInputs(NamedTuple):
-    """Further arguments of linear_cell_gradients, in addition to a Teacher and CellUpstream: ids,
-    logits of linear_cells (None if not kept), and names as in linear_op.GradientInputs.
+    """Further arguments of linear_cell_gradients, in addition to a ListDivergence and a
+    CellUpstream: ids, logits of linear_cells (None if not kept), and names as in
+    linear_op.GradientInputs.
     """
 
     ids: Tensor
@@ -72,28 +73,35 @@ class ListGradientInputs(NamedTuple):
     by_rows: bool
 
 
-def _cells(inputs: LinearInputs, request: ListInputs, teacher: Teacher) -> Outputs:
+def _cells(inputs: LinearInputs, request: ListInputs, divergence: ListDivergence) -> Outputs:
     """Compute the results of topk_op.cells for the lm_head's logits, and with `keep` the logits
     too, as returned by linear_statistics.
     """
     heads, keep = inputs.heads(None), _kept(inputs, request)
-    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(teacher.logprobs))
-    listed, *outside, masses = empty_cells(inputs.hidden, ids, teacher)
+    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(divergence.logprobs))
+    values, *outside, entries = empty_cells(inputs.hidden, ids, divergence)
     others = Outside._make(outside)
 
     def fill(rows: slice, args: Any, *_: Any) -> None:
-        given = ids[rows], teacher._replace(logprobs=rows_of(logprobs, rows))
-        fill_cells(heads.engine, args, *given, listed[rows], others.at(rows), masses[rows])
+        fill_cells(
+            heads.engine,
+            args,
+            ids[rows],
+            divergence._replace(logprobs=rows_of(logprobs, rows)),
+            values[rows],
+            others.at(rows),
+            entries[rows],
+        )
 
     if request.by_rows(len(inputs.weight)):
         for value in others:
             value.zero_()
         others.peak.fill_(-math.inf)
         absent, x = absent_entries(ids, len(inputs.weight)), _listed(heads, ids).logits()
-        fill_listed(heads.engine, heads.args, absent, x, listed, others)
+        fill_listed(heads.engine, heads.args, absent, x, values, others)
     else:
         heads.each_chunk(fill, keep)
-    found = heads.of_all({"listed": listed, **others._asdict(), "masses": masses})
+    found = heads.of_all({"values": values, **others._asdict(), "entries": entries})
     leading = inputs.hidden.shape[:-1]
     return *[value.view((*leading, *value.shape[1:])) for value in found.values()], *keep
 
@@ -101,32 +109,41 @@ def _cells(inputs: LinearInputs, request: ListInputs, teacher: Teacher) -> Outpu
 def _gradients(
     inputs: LinearInputs,
     request: ListGradientInputs,
-    teacher: Teacher,
+    divergence: ListDivergence,
     given: CellUpstream,
     overwrite: bool = False,
 ) -> Outputs:
     """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
     heads, wrt = inputs.heads(None), wanted(request.wrt)
     heads.reuse([request.logits], overwrite)
-    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(teacher.logprobs))
+    ids, logprobs = heads.taken(matrix(request.ids)), heads.taken(matrix(divergence.logprobs))
     per_row = flat(given.log_sum), flat(given.peak), matrix(given.saved)
     others = Outside._make([heads.taken(value) for value in per_row])
-    g_listed = matrix(given.g_listed) if logprobs is None else flat(given.g_listed)
-    g_listed, g_log_sum = heads.taken(g_listed), heads.taken(flat(given.g_log_sum))
+    entries = given.entries.reshape(heads.tokens, given.entries.shape[-1]).contiguous()
+    entries = heads.taken(entries)
+    g_values = matrix(given.g_values) if logprobs is None else flat(given.g_values)
+    g_values, g_log_sum = heads.taken(g_values), heads.taken(flat(given.g_log_sum))
 
     def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
-        lists = ids[rows], teacher._replace(logprobs=rows_of(logprobs, rows))
-        upstream = rows_of(g_listed, rows), rows_of(g_log_sum, rows)
-        fill_cell_gradients(heads.engine, args, *lists, others.at(rows), upstream, grad)
+        fill_cell_gradients(
+            heads.engine,
+            args,
+            ids[rows],
+            divergence._replace(logprobs=rows_of(logprobs, rows)),
+            others.at(rows),
+            entries[rows],
+            (rows_of(g_values, rows), rows_of(g_log_sum, rows)),
+            grad,
+        )
 
-    if request.by_rows and g_listed is not None:
+    if request.by_rows and g_values is not None:
         args, listed = heads.args, _listed(heads, ids)
         x = listed.logits() if args.scaling.softcap else None
         # An absent entry's logit is the constant -inf; a masked row's may be NaN.
         absent = absent_entries(ids, len(inputs.weight))
         if args.mask is not None:
             absent |= ~args.mask[:, None]
-        upstream = listed_gradient(heads.engine, args, x, g_listed).masked_fill(absent, 0.0)
+        upstream = listed_gradient(heads.engine, args, x, g_values).masked_fill(absent, 0.0)
         found = listed.gradients(upstream, wrt)
         if "hidden" in found:
             found |= heads.of_all({"hidden": found["hidden"]})
@@ -141,7 +158,7 @@ def _kept(inputs: LinearInputs, request: ListInputs) -> list[Tensor | None]:
 # ---- FLOP counts: 2·N·H·V for each GEMM, 2·N·H·K where rows are read; arguments hold shapes
 
 
-def _forward_flops(inputs: LinearInputs, request: Any, _: Teacher) -> int:
+def _forward_flops(inputs: LinearInputs, request: Any, _: ListDivergence) -> int:
     entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
     by_rows = not request.rest and entries * SMALL_PART <= vocabulary
     return flops(inputs) // vocabulary * (entries if by_rows else vocabulary)
@@ -161,52 +178,52 @@ def _listed(heads: ChunkedHeads, ids: Tensor) -> Listed:
 
 
 def _save_for_backward(
-    ctx: Any, groups: tuple[LinearInputs, ListInputs, Teacher], output: Outputs
+    ctx: Any, groups: tuple[LinearInputs, ListInputs, ListDivergence], output: Outputs
 ) -> None:
-    inputs, request, teacher = groups
+    inputs, request, divergence = groups
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
-    *found, _, logits = output
+    *found, logits = output
     ctx.by_rows = request.by_rows(inputs.weight.shape[0])
     logits = logits if request.keep and not ctx.by_rows else None  # the op's would be empty
-    save_tensors(ctx, *inputs[:TENSORS], request.ids, teacher.logprobs, *found[1:], logits)
-    ctx.settings, ctx.teacher = inputs[TENSORS:], teacher[1:]
+    save_tensors(ctx, *inputs[:TENSORS], request.ids, divergence.logprobs, *found[1:], logits)
+    ctx.settings, ctx.divergence = inputs[TENSORS:], divergence[1:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
-    constant = output[2 if teacher.logprobs is None else 1 :]
+    constant = output[2 if divergence.logprobs is None else 1 :]
     ctx.mark_non_differentiable(*[value for value in constant if value is not None])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
+    ctx: Any, g_values: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> Upstream:
-    refuse_forward_mode((g_listed, g_log_sum))
+    refuse_forward_mode((g_values, g_log_sum))
     names = [*itertools.compress(SIX, ctx.needs_input_grad)]
-    if not names or (g_listed is None and g_log_sum is None):
-        return returned({}, ListInputs, Teacher)
-    *tensors, ids, logprobs, log_sum, peak, saved, logits = ctx.saved_tensors
+    if not names or (g_values is None and g_log_sum is None):
+        return returned({}, ListInputs, ListDivergence)
+    *tensors, ids, logprobs, log_sum, peak, saved, entries, logits = ctx.saved_tensors
     if ctx.overwritten:
         # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = None
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
         ListGradientInputs(ids, logits, ",".join(names), ctx.by_rows),
-        Teacher(logprobs, *ctx.teacher),
-        CellUpstream(log_sum, peak, saved, g_listed, g_log_sum),
+        ListDivergence(logprobs, *ctx.divergence),
+        CellUpstream(log_sum, peak, saved, entries, g_values, g_log_sum),
         unobserved=overwriting(ctx, _gradients),
     )
     return returned(
         {name: value for name, value in zip(SIX, gradients, strict=True) if name in names},
         ListInputs,
-        Teacher,
+        ListDivergence,
     )
 
 
 linear_cells = DualOp(
     "linear_cells",
-    (LinearInputs, ListInputs, Teacher),
+    (LinearInputs, ListInputs, ListDivergence),
     _cells,
-    lambda inputs, request, teacher: (
-        *empty_cells(inputs.hidden, request.ids, teacher),
+    lambda inputs, request, divergence: (
+        *empty_cells(inputs.hidden, request.ids, divergence),
         *_kept(inputs, request),
     ),
     outputs=6,
@@ -214,7 +231,7 @@ linear_cells = DualOp(
 )
 linear_cell_gradients = DualOp(
     "linear_cell_gradients",
-    (LinearInputs, ListGradientInputs, Teacher, CellUpstream),
+    (LinearInputs, ListGradientInputs, ListDivergence, CellUpstream),
     _gradients,
     lambda inputs, request, *_: empty_gradients(inputs, request.wrt),
     outputs=len(SIX),

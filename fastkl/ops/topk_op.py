@@ -1,5 +1,5 @@
-"""Reduce a row of logits to K listed entries and the log-sum-exp of all others, both relative to
-the largest listed entry, or to the divergence from a teacher's list, in one read.
+"""Reduce a row of logits in one read: to K listed entries and the log-sum-exp of all others, both
+relative to the largest listed entry, or to the divergence from a teacher's list.
 """
 
 import math
@@ -19,14 +19,14 @@ from .row_op import (
     refuse_second_derivative,
     refuse_temperature_gradient,
 )
-from .topk_rows import MASSES, Teacher, fill_topk, fill_topk_gradients
+from .topk_rows import SUMMARY, ListDivergence, fill_topk, fill_topk_gradients
 
 
 class CellInputs(NamedTuple):
     """Arguments of cells: logits [..., V], int64 ids [..., K], sorted in each row, mask and
     temperature as in row_op.RowInputs, dtype as in Engine.outside, and the fields of parallel.Cut.
-    An id equal to the whole vocabulary's V, and every repeat of an id, is an absent entry. With a
-    Teacher's log-probs, ids are int32 or int64 in any order, and a group is an error.
+    An id equal to the whole vocabulary's V, and every repeat of an id, is an absent entry. With
+    log-probs of a ListDivergence, ids are int32 or int64 in any order, and group is "".
     """
 
     logits: Tensor
@@ -44,14 +44,15 @@ class CellInputs(NamedTuple):
 
 
 class CellUpstream(NamedTuple):
-    """Further arguments of cell_gradients and of linear_cell_gradients: forward's result and saved
-    values, and upstream gradients; g_listed: with a Teacher that of the divergence.
+    """Further arguments of cell_gradients and of linear_cell_gradients: forward's results and
+    upstream gradients. g_values: of the listed logits [..., K], or of a divergence [...].
     """
 
     log_sum: Tensor
     peak: Tensor
     saved: Tensor
-    g_listed: Tensor | None
+    entries: Tensor
+    g_values: Tensor | None
     g_log_sum: Tensor | None
 
 
@@ -65,22 +66,22 @@ def fill_cells(
     engine: Engine,
     args: RowArgs,
     ids: Tensor,
-    teacher: Teacher,
-    listed: Tensor,
+    divergence: ListDivergence,
+    values: Tensor,
     others: Outside,
-    masses: Tensor,
+    entries: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Fill listed [N, K], float64, with (x - peak)/T at the ids, -inf at an absent one, and
-    `others` relative to the same peak: the row's largest listed x, the soft-capped logit. With a
-    Teacher's log-probs fill_topk fills `others` and, in place of listed, kl [N] and masses.
+    """Fill values [N, K], float64, with (x - peak)/T at the ids, -inf at an absent one, and
+    `others` relative to the same peak: the row's largest listed x, the soft-capped logit. With
+    log-probs of a ListDivergence fill values [N], `others` and entries as fill_topk.
     """
-    if teacher.logprobs is not None:
-        return fill_topk(args, ids, teacher, others, listed, masses)
+    if divergence.logprobs is not None:
+        return fill_topk(args, ids, divergence, others, values, entries)
     absent = absent_entries(ids, args.p.shape[-1])
     x = _at(args.p, ids.masked_fill(absent, 0))
     engine.outside(args, ids, others, dtype)
-    fill_listed(engine, args, absent, x, listed, others)
+    fill_listed(engine, args, absent, x, values, others)
 
 
 def fill_listed(
@@ -117,19 +118,21 @@ def fill_cell_gradients(
     engine: Engine,
     args: RowArgs,
     ids: Tensor,
-    teacher: Teacher,
+    divergence: ListDivergence,
     others: Outside,
+    entries: Tensor,
     upstream: tuple[Tensor | None, Tensor | None],
     grad: Tensor,
 ) -> None:
-    """Fill the gradient [N, V] of upstream gradients of (listed, log_sum), which may overwrite the
+    """Fill the gradient [N, V] of upstream gradients of (values, log_sum), which may overwrite the
     logits: the engine writes that of log_sum everywhere, and the listed entries are then
-    overwritten. The peak counts as a constant: it cancels in log-probabilities. With a Teacher's
-    log-probs, upstream is that of kl [N].
+    overwritten. The peak counts as a constant: it cancels in log-probabilities.
     """
-    g_listed, g_log_sum = upstream
-    if teacher.logprobs is not None and g_listed is not None:
-        return fill_topk_gradients(engine, args, ids, teacher, others, g_listed, grad)
+    g_values, g_log_sum = upstream
+    if divergence.logprobs is not None:
+        assert g_values is not None
+        given = ids, divergence, others, entries, g_values
+        return fill_topk_gradients(engine, args, *given, grad)
     absent = absent_entries(ids, args.p.shape[-1])
     if args.mask is not None:
         absent |= ~args.mask[:, None]
@@ -137,8 +140,8 @@ def fill_cell_gradients(
     none = absent[:, :1]
     ids = torch.where(absent, ids[:, :1], ids).masked_fill(none, 0)
     value = torch.zeros_like(ids, dtype=torch.float64)
-    if g_listed is not None:
-        value = listed_gradient(engine, args, _at(args.p, ids), g_listed)
+    if g_values is not None:
+        value = listed_gradient(engine, args, _at(args.p, ids), g_values)
     value = torch.where(absent, value[:, :1], value).to(grad.dtype)
     if g_log_sum is None:
         grad.zero_()
@@ -179,86 +182,102 @@ def matrix(value: PerRow) -> PerRow:
     return value if value is None else value.reshape(-1, value.shape[-1]).contiguous()
 
 
-def _cells(inputs: CellInputs, teacher: Teacher) -> Outputs:
-    """Compute (listed [..., K], *Outside of [...], masses) as fill_cells."""
-    results = empty_cells(inputs.logits, inputs.ids, teacher)
+def _cells(inputs: CellInputs, divergence: ListDivergence) -> Outputs:
+    """Compute (values [..., K] or [...], *Outside of [...], entries) as fill_cells."""
+    results = empty_cells(inputs.logits, inputs.ids, divergence)
     args = shard_rows.whole(_rows(inputs))
-    listed, log_sum, peak, saved, masses = results
-    if log_sum.numel():
-        listed = listed.view(-1, *listed.shape[log_sum.dim() :])
-        others = Outside(log_sum.view(-1), peak.view(-1), matrix(saved))
-        given = args, matrix(inputs.ids), teacher, listed, others, masses.view(len(listed), -1)
-        fill_cells(ENGINES[inputs.backend], *given, inputs.dtype)
+    if count := results[1].numel():
+        dims = results[1].dim()
+        values, log_sum, peak, saved, entries = (x.view(count, *x.shape[dims:]) for x in results)
+        fill_cells(
+            ENGINES[inputs.backend],
+            args,
+            matrix(inputs.ids),
+            divergence,
+            values,
+            Outside(log_sum, peak, saved),
+            entries,
+            inputs.dtype,
+        )
     return results
 
 
-def empty_cells(logits: Tensor, ids: Tensor, teacher: Teacher) -> Outputs:
-    """Return uninitialised results of cells for logits or hidden states; without a Teacher's
-    log-probs masses is [..., 0].
+def empty_cells(logits: Tensor, ids: Tensor, divergence: ListDivergence) -> Outputs:
+    """Return uninitialised results of cells for logits or hidden states; entries is [..., 0]
+    without a divergence.
     """
-    rows, lists, dtype = ids.shape[:-1], teacher.logprobs is None, result_dtype(logits)
+    rows, lists, dtype = ids.shape[:-1], divergence.logprobs is None, result_dtype(logits)
     log_sum, peak = (torch.empty(rows, dtype=torch.float64, device=ids.device) for _ in range(2))
     saved = log_sum.new_empty((*rows, SAVED), dtype=dtype)
-    listed = log_sum.new_empty(ids.shape) if lists else saved.new_empty(rows)
-    return listed, log_sum, peak, saved, saved.new_empty((*rows, 0 if lists else MASSES))
+    values = log_sum.new_empty(ids.shape) if lists else saved.new_empty(rows)
+    width = 0 if lists else ids.shape[-1] + SUMMARY
+    return values, log_sum, peak, saved, saved.new_empty((*rows, width))
 
 
-def _gradients(inputs: CellInputs, teacher: Teacher, given: CellUpstream) -> Tensor:
+def _gradients(inputs: CellInputs, divergence: ListDivergence, given: CellUpstream) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type."""
-    log_sum, peak, saved, g_listed, g_log_sum = given
+    log_sum, peak, saved, entries, g_values, g_log_sum = given
     grad = inputs.logits.new_empty(inputs.logits.shape)
     if not (log_sum.numel() and grad.numel()):
         return grad.zero_()
     args, ids, rows = _rows(inputs), matrix(inputs.ids), grad.view(-1, grad.shape[-1])
     others, g_log_sum = Outside(flat(log_sum), flat(peak), matrix(saved)), flat(g_log_sum)
-    g_listed = matrix(g_listed) if teacher.logprobs is None else flat(g_listed)
+    g_values = matrix(g_values) if divergence.logprobs is None else flat(g_values)
     if args.cut.group:
         ids, args = ids - args.cut.start, shard_rows.local(args)
         columns = args.p.shape[-1]
         outside = (ids < 0) | (ids >= columns)
         ids, order = ids.masked_fill(outside, columns).sort(stable=True, dim=-1)
-        g_listed = None if g_listed is None else g_listed.gather(-1, order)
+        g_values = None if g_values is None else g_values.gather(-1, order)
         (rows,) = shard_rows.zero_padding(args, (rows,))
     if rows.numel():
-        given_rows = args, ids, teacher, others, (g_listed, g_log_sum)
-        fill_cell_gradients(ENGINES[inputs.backend], *given_rows, rows)
+        fill_cell_gradients(
+            ENGINES[inputs.backend],
+            args,
+            ids,
+            divergence,
+            others,
+            entries.reshape(len(ids), -1).contiguous(),
+            (g_values, g_log_sum),
+            rows,
+        )
     return grad
 
 
-def _save_for_backward(ctx: Any, groups: tuple[CellInputs, Teacher], output: Any) -> None:
-    inputs, teacher = groups
+def _save_for_backward(ctx: Any, groups: tuple[CellInputs, ListDivergence], output: Any) -> None:
+    inputs, divergence = groups
     refuse_temperature_gradient(ctx.needs_input_grad[3])
-    save_tensors(ctx, *inputs[:4], teacher.logprobs, *output[1:4])
-    ctx.options = inputs[4:], teacher[1:]
-    ctx.mark_non_differentiable(*output[2 if teacher.logprobs is None else 1 :])
+    save_tensors(ctx, *inputs[:4], divergence.logprobs, *output[1:])
+    ctx.options = inputs[4:], divergence[1:]
+    ctx.mark_non_differentiable(*output[2 if divergence.logprobs is None else 1 :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, g_listed: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
+    ctx: Any, g_values: Tensor | None, g_log_sum: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * (len(CellInputs._fields) + len(Teacher._fields) - 1)
-    if g_listed is None and g_log_sum is None:
+    none = (None,) * (len(CellInputs._fields) + len(ListDivergence._fields) - 1)
+    if g_values is None and g_log_sum is None:
         return None, *none
-    refuse_forward_mode((g_listed, g_log_sum))
-    *tensors, logprobs, log_sum, peak, saved = ctx.saved_tensors
+    refuse_forward_mode((g_values, g_log_sum))
+    *tensors, logprobs, log_sum, peak, saved, entries = ctx.saved_tensors
     options, how = ctx.options
-    given = CellUpstream(log_sum, peak, saved, g_listed, g_log_sum)
-    inputs, teacher = CellInputs(*tensors, *options), Teacher(logprobs, *how)
-    return cell_gradients(inputs, teacher, given), *none
+    given = CellUpstream(log_sum, peak, saved, entries, g_values, g_log_sum)
+    inputs, divergence = CellInputs(*tensors, *options), ListDivergence(logprobs, *how)
+    return cell_gradients(inputs, divergence, given), *none
 
 
 cells = DualOp(
     "cells",
-    (CellInputs, Teacher),
+    (CellInputs, ListDivergence),
     _cells,
-    lambda inputs, teacher: empty_cells(inputs.logits, inputs.ids, teacher),
+    lambda inputs, divergence: empty_cells(inputs.logits, inputs.ids, divergence),
     outputs=5,
     rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
 cell_gradients = DualOp(
     "cell_gradients",
-    (CellInputs, Teacher, CellUpstream),
+    (CellInputs, ListDivergence, CellUpstream),
     _gradients,
     lambda inputs, *_: inputs.logits.new_empty(inputs.logits.shape),
     outputs=1,
