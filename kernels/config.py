@@ -55,11 +55,12 @@ class Entry:
         Without `fused`, row_fused gets forward's threads and groups, and pieces of 8 KB of each
         tensor: 16 warps keep 256 KB in an SM's L1.
         """
-        if direction == "fused" and self.fused is None:
-            segment = min(self.forward.segment, 8192 // self.itemsize)
-            return dataclasses.replace(self.forward, segment=segment, measured=_UNTIMED)
-        chosen: RowConfig = getattr(self, direction)
-        return chosen
+        chosen: RowConfig | None = getattr(self, direction)
+        return chosen or dataclasses.replace(
+            self.forward,
+            segment=min(self.forward.segment, 8192 // self.itemsize),
+            measured=_UNTIMED,
+        )
 
 
 _EMULATED = "a GPU's segments in forward; wide tiles, as the interpreter pays per operation"

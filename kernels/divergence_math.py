@@ -75,13 +75,15 @@ def expm1(z):
 @triton.jit
 def log(x, LG2: tl.constexpr):
     """Return log x; for float32 near 1 with an absolute error of 2^-22."""
-    if LG2 and x.dtype == tl.float32:
-        # tl.log takes twenty instructions.
-        return LN2 * tl.inline_asm_elementwise(
+    # tl.log takes twenty instructions.
+    return (
+        LN2
+        * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    else:
-        return tl.log(x)
+        if LG2 and x.dtype == tl.float32
+        else tl.log(x)
+    )
 
 
 @triton.jit
@@ -182,12 +184,8 @@ def empty_sums(zeros, kind: tl.constexpr):
 @triton.jit
 def add_sums(sums, kind: tl.constexpr):
     """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
-    value = sums.value
-    if kind.name == RENYI:
-        u = tl.max(sums.u, 0)
-        value *= tl.exp(sums.u - u)
-    else:
-        u = tl.sum(sums.u, 0)
+    u = tl.max(sums.u, 0) if kind.name == RENYI else tl.sum(sums.u, 0)
+    value = sums.value * tl.exp(sums.u - u) if kind.name == RENYI else sums.value
     return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0))
 
 
@@ -203,19 +201,22 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
     p = tl.exp2(log2_p)
     q = tl.exp2(tl.fma(d, LOG2E / D_FACTOR, log2_p))
     log_ratio = d * (1.0 / D_FACTOR)
-    weight_p = weight * terms.factor_p
-    weight_q = weight_p
+    weight = weight * terms.factor_p
     if kind.name == RENYI:
         # p^α·q^(1 - α)/Z is p·e^z relative to P and q·e^z relative to Q; both means are log Z.
-        grad_x = p * expm1(tl.fma(log_ratio, formula.rest, -mean_u))
-        grad_y = q * expm1(tl.fma(log_ratio, -formula.share, -mean_v))
-        weight_p = weight_p * (-formula.share / formula.rest)
-        weight_q = -weight_q
+        return (
+            p
+            * expm1(tl.fma(log_ratio, formula.rest, -mean_u))
+            * (weight * (-formula.share / formula.rest)),
+            q * expm1(tl.fma(log_ratio, -formula.share, -mean_v)) * -weight,
+        )
     elif kind.name == TOTAL_VARIATION:
         # Products of probabilities: no cancellation.
         q_below, p_above, distance = mean_u, mean_v, terms.saved.entropy
-        grad_x = p * tl.where(d < 0.0, p_above, -(distance + q_below))
-        grad_y = q * tl.where(d < 0.0, -(distance + p_above), q_below)
+        return (
+            p * tl.where(d < 0.0, p_above, -(distance + q_below)) * weight,
+            q * tl.where(d < 0.0, -(distance + p_above), q_below) * weight,
+        )
     else:
         grad_x = p * tl.fma(d, horner(d, formula.series[:TERMS]), -mean_u)
         grad_y = q * tl.fma(d, horner(d, formula.series[TERMS:]), -mean_v)
@@ -224,4 +225,4 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
             near = tl.abs(d) < D_FACTOR
             grad_x = tl.where(near, grad_x, tl.fma(p, -mean_u, far.to_p))
             grad_y = tl.where(near, grad_y, tl.fma(q, -mean_v, far.to_q))
-    return grad_x * weight_p, grad_y * weight_q
+        return grad_x * weight, grad_y * weight

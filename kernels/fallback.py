@@ -18,7 +18,7 @@ from .divergence_math import (
     empty_sums,
     renyi_exponent,
 )
-from .row_finish import not_above_zero, store_fields, store_tuple, token_logits
+from .row_finish import store_fields, store_logprob, store_tuple, token_logits
 from .row_load import load_logit
 from .row_math import OF_KL, RENYI, soft_cap_slope
 
@@ -65,13 +65,12 @@ def log_probability_q(y, stats, q_scale):
 @triton.jit
 def peak_ratios(stats, scale, q_scale):
     """Return d at P's peak and d at Q's."""
-    d_at_x_peak = log_probability_q(stats.y_at_x_peak, stats, q_scale) - log_probability_p(
-        stats.x_peak, stats, scale
+    return (
+        log_probability_q(stats.y_at_x_peak, stats, q_scale)
+        - log_probability_p(stats.x_peak, stats, scale),
+        log_probability_q(stats.y_peak, stats, q_scale)
+        - log_probability_p(stats.x_at_y_peak, stats, scale),
     )
-    d_at_y_peak = log_probability_q(stats.y_peak, stats, q_scale) - log_probability_p(
-        stats.x_at_y_peak, stats, scale
-    )
-    return d_at_x_peak, d_at_y_peak
 
 
 @triton.jit
@@ -284,13 +283,10 @@ def load_hi_lo(ptr):
 
 
 @triton.jit
-def fallback_gradients(log_p, log_q, weight, saved_ptr, formula, kind: tl.constexpr):
+def fallback_gradients(log_p, p, log_q, q, weight, saved_ptr, formula, kind: tl.constexpr):
     """Return weight·T times the gradients, from the saved values of store_divergence."""
     formula = double_formula(formula)
-    mean_u = load_hi_lo(saved_ptr + MEAN_U)
-    mean_v = load_hi_lo(saved_ptr + MEAN_V)
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
+    mean_u, mean_v = load_hi_lo(saved_ptr + MEAN_U), load_hi_lo(saved_ptr + MEAN_V)
     if kind.name == RENYI:
         r = tl.exp(renyi_exponent(log_p, log_q, formula) - mean_u)
         return (r - p) * (-formula.share / formula.rest) * weight, (q - r) * weight
@@ -304,24 +300,30 @@ def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: 
     """Write a WideRow's saved values and fields from its Fallback; for a divergence other than the
     KL also from its Sums.
     """
-    log_sum_ratio = stats.log_sum_ratio
-    if want.kind.name == RENYI:
-        # log Z is that of normalised p and q.
-        log_sum_ratio += tl.log(sums.q) - tl.log(sums.p)
+    # Rényi's log Z is that of normalised p and q.
+    log_sum_ratio = (
+        stats.log_sum_ratio + (tl.log(sums.q) - tl.log(sums.p))
+        if want.kind.name == RENYI
+        else stats.log_sum_ratio
+    )
     save_stats(out.saved, stats, log_sum_ratio)
     kl, ref_kl = fallback_kl(stats, row.scale, row.q_scale)
     if want.kind.name > OF_KL:
         kl = store_divergence(out.saved, sums, formula, want.kind)
-    lse = stats.x_peak * row.scale + stats.log_sum
-    ref_lse = stats.y_peak * row.q_scale + (stats.log_sum + stats.log_sum_ratio)
-    store_fields(out, stats.entropy, kl, ref_kl, lse, ref_lse, want)
+    store_fields(
+        out,
+        stats.entropy,
+        kl,
+        ref_kl,
+        stats.x_peak * row.scale + stats.log_sum,
+        stats.y_peak * row.q_scale + (stats.log_sum + stats.log_sum_ratio),
+        want,
+    )
     if reading.tokens:
         x, y = token_logits(row, want, reading)
-        log_p = log_probability_p(x.to(tl.float64), stats, row.scale)
-        tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
+        store_logprob(out.logprob, log_probability_p(x.to(tl.float64), stats, row.scale))
         if want.kl:
-            log_q = log_probability_q(y.to(tl.float64), stats, row.q_scale)
-            tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
+            store_logprob(out.ref_logprob, log_probability_q(y.to(tl.float64), stats, row.q_scale))
 
 
 # The addresses of a row's gradients to P and to Q, and the entries to write: `start` … `end - 1`.
@@ -356,7 +358,7 @@ def write_fallback(
             grad_y = q * (g.ref_lse - g.ref_logprob)
             if asked.kind.name > OF_KL:
                 grad_x, grad_y = fallback_gradients(
-                    log_p, log_q, g.kl, saved_ptr, formula, asked.kind
+                    log_p, p, log_q, q, g.kl, saved_ptr, formula, asked.kind
                 )
             elif asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
@@ -380,10 +382,16 @@ def write_fallback(
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
             if reading.tokens:
                 grad_x += tl.where(offs_v == token, g.logprob, 0.0)
-            grad_x = grad_x * row.scale * soft_cap_slope(x, reading.softcap)
-            tl.store(grads.p + offs_v, grad_x.to(tl.float32), mask=inside)
+            tl.store(
+                grads.p + offs_v,
+                (grad_x * row.scale * soft_cap_slope(x, reading.softcap)).to(tl.float32),
+                mask=inside,
+            )
         if asked.wrt_q:
             if reading.tokens:
                 grad_y += tl.where(offs_v == token, g.ref_logprob, 0.0)
-            grad_y = grad_y * row.q_scale * soft_cap_slope(y, reading.ref_softcap)
-            tl.store(grads.q + offs_v, grad_y.to(tl.float32), mask=inside)
+            tl.store(
+                grads.q + offs_v,
+                (grad_y * row.q_scale * soft_cap_slope(y, reading.ref_softcap)).to(tl.float32),
+                mask=inside,
+            )

@@ -143,19 +143,13 @@ def fallback_of_log_sums(ptr, mask, scale, q_scale):
     """Return a Fallback that gives the log-probabilities, from the results of segment_log_sums at a
     vector of addresses; log_sum stands in for the means and the entropy.
     """
-    x_peak, log_sum = merge_log_sums(ptr, mask, scale)
-    y_peak, ref_log_sum = merge_log_sums(ptr + 2, mask, q_scale)
+    x_peaks = tl.load(ptr, mask=mask, other=float("-inf"))
+    x_peak, log_sum, _ = part_shares(x_peaks, tl.load(ptr + 1, mask=mask, other=0.0), scale)
+    y_peaks = tl.load(ptr + 2, mask=mask, other=float("-inf"))
+    y_peak, ref_log_sum, _ = part_shares(y_peaks, tl.load(ptr + 3, mask=mask, other=0.0), q_scale)
     return Fallback(
         x_peak, y_peak, log_sum, ref_log_sum - log_sum, y_peak, log_sum, x_peak, log_sum, log_sum
     )  # fmt: skip
-
-
-@triton.jit
-def merge_log_sums(ptr, mask, scale):
-    """Return the peak and log_sum of a row from those of its segments, at a vector of addresses."""
-    peaks = tl.load(ptr, mask=mask, other=float("-inf"))
-    peak, log_sum, _ = part_shares(peaks, tl.load(ptr + 1, mask=mask, other=0.0), scale)
-    return peak, log_sum
 
 
 @triton.jit

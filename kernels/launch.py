@@ -323,9 +323,11 @@ def backward_plan(
     chunk = tile * max(1, chosen.segment // tile)
     # A misaligned row covers one more block.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chunk)
-    constants = {name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS}
-    if kind:
-        constants = dict(divergence, LG2=case.arch.startswith("sm_"))
+    constants = (
+        dict(divergence, LG2=case.arch.startswith("sm_"))
+        if kind
+        else {name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS}
+    )
     return chunks, row_variant(
         row_divergence_backward if kind else row_backward,
         case,
@@ -362,9 +364,7 @@ def backward(
         if len(values) == 1
         else torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
     )
-    grad = grad_q if grad_p is None else grad_p
-    assert grad is not None
-    stride_grad = grad.stride(0)
+    stride_grad = next(grad.stride(0) for grad in (grad_p, grad_q) if grad is not None)
     chunks, variant = backward_plan(
         layout,
         fields,

@@ -89,12 +89,13 @@ def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
     """Return whether `fused` supports the problem: every row of logits and gradient starts on a
     16-byte boundary. config.fuses decides whether to use it.
     """
-    place = grad_p.dtype, grad_p.data_ptr() % ADDRESSES
     return (
         problem.q is not None
         and not problem.layout.case.realign
         and problem.layout.case.q_in_blocks
-        and grads_in_blocks(problem.layout, grad_p.stride(0), place)
+        and grads_in_blocks(
+            problem.layout, grad_p.stride(0), (grad_p.dtype, grad_p.data_ptr() % ADDRESSES)
+        )
     )
 
 

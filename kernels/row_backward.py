@@ -110,10 +110,13 @@ def write_chunk(  # noqa: PLR0915
     pad = row_pad(whole.p, True)
     # Read no entry of an inactive row.
     read_end = tl.where(activity != 0.0, args.V + pad, 0)
-    p_block = block_of(whole.p, pad, tiling.lanes, True)
-    q_block = block_of(whole.q, pad, tiling.lanes, tiling.q_in_blocks)
-    grad_p_block = block_of(grad_p_row, pad, tiling.lanes, cut.grad_in_blocks)
-    grad_q_block = block_of(grad_q_row, pad, tiling.lanes, cut.grad_in_blocks)
+    place = Place(
+        block_of(whole.p, pad, tiling.lanes, True),
+        block_of(whole.q, pad, tiling.lanes, tiling.q_in_blocks),
+        block_of(grad_p_row, pad, tiling.lanes, cut.grad_in_blocks),
+        block_of(grad_q_row, pad, tiling.lanes, cut.grad_in_blocks),
+        pad, args.V + pad, read_end, scale, whole.ratio,
+    )  # fmt: skip
     token = tl.load(whole.token_ptr) if reading.tokens else row
     # Saved value 8 is mean_q.
     far = asked.ref_kl and asked.wrt_q and tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP
@@ -125,10 +128,6 @@ def write_chunk(  # noqa: PLR0915
         )  # fmt: skip
         return
     terms = gradient_terms(load_saved(saved_ptr), formula)
-    place = Place(
-        p_block, q_block, grad_p_block, grad_q_block, pad, args.V + pad, read_end, scale,
-        whole.ratio,
-    )  # fmt: skip
     if reading.tokens:
         # The sampled token's gradient has a one-hot term: read its logits before any store, and
         # write its gradient last.

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .divergence_math import Formula, Second
 from .fallback import is_fallback
-from .row_finish import SAVED, load_rank_states, load_states, store_state
+from .row_finish import SAVED, load_rank_states, load_states, store_state, store_tuple
 from .row_gradient import gradient_terms, load_saved
 from .row_load import D_FACTOR, Reading, RowArguments, Tiling, compensates, row_at
 from .row_math import STATE, TOTAL_VARIATION, Kind, Want
@@ -161,9 +161,10 @@ def row_divergence(  # noqa: PLR0913
         second = Second(
             formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR
         )
-        length = tl.minimum(segment, V - first)
         # No gamma.
-        states = segment_sums(whole, first, length, gamma, second, tiling, want, reading)
+        states = segment_sums(
+            whole, first, tl.minimum(segment, V - first), gamma, second, tiling, want, reading
+        )
         if SPLITS > 1:
             store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, states, want)
             # Order all threads' stores before the release by one thread.
@@ -182,6 +183,11 @@ def row_divergence(  # noqa: PLR0913
     value = tl.where(value < 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
     # Overwrite mean_p, mean_q and the entropy.
-    tl.store(saved_ptr + 7, moment * factor if IS_TV else value - moment * factor)
-    tl.store(saved_ptr + 8, p_above * factor if IS_TV else moment * factor)
-    tl.store(saved_ptr + 9, value)
+    store_tuple(
+        saved_ptr + 7,
+        (
+            moment * factor if IS_TV else value - moment * factor,
+            p_above * factor if IS_TV else moment * factor,
+            value,
+        ),
+    )

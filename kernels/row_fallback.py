@@ -203,5 +203,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     zero = tl.full([], 0.0, tl.float32)
                     g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
                     # No gradient to Q.
-                    grads = GradientRow(grad_ptr + row * stride_grad, grad_ptr, 0, V)
-                    write_fallback(whole, grads, out.saved, g, formula, BLOCK, asked, reading)
+                    write_fallback(
+                        whole, GradientRow(grad_ptr + row * stride_grad, grad_ptr, 0, V),
+                        out.saved, g, formula, BLOCK, asked, reading,
+                    )  # fmt: skip

@@ -210,11 +210,13 @@ def row_statistics(states, scale, gamma, want: tl.constexpr):
             kl = renyi_of_means(tl.div_rn(state.R, state.S), mean_h, mean_p, gamma)
             mean_p = kl * -gamma
             mean_q = mean_p
-        unshifted = Saved(
-            state.origin, log2_S, log2_Z_q, log2_Z_q_lo, state.centre, zero, log1p_t, mean_p,
-            mean_q, entropy,
+        return Statistics(
+            Saved(
+                state.origin, log2_S, log2_Z_q, log2_Z_q_lo, state.centre, zero, log1p_t, mean_p,
+                mean_q, entropy,
+            ),
+            state.shift, kl, ref_kl, valid,
         )  # fmt: skip
-        return Statistics(unshifted, state.shift, kl, ref_kl, valid)
 
 
 @triton.jit
@@ -226,9 +228,10 @@ def add_product(value, lo, a, b):
 
 
 @triton.jit
-def not_above_zero(logprob):
-    """Clamp a log-probability at 0, which rounding may exceed; NaN stays NaN."""
-    return tl.where(logprob > 0.0, 0.0, logprob)
+def store_logprob(ptr, logprob):
+    """Write a log-probability, at most 0, which rounding may exceed; NaN stays NaN."""
+    logprob = logprob.to(tl.float32)
+    tl.store(ptr, tl.where(logprob > 0.0, 0.0, logprob))
 
 
 @triton.jit
@@ -301,13 +304,13 @@ def store_statistics(out, statistics, valid, row, want: tl.constexpr, reading: t
         half_scale = scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)
         half_p = tl.fma(x, half_scale, unshifted.origin * -0.5) - unshifted.log2_S * 0.5
-        tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
+        store_logprob(out.logprob, half_p * (LN2 * 2.0))
         if want.kl:
             y, y_lo = scale_reference(y, row.ratio, reading.ratio)
             y, more = two_sum(y, -statistics.shift)
             half_q = tl.fma(y, half_scale, unshifted.log2_Z_q * -0.5) - unshifted.log2_Z_q_lo * 0.5
             half_q = tl.fma(y_lo + more, half_scale, half_q)
-            tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))
+            store_logprob(out.ref_logprob, half_q * (LN2 * 2.0))
 
 
 @triton.jit

@@ -205,11 +205,8 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
     """Return the derivative of soft_cap at the result `capped`; 1 if SOFTCAP is 0."""
-    if SOFTCAP > 0.0:
-        t = capped * (1.0 / SOFTCAP)
-        return (1.0 - t) * (1.0 + t)
-    else:
-        return 1.0
+    t = capped * (1.0 / SOFTCAP) if SOFTCAP > 0.0 else 0.0
+    return (1.0 - t) * (1.0 + t)
 
 
 # The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.

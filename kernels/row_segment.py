@@ -125,9 +125,7 @@ def weigh(sums, tile, part, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.co
     """Return the Weights of a tile. Without CLAMP, a finite logit so low that its exponent
     overflows makes lane_A NaN.
     """
-    es = ()
-    ds = ()
-    lane_A = sums.lane_A
+    es, ds, lane_A = (), (), sums.lane_A
     for g in tl.static_range(len(tile.x)):
         exponent = tl.fma(tile.x[g], part.scale_log2, -sums.origin)
         e = tl.exp2(exponent)
@@ -249,8 +247,7 @@ def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
 
     d and h below include their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
     """
-    lane_W, lane_U, lane_R = sums.lane_W, sums.lane_U, sums.lane_R
-    largest = sums.largest
+    lane_W, lane_U, lane_R, largest = sums.lane_W, sums.lane_U, sums.lane_R, sums.largest
     for g in tl.static_range(len(weights.e)):
         e, d = weights.e[g], weights.d[g]
         if want.kind.name > RENYI:

@@ -68,14 +68,14 @@ def _variant(
     kernel: Any,
     case: Case,
     grads: Grads,
-    constants: frozenset[Any],
     num_warps: int,
     registers: int | None,
+    **constants: Any,
 ) -> Variant:
     """Return the unique Variant of a kernel for tensors of `case`, gradients of dtypes `grads`, and
     compile-time values in addition to the case's.
     """
-    known = {**case.constants, **dict(constants)}
+    known = {**case.constants, **constants}
     in_order = {
         name: known[name] for name in inspect.signature(kernel.fn).parameters if name in known
     }
@@ -89,7 +89,6 @@ def row_variant(
     """Return a kernel's Variant for a configuration; without `limited`, ptxas chooses the
     registers.
     """
-    constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
     # These need registers for temporaries.
     roomy = case.softcap > 0.0 or case.ref_softcap > 0.0 or case.has_ratio or case.realign
     registers = config.ROOM if roomy else chosen.max_registers
@@ -97,9 +96,11 @@ def row_variant(
         kernel,
         case,
         grads,
-        frozenset(constants.items()),
         max(1, chosen.threads // case.warp),
         registers if limited else None,
+        THREADS=chosen.threads,
+        GROUPS=chosen.groups,
+        **constants,
     )
 
 
@@ -109,14 +110,16 @@ def fallback_variant(
     """Return the Variant of row_fallback or of segment_log_sums, which do not use the configuration
     table.
     """
-    constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
     return _variant(
         kernel,
         case,
         grads,
-        frozenset(constants.items()),
         FALLBACK_THREADS // case.warp,
         PART_REGISTERS if constants.get("PART") else FALLBACK_REGISTERS,
+        ROWS=FALLBACK_ROWS,
+        BLOCK=FALLBACK_BLOCK,
+        WITH_GRADIENT=bool(grads),
+        **constants,
     )
 
 
