@@ -122,7 +122,7 @@ def _topk(where):
         yield "topk.outside", launch_outside.outside_plan(where, 64, types, ())[-1]
         yield "topk.outside_sorted", launch_outside.outside_plan(where, 64, (), ())[-1]
     kl, js = (launch_outside.Terms(direction, 0, 0.5, 0.0, 1.0) for direction in (0, 2))
-    yield "topk.forward", launch_outside.topk_variant(where.case, 64, types, kl, False)
+    yield "topk.terms", launch_outside.topk_variant(where.case, 64, types, kl, False)
     yield "topk.js_gradient", launch_outside.topk_variant(where.case, 64, types, js, True)
 
 

@@ -1,29 +1,30 @@
 """KL divergence against a teacher that is known by its K most probable tokens."""
 
-import math
 from typing import NamedTuple, get_args
 
 import torch
 
-from . import _checks, _modes, _reduce, backend, f_divergences
+from . import _checks, _reduce, backend
 from ._collectives import sharded_logits
 from ._dtensors import takes_dtensors
 from ._heads import Given, Head, keeps_logits, prepare, whole_vocabulary
 from ._types import Reduction
+from .ops import topk_lists
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
 from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
-from .ops.topk_op import CellInputs, absent_entries, cells
+from .ops.topk_op import CellInputs, cells
 from .ops.topk_rows import (
     LARGEST_K,
-    LARGEST_MASS,
     SUMMARY,
     ListDivergence,
     Tail,
     TopkDirection,
 )
 from .parallel import Shards
+
+_Options = tuple[str, float | None, str, float | None]
 
 
 class TopKStats(NamedTuple):
@@ -114,8 +115,8 @@ def topk_kl_divergence(  # noqa: PLR0913
     Source: merging tokens into one bucket can only lower a divergence, by the data-processing
     inequality: Cover & Thomas, Elements of Information Theory (2006), section 2.8.
     """
-    how = _How(direction, beta, tail, clip, temperature)
-    found, counted = _topk(logits, topk_logprobs, topk_ids, mask, how, shard)
+    how = direction, beta, tail, clip
+    found, counted = _topk(logits, topk_logprobs, topk_ids, mask, how, temperature, shard)
     return _reduced(found.kl, counted, weights, reduction, normalizer)
 
 
@@ -186,25 +187,23 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
             recompute,
         )
     )
-    how = _How(direction, beta, tail, clip, temperature)
     whole_vocabulary(inputs, "top-k log-probabilities")
     leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
-    _check(leading, hidden.device, topk_logprobs, topk_ids, how)
+    how = direction, beta, tail, clip
+    divergence = _checked(leading, hidden.device, topk_logprobs, topk_ids, how)
     request = ListInputs(topk_ids, keeps_logits(inputs, recompute), tail != "renormalize")
     by_rows, count = request.by_rows(vocabulary), topk_ids.shape[-1]
     if inputs.backend == "triton" and not by_rows and count <= LARGEST_K:
-        counted = (~_absent(topk_ids, topk_logprobs, vocabulary)).any(-1)
+        counted = (~topk_lists.absent(topk_ids, topk_logprobs, vocabulary)).any(-1)
         counted = counted if mask is None else counted & mask
-        given = inputs._replace(mask=counted), request, how.for_kernels(topk_logprobs)
-        kl = linear_cells(*given)[0]
+        kl = linear_cells(inputs._replace(mask=counted), request, divergence)[0]
         return _reduced(kl, counted, weights, reduction, normalizer)
-    teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)
-    listed, rest, *_ = linear_cells(
-        inputs._replace(mask=teacher.counted), request._replace(ids=teacher.ids), ListDivergence()
-    )
-    student = listed, rest
-    found, counted = _divergence(teacher, student, how, inputs.backend, result_dtype(hidden))
-    return _reduced(found.kl, counted, weights, reduction, normalizer)
+    teacher = topk_lists.merged(topk_ids, topk_logprobs, mask, vocabulary)
+    given = inputs._replace(mask=teacher.counted), request._replace(ids=teacher.ids)
+    listed, rest, *_ = linear_cells(*given, ListDivergence())
+    checks = ENGINES[inputs.backend].checks_values
+    kl, *_ = topk_lists.divergence(teacher, (listed, rest), divergence, checks)
+    return _reduced(kl.to(result_dtype(hidden)), teacher.counted, weights, reduction, normalizer)
 
 
 @takes_dtensors
@@ -228,34 +227,8 @@ def topk_stats(  # noqa: PLR0913
 
     Arguments, Gradient, Special values, Raises, Source: as topk_kl_divergence.
     """
-    how = _How(direction, beta, tail, clip, temperature)
-    return _topk(logits, topk_logprobs, topk_ids, mask, how, shard)[0]
-
-
-class _How(NamedTuple):
-    """The options of a top-k divergence."""
-
-    direction: str
-    beta: float | None
-    tail: str
-    clip: float | None
-    temperature: float | torch.Tensor
-
-    def for_kernels(self, logprobs: torch.Tensor) -> ListDivergence:
-        """Return the divergence from a teacher with these log-probs."""
-        beta = 0.5 if self.beta is None else self.beta
-        return ListDivergence(logprobs, self.direction, self.tail, beta, self.clip or 0.0)
-
-
-class _Teacher(NamedTuple):
-    """A teacher's list: sorted ids [..., K] as in topk_op.CellInputs, their log-probs in float64,
-    which rows count, and the vocabulary's size.
-    """
-
-    ids: torch.Tensor
-    log_p: torch.Tensor
-    counted: torch.Tensor
-    vocabulary: int
+    how = direction, beta, tail, clip
+    return _topk(logits, topk_logprobs, topk_ids, mask, how, temperature, shard)[0]
 
 
 def _reduced(
@@ -275,129 +248,44 @@ def _topk(
     logprobs: torch.Tensor,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
-    how: _How,
+    how: _Options,
+    temperature: float | torch.Tensor,
     shard: Shards,
 ) -> tuple[TopKStats, torch.Tensor]:
-    """Return the statistics from logits, and which rows count."""
+    """Return the statistics from logits, and which rows count; how: as in _checked."""
     _checks.logits("logits", logits, shard is not None)
     leading = logits.shape[:-1]
-    _check(leading, logits.device, logprobs, ids, how)
-    _checks.temperature(how.temperature, leading, logits.device)
+    divergence = _checked(leading, logits.device, logprobs, ids, how)
+    _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
     chosen = backend.select(logits)
     (logits,), cut = sharded_logits(shard, chosen == "triton", {"logits": logits})
-    per_row = *per_token(how.temperature), chosen
+    per_row = *per_token(temperature), chosen
     if chosen == "triton" and not cut.group and ids.shape[-1] <= LARGEST_K:
-        inputs = CellInputs(logits, ids, mask, *per_row)
-        kl, *_, entries = cells(inputs, how.for_kernels(logprobs))
+        kl, *_, entries = cells(CellInputs(logits, ids, mask, *per_row), divergence)
         *masses, counted = entries[..., -SUMMARY:].unbind(-1)
         return TopKStats(kl, *masses), counted > 0
-    teacher = _merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
+    teacher = topk_lists.merged(ids, logprobs, mask, cut.vocabulary or logits.shape[-1])
     listed, rest, *_ = cells(
         CellInputs(logits, teacher.ids, teacher.counted, *per_row, **cut.as_arguments()),
         ListDivergence(),
     )
-    return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
+    checks, dtype = ENGINES[chosen].checks_values, result_dtype(logits)
+    found = topk_lists.divergence(teacher, (listed, rest), divergence, checks)
+    return TopKStats(*[value.to(dtype) for value in found]), teacher.counted
 
 
-def _divergence(
-    teacher: _Teacher,
-    student: tuple[torch.Tensor, torch.Tensor],
-    how: _How,
-    chosen: str,
-    dtype: torch.dtype,
-) -> tuple[TopKStats, torch.Tensor]:
-    """Return the statistics of a student's cells (listed logits [..., K] and log-sum-exp of the
-    others [...], relative to the row's peak), and which rows count.
+def _checked(
+    leading: torch.Size,
+    device: torch.device,
+    logprobs: torch.Tensor,
+    ids: torch.Tensor,
+    how: _Options,
+) -> ListDivergence:
+    """Check the list and the options (direction, beta, tail, clip), for a student of leading shape
+    `leading`, and return the divergence.
     """
-    ids, log_p, counted, vocabulary = teacher
-    listed, rest = student
-    log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
-    mass = log_p.logsumexp(-1, keepdim=True)
-    too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
-    # Graphs and transforms cannot branch on values: the row is NaN there.
-    checks = ENGINES[chosen].checks_values and _modes.eager(too_much)
-    if checks and bool(too_much.any()):
-        _checks.expect(
-            False,
-            "topk_logprobs",
-            f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}",
-            f"{float(mass[too_much].max().exp()):.6g}",
-            "mask padded positions with mask=, or give their entries -inf",
-        )
-    log_q = torch.cat([listed, rest[..., None]], -1)
-    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-    student_mass = log_q[..., :-1].detach().exp().sum(-1)
-    if how.tail == "bucket":
-        # With all V tokens listed no token remains for the mass lost to rounding.
-        complete = (~absent_entries(ids, vocabulary)).sum(-1, keepdim=True) == vocabulary
-        log_p = torch.cat([log_p, _log1mexp(mass).masked_fill(complete, -torch.inf)], -1)
-        if how.direction == "student||teacher":
-            # The student's rest adds 0 if the teacher has none.
-            log_q = log_q.masked_fill(log_p == -torch.inf, -torch.inf)
-    else:
-        log_q = log_q[..., :-1]
-        if how.tail == "renormalize":
-            log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in (log_p, log_q))
-    value = _terms(log_p, log_q, how)
-    if how.clip is not None:
-        value = value.clamp(max=how.clip)
-    total = value.sum(-1)
-    if how.tail != "ignore" and how.clip is None:
-        total = total.clamp(min=0.0)
-    # A product, so that the gradient is NaN too.
-    total, student_mass = (
-        x * torch.where(too_much[..., 0], torch.nan, 1.0) for x in (total, student_mass)
-    )
-    values = total, student_mass, mass[..., 0].exp()
-    return TopKStats(*[torch.where(counted, x, 0.0).to(dtype) for x in values]), counted
-
-
-def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
-    """Compute the terms of the divergence of cells [..., K + 1] or [..., K]."""
-    if how.direction == "student||teacher":
-        log_p, log_q = log_q, log_p
-    kind = "js" if how.direction == "js" else "kl"
-    terms = f_divergences.terms(log_p, log_q, kind, 0.5 if how.beta is None else how.beta)
-    # The KL's Terms.value contains a multiple of q - p, which sums to 0 only over all tokens.
-    plain = kind == "kl" and (how.tail == "ignore" or how.clip is not None)
-    return terms.to_p if plain else terms.value
-
-
-def _merged(
-    ids: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor | None, vocabulary: int
-) -> _Teacher:
-    """Return the teacher of a list. The first of equal ids gets the sum of their probabilities, the
-    others 0. A row without entries does not count.
-    """
-    ids, log_p = ids.long(), logprobs.detach().double()
-    absent = _absent(ids, log_p, vocabulary)
-    ids, order = ids.masked_fill(absent, vocabulary).sort(-1)
-    log_p = log_p.masked_fill(absent, -torch.inf).gather(-1, order)
-    first = torch.searchsorted(ids, ids)
-    sums = torch.zeros_like(log_p).scatter_add(-1, first, log_p.exp())
-    several = torch.searchsorted(ids, ids, right=True) > first + 1
-    absent = absent_entries(ids, vocabulary)
-    log_p = torch.where(several, sums.log(), log_p).masked_fill(absent, -torch.inf)
-    counted = ids[..., 0] < vocabulary
-    return _Teacher(ids, log_p, counted if mask is None else counted & mask, vocabulary)
-
-
-def _absent(ids: torch.Tensor, logprobs: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return which entries of a list are absent."""
-    return (logprobs == -torch.inf) | (ids < 0) | (ids >= vocabulary)
-
-
-def _log1mexp(value: torch.Tensor) -> torch.Tensor:
-    """Compute log(1 - e^value), -inf for values ≥ 0."""
-    value = value.clamp(max=0.0)
-    return torch.where(value > -0.5, (-value.expm1()).log(), (-value.exp()).log1p())
-
-
-def _check(
-    leading: torch.Size, device: torch.device, logprobs: torch.Tensor, ids: torch.Tensor, how: _How
-) -> None:
-    """Check the list and the options, for a student of leading shape `leading`."""
+    direction, beta, tail, clip = how
     given = _checks.list_shape("topk_ids", ids, leading), device
     kind, remedy = "an int32 or int64 tensor", "convert it with .long()"
     _checks.per_row("topk_ids", ids, *given, (torch.int64, torch.int32), kind, remedy)
@@ -410,15 +298,17 @@ def _check(
         "one that requires it",
         "pass topk_logprobs.detach()",
     )
-    _checks.choice("direction", how.direction, get_args(TopkDirection))
-    _checks.choice("tail", how.tail, get_args(Tail))
+    _checks.choice("direction", direction, get_args(TopkDirection))
+    _checks.choice("tail", tail, get_args(Tail))
     _checks.expect(
-        how.beta is None or how.direction == "js",
+        beta is None or direction == "js",
         "beta",
-        f"None for {how.direction!r}",
-        how.beta,
+        f"None for {direction!r}",
+        beta,
         "leave it out",
     )
-    _checks.share("beta", 0.5 if how.beta is None else how.beta)
-    if how.clip is not None:
-        _checks.positive("clip", how.clip, "pass None for no bound")
+    beta = 0.5 if beta is None else beta
+    _checks.share("beta", beta)
+    if clip is not None:
+        _checks.positive("clip", clip, "pass None for no bound")
+    return ListDivergence(logprobs, direction, tail, beta, clip or 0.0)

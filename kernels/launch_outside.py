@@ -138,8 +138,13 @@ def topk(
     filled by `outside` or given to it.
     """
     _, _, _, mask, temperatures, _ = tensors(problem)
-    types, with_gradient = (ids.dtype, logprobs.dtype), gradient is not None
-    variant = topk_variant(problem.layout.case, ids.shape[1], types, terms, with_gradient)
+    variant = topk_variant(
+        problem.layout.case,
+        ids.shape[1],
+        (ids.dtype, logprobs.dtype),
+        terms,
+        gradient is not None,
+    )
     upstream, grad, columns, g_log_sum = gradient or (entries,) * 4
     with current(entries):
         variant.start(

@@ -140,9 +140,7 @@ def row_topk(  # noqa: PLR0913, PLR0915
     PLAIN: tl.constexpr = CLIPPED or TAIL == IGNORE
     offs_k = tl.arange(0, CELLS)
     is_rest = offs_k == K
-    count = K
-    if HAS_MASK:
-        count = tl.where(tl.load(mask_ptr + row) == 0, 0, K)
+    count = tl.where(tl.load(mask_ptr + row) == 0, 0, K) if HAS_MASK else K
     ids, log_p = list_entries(ids_ptr + row * K, logprob_ptr + row * K, count, V, CELLS)
     ids, log_p = add_repeats(ids, log_p, ids_ptr + row * K, logprob_ptr + row * K, count, V)
     present = ids < V

@@ -223,8 +223,8 @@ def test_mass_of_padding(implementation) -> None:
     student, logprobs, ids = (x.to(implementation.device) for x in example())
     logprobs[1], ids[1] = 0.0, 0
     if implementation.kernels:
-        value = fastkl.topk_kl_divergence(student, logprobs, ids)
-        assert value.isnan().nonzero().tolist() == [[1]]
+        value, grad = outcome(implementation.device, student, logprobs, ids)
+        assert value.isnan().nonzero().tolist() == [[1]] and bool(grad[1].isnan().all())
         return
     with pytest.raises(ValueError, match="topk_logprobs: .*at most 1.05, got 5; mask padded"):
         fastkl.topk_kl_divergence(student, logprobs, ids)
@@ -235,11 +235,11 @@ def test_mass_of_padding(implementation) -> None:
 # Lists longer than the kernels take go through torch's operations.
 @each_tail
 @each_direction
-def test_long_lists(implementation, monkeypatch, direction, tail) -> None:
+def test_long_lists(kernels, monkeypatch, direction, tail) -> None:
     how = {"direction": direction, "tail": tail}
-    expected = outcome(implementation.device, *example(), **how)
+    expected = outcome(kernels.device, *example(), **how)
     monkeypatch.setattr(topk, "LARGEST_K", 4)
-    results = outcome(implementation.device, *example(), **how)
+    results = outcome(kernels.device, *example(), **how)
     torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -251,9 +251,6 @@ def test_memory(kernels) -> None:
     for own in (leaf, *lists):
         held.pop(own.untyped_storage().data_ptr())
     assert sum(held.values()) == (4 * 20 + 68) * len(SIZES)
-
-
-# ---- options
 
 
 # Of lists that leave out some of the most probable tokens, as vLLM's do that end with the prompt's.
@@ -324,9 +321,6 @@ def test_leading_shapes(implementation, leading) -> None:
     )
     value, grad = outcome(implementation.device, *given)
     assert value.shape == leading and grad.shape == (*leading, VOCABULARY)
-
-
-# ---- the ops
 
 
 @pytest.mark.parametrize("temperature", (0.7, PER_ROW), ids=str)
