@@ -21,8 +21,8 @@ def takes_dtensors(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **more: Any) -> Any:
         first = args[0] if args else next(iter(more.values()), None)
-        split = type(first) is not torch.Tensor and hasattr(type(first), "full_tensor")
-        return on_local(function, *args, **more) if split else function(*args, **more)
+        distributed = type(first) is not torch.Tensor and hasattr(type(first), "full_tensor")
+        return on_local(function, *args, **more) if distributed else function(*args, **more)
 
     return cast(Function, call)
 

@@ -161,7 +161,7 @@ def row_divergence(  # noqa: PLR0913
         second = Second(
             formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR
         )
-        # No gamma.
+        # The sums of an f-divergence read no gamma.
         states = segment_sums(
             whole, first, tl.minimum(segment, V - first), gamma, second, tiling, want, reading
         )

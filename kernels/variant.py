@@ -89,9 +89,9 @@ def row_variant(
     """Return a kernel's Variant for a configuration; without `limited`, ptxas chooses the
     registers.
     """
-    # These need registers for temporaries.
-    roomy = case.softcap > 0.0 or case.ref_softcap > 0.0 or case.has_ratio or case.realign
-    registers = config.ROOM if roomy else chosen.max_registers
+    # Soft caps, ratios and misaligned rows need registers for temporaries.
+    needs_room = case.softcap > 0.0 or case.ref_softcap > 0.0 or case.has_ratio or case.realign
+    registers = config.ROOM if needs_room else chosen.max_registers
     return _variant(
         kernel,
         case,
