@@ -104,7 +104,8 @@ def topk_kl_divergence(  # noqa: PLR0913
         If the listed mass reaches 1, as 16-bit rounding may cause, the teacher's rest is 0 without
         rescaling; a KL then sums x·log(x/y) - x + y, which is never negative, and
         "student||teacher" omits the student's rest. A mass above 1.05 is an error on a CPU and
-        gives NaN on a GPU.
+        gives NaN on a GPU, as value and as gradient. With "renormalize" a NaN outside the list may
+        be ignored.
 
     Memory: from forward to backward, in addition to logits and lists, 4·K + 68 bytes per token on a
     GPU up to K = 511; otherwise about 51·K + 120 ("student||teacher": 60·K + 130, "js": 117·K +
@@ -307,8 +308,8 @@ def _checked(
         beta,
         "leave it out",
     )
-    beta = 0.5 if beta is None else beta
+    beta = 0.5 if beta is None else float(beta)
     _checks.share("beta", beta)
     if clip is not None:
         _checks.positive("clip", clip, "pass None for no bound")
-    return ListDivergence(logprobs, direction, tail, beta, clip or 0.0)
+    return ListDivergence(logprobs, direction, tail, beta, float(clip or 0.0))

@@ -70,9 +70,8 @@ def outside(
     layout, (_, count) = problem.layout, ids.shape
     lists = () if logprobs is None else (ids.dtype, logprobs.dtype)
     segment, splits, variant = outside_plan(layout, count, lists, tuple(config._override.items()))
-    log_sum, peak, saved = others
     with current(p):
-        state = counters = saved
+        state = counters = others[2]
         if splits > 1:
             state = torch.empty(layout.rows * splits * 2, dtype=torch.float64, device=p.device)
             counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
@@ -86,10 +85,10 @@ def outside(
                 logprob_ptr=ids if logprobs is None else logprobs,
                 totals_ptr=state,
                 counter_ptr=counters,
-                entries_ptr=saved if entries is None else entries,
-                log_sum_ptr=log_sum,
-                peak_ptr=peak,
-                saved_ptr=saved,
+                entries_ptr=others[2] if entries is None else entries,
+                log_sum_ptr=others[0],
+                peak_ptr=others[1],
+                saved_ptr=others[2],
                 temperature=float(problem.temperature),
                 **layout.places,
                 V=layout.vocabulary,

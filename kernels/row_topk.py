@@ -51,10 +51,12 @@ def cell_terms(log_p, log_q, share, DIRECTION: tl.constexpr, PLAIN: tl.constexpr
     """Return the terms and slopes of cells; PLAIN: without q - p."""
     if DIRECTION == JS_DIRECTION:
         # double_terms reads neither curvature nor series.
-        formula = Formula(share, 1.0 - share, share, share)
-        terms = double_terms(log_p, log_q, formula, Kind(JS, False, False))
-        inner = (share > 0.0) & (share < 1.0)
-        return tl.where(inner, terms.value, 0.0), tl.where(inner, terms.to_q, 0.0)
+        terms = double_terms(
+            log_p, log_q, Formula(share, 1.0 - share, share, share), Kind(JS, False, False)
+        )
+        # 0 for a share of 0 or 1; NaN stays NaN.
+        inner = tl.where((share > 0.0) & (share < 1.0), 1.0, 0.0)
+        return terms.value * inner, terms.to_q * inner
     else:
         p = tl.exp(log_p)
         q = tl.exp(log_q)
@@ -131,7 +133,8 @@ def row_topk(  # noqa: PLR0913, PLR0915
             find repeated ids; two float64 per row. WITH_GRADIENT, one float32 per row.
     Writes: four float32 per row. WITH_GRADIENT, N·K float32 and N·K int64, the gradients and their
             columns, and one float32 per row. An absent entry repeats the gradient of the row's
-            largest id; a row that does not count gets zeros for column 0.
+            largest id; a row that does not count, or whose upstream gradient is 0, gets zeros
+            for column 0.
     Saves:  nothing.
     Special values: a row without entries, or masked, does not count and gets zeros. A listed mass
             above largest_mass gives NaN.
@@ -141,6 +144,9 @@ def row_topk(  # noqa: PLR0913, PLR0915
     offs_k = tl.arange(0, CELLS)
     is_rest = offs_k == K
     count = tl.where(tl.load(mask_ptr + row) == 0, 0, K) if HAS_MASK else K
+    if WITH_GRADIENT:
+        upstream = tl.load(upstream_ptr + row).to(tl.float64)
+        count = tl.where(upstream == 0.0, 0, count)
     ids, log_p = list_entries(ids_ptr + row * K, logprob_ptr + row * K, count, V, CELLS)
     ids, log_p = add_repeats(ids, log_p, ids_ptr + row * K, logprob_ptr + row * K, count, V)
     present = ids < V
@@ -151,9 +157,10 @@ def row_topk(  # noqa: PLR0913, PLR0915
     entries_ptr += row * (K + 3)
     capped = tl.load(entries_ptr + offs_k, mask=present, other=0.0).to(tl.float64)
     x = tl.where(present, capped, float("-inf"))
-    # The student's cells relative to the largest logit.
+    # The student's cells relative to the largest logit, or to the largest listed one: below a rest
+    # 745 nats higher a renormalised list would be 0.
     rest_peak = tl.load(peak_ptr + row)
-    peak = tl.maximum(tl.max(x, 0), rest_peak)
+    peak = tl.max(x, 0) if TAIL == RENORMALIZE else tl.maximum(tl.max(x, 0), rest_peak)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     rest = (rest_peak - peak) * scale + tl.load(log_sum_ptr + row)
     log_q = tl.where(is_rest, rest, (x - peak) * scale)
@@ -193,7 +200,6 @@ def row_topk(  # noqa: PLR0913, PLR0915
         )
         store_tuple(entries_ptr + K, summary)
     else:
-        upstream = tl.load(upstream_ptr + row).to(tl.float64)
         upstream = tl.where(mass > largest_mass, float("nan"), upstream)
         # The rest's `capped` is 0, where the slope of a soft cap is 1.
         grad = (slope - q * tl.sum(slope, 0)) * upstream * soft_cap_slope(capped, SOFTCAP)

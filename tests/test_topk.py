@@ -133,13 +133,15 @@ def test_temperature(implementation, direction, tail, temperature) -> None:
     check(implementation, *example(), **how, **({"beta": 0.2} if direction == "js" else {}))
 
 
-# A student whose rest has a probability from 1e-3 to 1e-20, far below a float32 unit of 1.
+# A student whose rest has a probability from 1e-3 to 1e-20, far below a float32 unit of 1, or
+# whose list has one from 1e-86 to 1e-434.
+@pytest.mark.parametrize("tail, factor", [("bucket", 1.0), ("renormalize", -20.0)])
 @each_direction
-def test_small_rests(implementation, direction, dtype) -> None:
+def test_small_rests(implementation, direction, tail, factor, dtype) -> None:
     student, logprobs, ids = example(dtype=dtype)
     heights = torch.linspace(10.0, 50.0, len(SIZES))[:, None].expand_as(ids).to(dtype)
-    student = student.scatter_add(-1, ids, heights)
-    check(implementation, student, logprobs, ids, direction=direction, tail="bucket")
+    student = student.scatter_add(-1, ids, heights * factor)
+    check(implementation, student, logprobs, ids, direction=direction, tail=tail)
 
 
 # No rest is left, whatever the rounding of the listed mass.
