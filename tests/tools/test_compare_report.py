@@ -147,7 +147,6 @@ def test_a_browser_shows_the_page_on_a_narrow_screen(filled, tmp_path, dark):
         check=True,
     ).stdout
     seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", dumped)[1]))
-    largest = filled["kl_ab"].max()
-    assert seen["tip"].startswith(f"KL(A‖B)     {largest:.3g}\nKL(B‖A)")
+    assert seen["tip"].startswith(f"KL(A‖B)     {filled['kl_ab'].max():.3g}\nKL(B‖A)")
     assert seen["right"] <= seen["width"] and seen["scrolled"] <= seen["width"]
     assert seen["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
