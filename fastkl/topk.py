@@ -308,8 +308,8 @@ def _checked(
         beta,
         "leave it out",
     )
-    beta = 0.5 if beta is None else float(beta)
+    beta = 0.5 if beta is None else beta
     _checks.share("beta", beta)
     if clip is not None:
         _checks.positive("clip", clip, "pass None for no bound")
-    return ListDivergence(logprobs, direction, tail, beta, float(clip or 0.0))
+    return ListDivergence(logprobs, direction, tail, float(beta), float(clip or 0.0))

@@ -364,7 +364,7 @@ def backward(
         if len(values) == 1
         else torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
     )
-    stride_grad = next(grad.stride(0) for grad in (grad_p, grad_q) if grad is not None)
+    stride_grad = (grad_q if grad_p is None else grad_p).stride(0)  # type: ignore[union-attr]
     chunks, variant = backward_plan(
         layout,
         fields,

@@ -222,5 +222,5 @@ def scale_gradient(
         for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            scaled = tl.where((grad == 0.0) | (factor == 0.0), 0.0, grad * factor)
-            tl.store(grad_ptr + offs, scaled, mask=offs < n)
+            scaled = tl.where(grad == 0.0, 0.0, grad * factor)
+            tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, scaled), mask=offs < n)
