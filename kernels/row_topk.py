@@ -127,7 +127,7 @@ def row_topk(  # noqa: PLR0913, PLR0915
     the row counts. WITH_GRADIENT, compute instead the gradients to the listed logits and to
     log_sum.
 
-    Math:   this file's docstring, in float64; defined by topk._divergence.
+    Math:   this file's docstring, in float64; defined by ops/topk_lists.divergence.
     Grid:   (N,).
     Reads:  N·K of ids, of logprobs and of entries, the first two again from cache, one by one, to
             find repeated ids; two float64 per row. WITH_GRADIENT, one float32 per row.

@@ -104,8 +104,8 @@ class Outside(NamedTuple):
     """The log-sum-exp of N rows over the entries not in a list of ids, relative to a peak.
 
     log_sum [N]: log Σ exp((x - peak)/T) of soft-capped logits x, -inf without entries. peak [N]:
-    from Engine.outside, the largest of these entries; after topk_op, the largest listed one, or 0
-    if that is -inf; undefined in a masked row. Both are float64. saved [N, SAVED]: values for
+    from Engine.outside and fill_topk, the largest of these entries; after fill_listed, the largest
+    listed one, or 0 if that is -inf; undefined in a masked row. Both are float64. saved [N, SAVED]: values for
     Engine.outside_gradient.
     """
 
