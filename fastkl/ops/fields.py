@@ -105,8 +105,8 @@ class Outside(NamedTuple):
 
     log_sum [N]: log Σ exp((x - peak)/T) of soft-capped logits x, -inf without entries. peak [N]:
     from Engine.outside and fill_topk, the largest of these entries; after fill_listed, the largest
-    listed one, or 0 if that is -inf; undefined in a masked row. Both are float64. saved [N, SAVED]: values for
-    Engine.outside_gradient.
+    listed one, or 0 if that is -inf; undefined in a masked row. Both are float64. saved [N, SAVED]:
+    values for Engine.outside_gradient.
     """
 
     log_sum: torch.Tensor
