@@ -37,7 +37,7 @@ def divergence(
 ) -> torch.Tensor:
     """Compute a divergence of each row from log-probabilities [..., V]; share: alpha or beta."""
     if kind == "renyi":
-        return _log_z(log_p, log_q, share)[..., 0] / (share - 1.0)
+        return _log_z(log_p, log_q, share)[..., 0] / (share - 1.0) + 0.0  # not -0
     # Rounding must not lift the result above its maximum.
     largest = {
         "js": -sum([x * math.log(x) for x in (share, 1.0 - share) if x]),

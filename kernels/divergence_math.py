@@ -59,9 +59,9 @@ EntryTerms = namedtuple("EntryTerms", "value to_p to_q")
 # Float64 sums of a divergence other than the KL: Σ p·f, Σ p·u, Σ q·v, and Σ p
 # and Σ q, which are 1 but for the errors of the log-sum-exps.
 #
-# Rényi's first three: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), and
-# the number of entries with p ≠ q.
-Sums = namedtuple("Sums", "value u v p q")
+# Rényi's: the sum of exp(exponent - u), the largest exponent u (renyi_exponent), the number of
+# entries with p ≠ q, Σ p and Σ q, and the logits x and y of an entry with the largest exponent.
+Sums = namedtuple("Sums", "value u v p q x y")
 
 
 @triton.jit
@@ -166,11 +166,11 @@ def double_terms(log_p, log_q, formula, kind: tl.constexpr):
 
 
 @triton.jit
-def renyi_exponent(log_p, log_q, formula):
-    """Return α·log p + (1 - α)·log q of entries as float64, finite or -inf; for α > 1, -inf if p is
-    0, whatever q is.
+def renyi_exponent(log_p, of_p, of_q, formula):
+    """Return α·of_p + (1 - α)·of_q of entries as float64, finite or -inf, for log p and log q, or
+    their differences from those of one entry; for α > 1, -inf if p is 0, whatever q is.
     """
-    power = log_p + (log_q - log_p) * formula.rest
+    power = of_p + (of_q - of_p) * formula.rest
     absent = tl.where(formula.rest > 0.0, log_p == float("-inf"), tl.exp(log_p) == 0.0)
     return tl.where(absent, float("-inf"), tl.where(power > 1.0e300, 1.0e300, power))
 
@@ -178,7 +178,8 @@ def renyi_exponent(log_p, log_q, formula):
 @triton.jit
 def empty_sums(zeros, kind: tl.constexpr):
     """Return the Sums of no entries."""
-    return Sums(zeros, zeros - (1.0e300 if kind.name == RENYI else 0.0), zeros, zeros, zeros)
+    lowest = zeros - (1.0e300 if kind.name == RENYI else 0.0)
+    return Sums(zeros, lowest, zeros, zeros, zeros, zeros, zeros)
 
 
 @triton.jit
@@ -186,7 +187,9 @@ def add_sums(sums, kind: tl.constexpr):
     """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
     u = tl.max(sums.u, 0) if kind.name == RENYI else tl.sum(sums.u, 0)
     value = sums.value * tl.exp(sums.u - u) if kind.name == RENYI else sums.value
-    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0))
+    x = tl.max(tl.where(sums.u == u, sums.x, float("-inf")), 0)
+    y = tl.max(tl.where((sums.u == u) & (sums.x == x), sums.y, float("-inf")), 0)
+    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0), x, y)
 
 
 @triton.jit

@@ -26,7 +26,8 @@ SIGN_BIT = tl.constexpr(-2147483648)
 # Factor of the saved means: with masks of finfo.min at the peaks they overflow float32 although the
 # gradient does not.
 MEAN_FACTOR = tl.constexpr(2.0**-64)
-# Indices of the saved E_p[u] and E_q[v] of a divergence other than the KL, each as hi and lo.
+# Indices of the saved E_p[u] and E_q[v] of a divergence other than the KL, each as hi and lo; for
+# Rényi's of Sums.x and Sums.y, and of log(Sums.value) as hi and lo.
 MEAN_U, MEAN_V = tl.constexpr(5), tl.constexpr(7)
 
 
@@ -99,10 +100,9 @@ def fallback_statistics(
     y_peak = tl.max(y_largest, 0)
     x_empty = (x_peak == float("-inf")) & PART
     y_empty = (y_peak == float("-inf")) & PART
-    x_peak = tl.where(x_empty, 0.0, x_peak)
-    y_peak = tl.where(y_empty, 0.0, y_peak)
-    x_weights = tl.zeros([BLOCK], tl.float64)
-    y_weights = x_weights
+    x_peak, y_peak = tl.where(x_empty, 0.0, x_peak), tl.where(y_empty, 0.0, y_peak)
+    zeros = tl.zeros([BLOCK], tl.float64)
+    x_weights, y_weights = zeros, zeros
     y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
     x_at_y_peak = y_at_x_peak
     for start in range(0, row.V, BLOCK):
@@ -126,8 +126,7 @@ def fallback_statistics(
         tl.max(x_at_y_peak, 0), log_sum, log_sum,
     )  # fmt: skip
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, row.scale, row.q_scale)
-    plogp = tl.zeros([BLOCK], tl.float64)
-    sum_p, sum_q = plogp, plogp
+    plogp, sum_p, sum_q = zeros, zeros, zeros
     for start in range(0, row.V, BLOCK):
         log_p = log_probability_p(
             load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, row.scale
@@ -144,16 +143,10 @@ def fallback_statistics(
             sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
     return Fallback(
-        tl.where(x_empty, float("-inf"), x_peak),
-        tl.where(y_empty, float("-inf"), y_peak),
-        log_sum,
-        log_sum_ratio,
-        stats.y_at_x_peak,
-        tl.sum(sum_p, 0),
-        stats.x_at_y_peak,
-        tl.sum(sum_q, 0),
-        tl.where(entropy <= 0.0, 0.0, entropy),
-    )
+        tl.where(x_empty, float("-inf"), x_peak), tl.where(y_empty, float("-inf"), y_peak),
+        log_sum, log_sum_ratio, stats.y_at_x_peak, tl.sum(sum_p, 0), stats.x_at_y_peak,
+        tl.sum(sum_q, 0), tl.where(entropy <= 0.0, 0.0, entropy),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -172,38 +165,40 @@ def fallback_kl(stats, scale, q_scale):
 
 
 @triton.jit
-def save_stats(saved_ptr, stats, log_sum_ratio):
-    """Write a Fallback to a row's saved values [10], marked by the sign bit of the second."""
-    high = log_sum_ratio.to(tl.float32)
-    low = tl.where(
-        tl.abs(high) < float("inf"), (log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
-    )
-    # The largest term is 1, so log_sum is never negative and its sign bit is free.
-    marked = stats.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    store_tuple(
-        saved_ptr,
-        (
-            stats.x_peak,
-            marked.to(tl.float32, bitcast=True),
-            stats.y_peak,
-            high,
-            low,
-            stats.y_at_x_peak,
-            stats.mean_p_from_peak * MEAN_FACTOR,
-            stats.x_at_y_peak,
-            stats.mean_q_from_peak * MEAN_FACTOR,
-            stats.entropy,
-        ),
-    )
+def hi_lo(value):
+    """Return a float64 as two float32, hi and lo; lo is 0 if hi is not finite."""
+    hi = value.to(tl.float32)
+    return hi, tl.where(tl.abs(hi) < float("inf"), (value - hi.to(tl.float64)).to(tl.float32), 0.0)
 
 
 @triton.jit
-def load_stats(saved_ptr):
-    """Return the Fallback that save_stats wrote."""
+def save_stats(saved_ptr, stats, log_sum, log_sum_ratio):
+    """Write a Fallback, with these two in place of its own, to a row's saved values [10], marked by
+    the sign bit of the second.
+    """
+    high, low = hi_lo(log_sum_ratio)
+    # The largest term is 1, so log_sum is never negative and its sign bit is free.
+    marked = log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    store_tuple(
+        saved_ptr,
+        (
+            stats.x_peak, marked.to(tl.float32, bitcast=True), stats.y_peak, high, low,
+            stats.y_at_x_peak, stats.mean_p_from_peak * MEAN_FACTOR, stats.x_at_y_peak,
+            stats.mean_q_from_peak * MEAN_FACTOR, stats.entropy,
+        ),
+    )  # fmt: skip
+
+
+@triton.jit
+def load_stats(saved_ptr, kind: tl.constexpr):
+    """Return the Fallback that store_fallback wrote; of a divergence other than the KL only what
+    gives the log-probabilities.
+    """
     return Fallback(
         tl.load(saved_ptr).to(tl.float64),
         tl.load(saved_ptr + 2).to(tl.float64),
-        -tl.load(saved_ptr + 1).to(tl.float64),
+        (0.0 if kind.name == OF_KL else tl.load(saved_ptr + 9))
+        - tl.load(saved_ptr + 1).to(tl.float64),
         load_hi_lo(saved_ptr + 3),
         tl.load(saved_ptr + 5).to(tl.float64),
         tl.load(saved_ptr + 6).to(tl.float64) / MEAN_FACTOR,
@@ -225,16 +220,15 @@ def divergence_sums(
 ):
     """Return the Sums of a row for a divergence other than the KL."""
     formula = double_formula(formula)
-    value, u, v, sum_p, sum_q = empty_sums(tl.zeros([BLOCK], tl.float64), kind)
+    value, u, v, sum_p, sum_q, at_x, at_y = empty_sums(tl.zeros([BLOCK], tl.float64), kind)
     for start in range(0, row.V, BLOCK):
-        log_p = log_probability_p(
-            load_entries(row.p, start, row.V, BLOCK, reading.softcap), stats, row.scale
-        )
-        log_q = log_probability_q(
-            load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap), stats, row.q_scale
-        )
+        x = load_entries(row.p, start, row.V, BLOCK, reading.softcap)
+        y = load_entries(row.q, start, row.V, BLOCK, reading.ref_softcap)
+        log_p = log_probability_p(x, stats, row.scale)
+        log_q = log_probability_q(y, stats, row.q_scale)
         if kind.name == RENYI:
-            exponent = renyi_exponent(log_p, log_q, formula)
+            exponent = renyi_exponent(log_p, log_p, log_q, formula)
+            at_x, at_y = tl.where(exponent > u, x, at_x), tl.where(exponent > u, y, at_y)
             largest = tl.maximum(u, exponent)
             value = value * tl.exp(u - largest) + tl.exp(exponent - largest)
             u = largest
@@ -246,49 +240,56 @@ def divergence_sums(
             v += terms.to_q
         sum_p += tl.exp(log_p)
         sum_q += tl.exp(log_q)
-    return add_sums(Sums(value, u, v, sum_p, sum_q), kind)
+    return add_sums(Sums(value, u, v, sum_p, sum_q, at_x, at_y), kind)
 
 
 @triton.jit
-def store_divergence(saved_ptr, sums, formula, kind: tl.constexpr):
-    """Return a divergence from its Sums, and write the means of its gradients, or log Z, as hi and
-    lo in place of the KL's means.
+def store_divergence(saved_ptr, stats, log_sum, sums, formula, kind: tl.constexpr):
+    """Return a divergence from its Sums, and write five saved values: the low part of log_sum, and
+    in place of the KL's means those of the gradients, or for Rényi's divergence what gives r.
     """
     value = sums.value
-    # On a peaked row the gradient is the remainder u - E_p[u]: Σ p has to cancel.
-    mean_u = sums.u / sums.p
+    tl.store(saved_ptr + 9, hi_lo(log_sum)[1])
     if kind.name == RENYI:
         formula = double_formula(formula)
         log_z = sums.u + tl.log(value) - formula.share * tl.log(sums.p)
-        # For equal rows log Z is exactly 0, without the sum's rounding error.
-        mean_u = tl.where(sums.v == 0.0, 0.0, log_z - formula.rest * tl.log(sums.q))
-        value = -mean_u / formula.rest
-    store_hi_lo(saved_ptr + MEAN_U, mean_u)
-    store_hi_lo(saved_ptr + MEAN_V, sums.v / sums.q)
+        # Equal rows give exactly 0 and r = p, without the sum's rounding error.
+        equal = sums.v == 0.0
+        store_tuple(
+            saved_ptr + MEAN_U,
+            (tl.where(equal, stats.x_peak, sums.x), tl.where(equal, stats.y_peak, sums.y)),
+        )
+        store_tuple(saved_ptr + MEAN_V, hi_lo(tl.where(equal, log_sum, tl.log(value))))
+        value = tl.where(equal, 0.0, tl.log(sums.q) - log_z / formula.rest)
+    else:
+        # On a peaked row the gradient is the remainder u - E_p[u]: Σ p has to cancel.
+        store_tuple(saved_ptr + MEAN_U, hi_lo(sums.u / sums.p))
+        store_tuple(saved_ptr + MEAN_V, hi_lo(sums.v / sums.q))
     return tl.where(value <= 0.0, 0.0, value)
 
 
 @triton.jit
-def store_hi_lo(ptr, value):
-    """Write a float64 as two float32, hi and lo."""
-    hi = value.to(tl.float32)
-    tl.store(ptr, hi)
-    tl.store(ptr + 1, (value - hi.to(tl.float64)).to(tl.float32))
-
-
-@triton.jit
 def load_hi_lo(ptr):
-    """Load the float64 that store_hi_lo wrote."""
+    """Load a float64 from its hi and lo."""
     return tl.load(ptr).to(tl.float64) + tl.load(ptr + 1).to(tl.float64)
 
 
 @triton.jit
-def fallback_gradients(log_p, p, log_q, q, weight, saved_ptr, formula, kind: tl.constexpr):
+def fallback_gradients(  # noqa: PLR0913
+    x, log_p, p, y, log_q, q, weight, row, saved_ptr, formula, kind: tl.constexpr
+):
     """Return weight·T times the gradients, from the saved values of store_divergence."""
     formula = double_formula(formula)
     mean_u, mean_v = load_hi_lo(saved_ptr + MEAN_U), load_hi_lo(saved_ptr + MEAN_V)
     if kind.name == RENYI:
-        r = tl.exp(renyi_exponent(log_p, log_q, formula) - mean_u)
+        # Relative to an entry, since a large log Z leaves exponents no digits.
+        exponent = renyi_exponent(
+            log_p,
+            (x - tl.load(saved_ptr + MEAN_U)) * row.scale,
+            (y - tl.load(saved_ptr + MEAN_U + 1)) * row.q_scale,
+            formula,
+        )
+        r = tl.exp(exponent - mean_v)
         return (r - p) * (-formula.share / formula.rest) * weight, (q - r) * weight
     else:
         terms = double_terms(log_p, log_q, formula, kind)
@@ -300,25 +301,19 @@ def store_fallback(out, row, stats, sums, formula, want: tl.constexpr, reading: 
     """Write a WideRow's saved values and fields from its Fallback; for a divergence other than the
     KL also from its Sums.
     """
-    # Rényi's log Z is that of normalised p and q.
-    log_sum_ratio = (
-        stats.log_sum_ratio + (tl.log(sums.q) - tl.log(sums.p))
-        if want.kind.name == RENYI
-        else stats.log_sum_ratio
-    )
-    save_stats(out.saved, stats, log_sum_ratio)
+    log_sum, log_sum_ratio = stats.log_sum, stats.log_sum_ratio
+    if want.kind.name == RENYI:
+        # Normalise p and q, as its r is.
+        log_sum += tl.log(sums.p)
+        log_sum_ratio += tl.log(sums.q) - tl.log(sums.p)
+    save_stats(out.saved, stats, log_sum, log_sum_ratio)
     kl, ref_kl = fallback_kl(stats, row.scale, row.q_scale)
     if want.kind.name > OF_KL:
-        kl = store_divergence(out.saved, sums, formula, want.kind)
+        kl = store_divergence(out.saved, stats, log_sum, sums, formula, want.kind)
     store_fields(
-        out,
-        stats.entropy,
-        kl,
-        ref_kl,
-        stats.x_peak * row.scale + stats.log_sum,
-        stats.y_peak * row.q_scale + (stats.log_sum + stats.log_sum_ratio),
-        want,
-    )
+        out, stats.entropy, kl, ref_kl, stats.x_peak * row.scale + stats.log_sum,
+        stats.y_peak * row.q_scale + (stats.log_sum + stats.log_sum_ratio), want,
+    )  # fmt: skip
     if reading.tokens:
         x, y = token_logits(row, want, reading)
         store_logprob(out.logprob, log_probability_p(x.to(tl.float64), stats, row.scale))
@@ -337,7 +332,7 @@ def write_fallback(
 ):  # fmt: skip
     """Write a WideRow's gradients, computed in float64, for upstream gradients g."""
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob or asked.ref_lse
-    stats = load_stats(saved_ptr)
+    stats = load_stats(saved_ptr, asked.kind)
     # Other rows take this path if float32 has too few digits for E_q[d].
     if asked.ref_kl and asked.wrt_q and is_fallback(saved_ptr) == 0:
         stats = fallback_statistics(row, BLOCK, True, reading)
@@ -358,7 +353,7 @@ def write_fallback(
             grad_y = q * (g.ref_lse - g.ref_logprob)
             if asked.kind.name > OF_KL:
                 grad_x, grad_y = fallback_gradients(
-                    log_p, p, log_q, q, g.kl, saved_ptr, formula, asked.kind
+                    x, log_p, p, y, log_q, q, g.kl, row, saved_ptr, formula, asked.kind
                 )
             elif asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
@@ -378,8 +373,11 @@ def write_fallback(
                     ),
                 )
         if asked.wrt_p:
-            # An entry with p = 0 has only the gradient of the reverse KL; its log may be infinite.
-            grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
+            if asked.kind.name == OF_KL:
+                # An entry with p = 0 has only the gradient of KL(Q‖P); its log may be infinite.
+                grad_x = tl.where(
+                    p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x
+                )
             if reading.tokens:
                 grad_x += tl.where(offs_v == token, g.logprob, 0.0)
             tl.store(

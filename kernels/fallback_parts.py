@@ -126,9 +126,10 @@ def segment_log_sums(  # noqa: PLR0913
     factor = part.scale / (scale * LOG2E).to(tl.float64)
     lse = (unshifted.origin.to(tl.float64) + unshifted.log2_S.to(tl.float64)) * factor
     ref_lse = (unshifted.log2_Z_q.to(tl.float64) + unshifted.log2_Z_q_lo.to(tl.float64)) * factor
-    ref_lse += statistics.shift.to(tl.float64) * part.scale
     x_peak, log_sum = split_log_sum(lse, part.scale)
-    y_peak, ref_log_sum = split_log_sum(ref_lse, part.q_scale)
+    y_peak, ref_log_sum = split_log_sum(
+        ref_lse + statistics.shift.to(tl.float64) * part.scale, part.q_scale
+    )
     if statistics.valid == 0:
         stats = fallback_statistics(part, BLOCK, True, reading, True)
         x_peak, log_sum, y_peak = stats.x_peak, stats.log_sum, stats.y_peak
@@ -143,10 +144,14 @@ def fallback_of_log_sums(ptr, mask, scale, q_scale):
     """Return a Fallback that gives the log-probabilities, from the results of segment_log_sums at a
     vector of addresses; log_sum stands in for the means and the entropy.
     """
-    x_peaks = tl.load(ptr, mask=mask, other=float("-inf"))
-    x_peak, log_sum, _ = part_shares(x_peaks, tl.load(ptr + 1, mask=mask, other=0.0), scale)
-    y_peaks = tl.load(ptr + 2, mask=mask, other=float("-inf"))
-    y_peak, ref_log_sum, _ = part_shares(y_peaks, tl.load(ptr + 3, mask=mask, other=0.0), q_scale)
+    x_peak, log_sum, _ = part_shares(
+        tl.load(ptr, mask=mask, other=float("-inf")), tl.load(ptr + 1, mask=mask, other=0.0), scale
+    )
+    y_peak, ref_log_sum, _ = part_shares(
+        tl.load(ptr + 2, mask=mask, other=float("-inf")),
+        tl.load(ptr + 3, mask=mask, other=0.0),
+        q_scale,
+    )
     return Fallback(
         x_peak, y_peak, log_sum, ref_log_sum - log_sum, y_peak, log_sum, x_peak, log_sum, log_sum
     )  # fmt: skip
@@ -154,7 +159,7 @@ def fallback_of_log_sums(ptr, mask, scale, q_scale):
 
 @triton.jit
 def merge_sums(ptr, mask, kind: tl.constexpr):
-    """Return the Sums of a row from those of its parts, [5] float64 at a vector of addresses."""
+    """Return the Sums of a row from those of its parts, [7] float64 at a vector of addresses."""
     empty = empty_sums(0.0, kind)
     return add_sums(
         Sums(
@@ -163,6 +168,8 @@ def merge_sums(ptr, mask, kind: tl.constexpr):
             tl.load(ptr + 2, mask=mask, other=empty.v),
             tl.load(ptr + 3, mask=mask, other=empty.p),
             tl.load(ptr + 4, mask=mask, other=empty.q),
+            tl.load(ptr + 5, mask=mask, other=empty.x),
+            tl.load(ptr + 6, mask=mask, other=empty.y),
         ),
         kind,
     )
@@ -214,11 +221,12 @@ def merge_parts(parts, scale, q_scale, WITH_KL: tl.constexpr):
         )  # fmt: skip
         at_x_peak, at_y_peak = peak_ratios(stats, scale, q_scale)
         at_x_peaks, at_y_peaks = peak_ratios(parts, scale, q_scale)
-        mean_p = mean_of_parts(p, parts.mean_p_from_peak, at_x_peaks, at_x_peak, gap, float("-inf"))
-        mean_q = mean_of_parts(q, parts.mean_q_from_peak, at_y_peaks, at_y_peak, gap, float("inf"))
         return Fallback(
-            x_peak, y_peak, log_sum, q_log_sum - log_sum, y_at_x_peak, mean_p, x_at_y_peak,
-            mean_q, entropy,
+            x_peak, y_peak, log_sum, q_log_sum - log_sum, y_at_x_peak,
+            mean_of_parts(p, parts.mean_p_from_peak, at_x_peaks, at_x_peak, gap, float("-inf")),
+            x_at_y_peak,
+            mean_of_parts(q, parts.mean_q_from_peak, at_y_peaks, at_y_peak, gap, float("inf")),
+            entropy,
         )  # fmt: skip
     else:
         return Fallback(

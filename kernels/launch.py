@@ -25,7 +25,7 @@ POINTERS = tuple([(name, f"{name}_ptr") for name in ("saved", *FIELDS)])
 # Prefetch whole segments into L2 if a call's logits take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
 # Float64 values per segment of a fallback row, for the KL and for another divergence.
-PART_VALUES, PART_SUMS = 9, 5
+PART_VALUES, PART_SUMS = 9, 7
 # Initial value of a shard's counters, so that no program counts as the last and writes results.
 NEVER_LAST = -(2**30)
 # Set to False in tests: fallback rows then keep a NaN as their first saved value.
@@ -228,7 +228,7 @@ def fallback(
 ) -> None:
     """Fill the parts [N, splits, 9] float64 of a shard's fallback rows, which forward has marked;
     with `merges`, fill the rows from the parts of all ranks, [ranks, N, splits, 9]. For a
-    divergence other than the KL, 5 in place of 9, given segment_log_sums of all ranks.
+    divergence other than the KL, 7 in place of 9, given segment_log_sums of all ranks.
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
     plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)

@@ -135,8 +135,7 @@ def row_divergence(  # noqa: PLR0913
     first = (tl.program_id(0) % (1 if MERGE else splits)) * segment
     saved_ptr += row * SAVED
     marked = tl.load(saved_ptr)
-    masked = HAS_MASK and tl.load(mask_ptr + row) == 0
-    if is_fallback(saved_ptr) | (marked != marked) | masked:
+    if is_fallback(saved_ptr) | (marked != marked) | (HAS_MASK and tl.load(mask_ptr + row) == 0):
         return
     want: tl.constexpr = Want(
         False, True, False, Kind(KIND, SMALL_REST, LG2),
@@ -180,7 +179,7 @@ def row_divergence(  # noqa: PLR0913
     # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation.
     factor = terms.factor_p * D_FACTOR
     IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
-    value = tl.where(value < 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
+    value = tl.where(value <= 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
     # Overwrite mean_p, mean_q and the entropy.
     store_tuple(

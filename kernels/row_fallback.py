@@ -110,7 +110,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
 
     Rows of a split vocabulary take two launches. PART writes part [N, splits, 9], the Fallback of
     each segment of this process's columns, or for a divergence other than the KL part [N, splits,
-    5], their Sums, given log_sums. MERGE reads part of all ranks, [ranks, N, splits, …].
+    7], their Sums, given log_sums. MERGE reads part of all ranks, [ranks, N, splits, …].
 
     Math:   Fallback, Sums and write_fallback, in float64; defined by reference.row_statistics and
             row_gradients, and f_divergences.divergence.
@@ -188,7 +188,7 @@ def row_fallback(  # noqa: PLR0913, PLR0915
                     sums = (
                         stats
                         if KIND == 0
-                        else merge_sums(part_ptr + place * 5, held, kind)
+                        else merge_sums(part_ptr + place * 7, held, kind)
                         if MERGE
                         else divergence_sums(whole, stats, formula, BLOCK, kind, reading)
                     )

@@ -218,8 +218,9 @@ def scale_gradient(
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+        for start in range(
+            tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK
+        ):
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
             scaled = tl.where(grad == 0.0, 0.0, grad * factor)

@@ -154,7 +154,7 @@ def ref_kl_of_means(mean_r, mean_h, mean_d):
     t = mean_h + mean_d
     u = -t / (1.0 + t)
     kl = (mean_r - mean_h) / (1.0 + t) - tl.where(t < 1.0, t_minus_log1p(u), u + tl.log(1.0 + t))
-    return tl.where(kl < 0.0, 0.0, kl)
+    return tl.where(kl <= 0.0, 0.0, kl)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def renyi_of_means(mean_r, mean_h, mean_d, gamma):
     small = tl.fma(-gamma, mean_h, mean_r) - t_minus_log1p(z) + gamma * t_minus_log1p(t)
     log_z = tl.where(tl.maximum(tl.abs(z), t) < 1.0, small, log1p(z) - gamma * log1p(t))
     value = tl.div_rn(log_z, -gamma)
-    return tl.where(value < 0.0, 0.0, value)
+    return tl.where(value <= 0.0, 0.0, value)
 
 
 @triton.jit

@@ -359,7 +359,8 @@ def segment_sums(
         if want.compensated:
             limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
         if want.kind.name == RENYI:
-            limit = limit / tl.maximum(tl.abs(part.gamma), 1.0)
+            # Backward takes exp(α·d).
+            limit = limit / tl.maximum(1.0 - part.gamma, 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,

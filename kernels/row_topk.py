@@ -162,8 +162,9 @@ def row_topk(  # noqa: PLR0913, PLR0915
     rest_peak = tl.load(peak_ptr + row)
     peak = tl.max(x, 0) if TAIL == RENORMALIZE else tl.maximum(tl.max(x, 0), rest_peak)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    rest = (rest_peak - peak) * scale + tl.load(log_sum_ptr + row)
-    log_q = tl.where(is_rest, rest, (x - peak) * scale)
+    log_q = tl.where(
+        is_rest, (rest_peak - peak) * scale + tl.load(log_sum_ptr + row), (x - peak) * scale
+    )
     total = tl.sum(tl.exp(log_q), 0)
     listed = tl.sum(tl.where(is_rest, 0.0, tl.exp(log_q)), 0)
     mass = tl.sum(tl.exp(log_p), 0)
