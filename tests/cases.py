@@ -89,8 +89,7 @@ def run(
 ) -> Run:
     made = forward(backend, rows, tuple(upstream) if fields is None else fields)
     if grads is None:
-        shape = (rows.count, rows.p.shape[-1])
-        grads = tuple(side.new_full(shape, math.nan) for side in rows[:2])
+        grads = tuple(side.new_full((rows.count, rows.p.shape[-1]), math.nan) for side in rows[:2])
     backward(backend, rows, made.saved, upstream, grads)
     return made._replace(grads=tuple(grads))
 

@@ -63,8 +63,7 @@ def check_results(implementation, member: Member, results, p, q, temperature=1.0
         if grad.dtype != torch.float32:
             testing.assert_rounded_gradient(grad, right, what, **more)
             continue
-        weight = (upstream / temperature).abs().clamp(min=1.0)
-        floor = testing.GRADIENT_FLOOR * weight
+        floor = testing.GRADIENT_FLOOR * (upstream / temperature).abs().clamp(min=1.0)
         allowed = testing.GRADIENT_LIMIT * torch.maximum(right.norm(dim=-1), floor)
         other_error = (other.double() - right).norm(dim=-1).nan_to_num(0.0, 0.0)
         allowed = torch.maximum(allowed, other_error)

@@ -143,5 +143,6 @@ def test_committed_results():
         "every provider has figures or a reason"
     )
     assert accuracy.not_worse(data["records"]) == [] and data["vocabulary"] == 128256
-    family = len(accuracy.FAMILY_TARGETS) * len(work.FAMILY)
-    assert len(data["records"]) == 4 * (2 * len(accuracy.TARGETS) + family)
+    assert len(data["records"]) == 4 * (
+        2 * len(accuracy.TARGETS) + len(accuracy.FAMILY_TARGETS) * len(work.FAMILY)
+    )

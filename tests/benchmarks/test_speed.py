@@ -36,8 +36,9 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
     assert crashed["reason"].startswith("BrokenProcessPool")
     assert list(right["times"]) == list(cases.PHASES) and right["memory"]["peak_bytes"] == 3_000_000
     for figures in right["times"].values():
-        rate = 100 * figures["gb_per_s"] / right["copy_gb_per_s"]
-        assert figures["percent_of_copy"] == pytest.approx(rate)
+        assert figures["percent_of_copy"] == pytest.approx(
+            100 * figures["gb_per_s"] / right["copy_gb_per_s"]
+        )
         assert figures["median_ms"] > 0 and figures["wall_ms"] > 0
     floor = linear_cases.FLOOR
     assert [row["provider"] for row in linear] == [floor] * 3 + ["fastkl"] * 3

@@ -188,8 +188,7 @@ def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
 def test_bytes_that_have_to_move():
     for operation in cases.OUTPUTS:
         workload = cases.Workload(operation, rows=3, vocabulary=5, dtype="bf16")
-        one = operation in (*work.ONE_TENSOR, work.TOPK)
-        counts = [30, 60, 90] if one else [60, 90, 150]
+        counts = [30, 60, 90] if operation in (*work.ONE_TENSOR, work.TOPK) else [60, 90, 150]
         assert [workload.moved_bytes(phase) for phase in cases.PHASES] == counts
 
 

@@ -136,8 +136,7 @@ def truth(case: Case, *product: Callable) -> dict[str, torch.Tensor]:
     logits = logits_of(case, inputs, *product)
     mask = torch.ones(logits[0].shape[:-1]).bool() if case.mask is None else case.mask
     if case.reduction == "support":
-        entries = torch.arange(len(inputs["weight"]))
-        outside = (case.more["support"][..., None] != entries).all(-2)
+        outside = (case.more["support"][..., None] != torch.arange(len(inputs["weight"]))).all(-2)
         # exp(-1e5) is 0, and no infinity.
         mask, logits = mask & ~outside.all(-1), [x.masked_fill(outside, -1e5) for x in logits]
     exact = testing.truth(*logits)

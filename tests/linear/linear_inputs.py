@@ -104,8 +104,9 @@ def models(
         weight = 3 * weight
     else:
         peaks = torch.randint(vocabulary, (tokens,), generator=generator)
-        heights = 12 + 8 * torch.rand(tokens, 1, generator=generator)
-        hidden = heights * weight[peaks] + 0.3 * hidden
+        hidden = (
+            0.3 * hidden + (12 + 8 * torch.rand(tokens, 1, generator=generator)) * weight[peaks]
+        )
     size = torch.logspace(*map(math.log10, sizes), tokens, dtype=torch.float64)[:, None]
     rotation = torch.linalg.qr(normal(width + extra, width + extra))[0]
     second = torch.cat([weight, normal(vocabulary, extra) / math.sqrt(extra)], 1)

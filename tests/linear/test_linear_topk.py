@@ -98,8 +98,7 @@ def test_equals_topk_kl_divergence_of_logits(implementation, more, recompute) ->
     ids[1, 2], mask = -1, torch.ones(2, 4, dtype=torch.bool, device=hidden.device)
     mask[0, 1] = False
     hidden[0, 1] = hidden[1, 2] = torch.nan
-    weights = testing.upstream_for(hidden[..., 0])
-    more = {**more, "weights": weights} if more else {}
+    more = {**more, "weights": testing.upstream_for(hidden[..., 0])} if more else {}
     more["temperature"] = (~hidden[..., 0].isnan()).float()
     lists, results = [x.to(implementation.device) for x in (logprobs, ids, mask)], []
     for linear in (True, False):

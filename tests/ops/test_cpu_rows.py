@@ -154,8 +154,9 @@ def test_together_and_apart(kind, dtype, temperature, count, elements, own, monk
     for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
         for name, value in together(rows._replace(p=x), weights, grad).named().items():
             # Treat all NaNs as equal, and -0 as 0.
-            same = value.isnan() & wanted[name].isnan() | (value == wanted[name])
-            assert bool(same.all()), name
+            assert bool((value.isnan() & wanted[name].isnan() | (value == wanted[name])).all()), (
+                name
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,8 +21,7 @@ def rows_on(device: str, p, q, scaling: Scaling) -> tuple[Rows, dict]:
     if isinstance(scaling.ratio, torch.Tensor):
         scaling = scaling._replace(ratio=scaling.ratio.to(device))
     given = [value.to(device) for value in (p, q, cases.random_tokens(p), mask, temperature)]
-    upstream = dict(zip(FIELDS, cases.upstream_of(p).to(device), strict=True))
-    return Rows(*given, scaling), upstream
+    return Rows(*given, scaling), dict(zip(FIELDS, cases.upstream_of(p).to(device), strict=True))
 
 
 def truth(rows: Rows, upstream) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:

@@ -92,8 +92,7 @@ def make_files(tmp_path_factory):
 
 def compare(files, a, b, **options):
     # (table of all tokens, the report, the tokens' ids per document).
-    command = ["compare", a, b, "--text", "x", "--device", "cpu"]
-    settings = cli.build_parser().parse_args(command)
+    settings = cli.build_parser().parse_args(["compare", a, b, "--text", "x", "--device", "cpu"])
     vars(settings).update({"text": files.text, "documents": None, **options})
     ((result, tokens, _),), _ = run.compare(settings, *run.open_models(settings))
     ids = tokens.groupby("document", sort=False)["id"]

@@ -90,8 +90,7 @@ def test_what_cannot_be_imported_is_said(command, extra, monkeypatch, capsys, tm
     for name in ("run.jsonl", "x"):
         (tmp_path / name).touch()
     monkeypatch.setattr("importlib.import_module", Mock(side_effect=broken))
-    device = () if extra == "plots" else ("--device", "cpu")
-    assert cli.main([*command.split(), *device]) == 2
+    assert cli.main([*command.split(), *(() if extra == "plots" else ("--device", "cpu"))]) == 2
     error = capsys.readouterr().err
     assert "libx.so: cannot open shared object" in error and f"'fastkl[{extra}]'" in error
 

@@ -131,8 +131,7 @@ def test_folders_patterns_and_standard_input(files, tmp_path, monkeypatch, capsy
     expected = compare(files, files.a, files.b, text=files.text[:1])[1]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files.text[0].read_bytes())))
     (tmp_path / "empty").touch()
-    texts = ("-", tmp_path / "e*y")
-    arguments = ("--device", "cpu", "--text", *texts, "--json", "-")
+    arguments = ("--device", "cpu", "--text", "-", tmp_path / "e*y", "--json", "-")
     code, shown, _ = cli_run(capsys, files.a, files.b, *arguments)
     numbers = json.loads(shown)
     assert code == 0 and numbers["summary"] == expected["summary"]

@@ -77,8 +77,7 @@ def test_shows_what_the_penalty_is_for(demo):
 
 def test_the_alarm_rings_in_the_unpenalised_run_alone(demo):
     monitor, series = demo[1]["monitor"], demo[1]["series"]
-    rang = series["no penalty"]["kl/spike"].index(1.0) + 1
-    assert monitor["no penalty"]["alarms"][0] == rang
+    assert monitor["no penalty"]["alarms"][0] == series["no penalty"]["kl/spike"].index(1.0) + 1
     assert monitor["with KL penalty"]["alarms"] == []
 
 
