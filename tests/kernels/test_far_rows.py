@@ -326,8 +326,8 @@ SINGLE = {
     # r of Rényi's divergence lies where one model has no probability, and log Z is large.
     **{
         f"peaks {gap:g} apart": (
-            torch.tensor([[0.0, gap, 0.5]]),
-            torch.tensor([[gap * 0.9, 0.0, 0.25]]),
+            torch.tensor([[0.0, gap, 0.5] + [0.0] * 5000]),
+            torch.tensor([[gap * 0.2, 0.0, 0.25] + [-1.0] * 5000]),
         )
         for gap in (1e3, 1e5, 1e8)
     },
