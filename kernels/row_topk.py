@@ -176,8 +176,11 @@ def row_topk(  # noqa: PLR0913, PLR0915
     q = tl.exp(log_q)
     if TAIL == BUCKET:
         # With all V tokens listed no token remains for the mass lost to rounding.
-        left = tl.where((mass < 1.0) & (entries < V), tl.log(1.0 - mass), float("-inf"))
-        log_p = tl.where(is_rest, left, log_p)
+        log_p = tl.where(
+            is_rest,
+            tl.where((mass < 1.0) & (entries < V), tl.log(1.0 - mass), float("-inf")),
+            log_p,
+        )
         if DIRECTION == STUDENT_TEACHER:
             # The student's rest adds 0 if the teacher has none.
             log_q = tl.where(log_p == float("-inf"), float("-inf"), log_q)

@@ -10,6 +10,7 @@ import torch
 from . import config
 from .layout import Case, Problem
 from .row_fallback import row_fallback
+from .row_math import RENYI
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on a compiler's fusion;
 # Triton's default varies by version.
@@ -19,7 +20,8 @@ OPTIONS = {"enable_fp_fusion": False}
 FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
-FALLBACK_REGISTERS, PART_REGISTERS = 168, 224  # the loop over segments needs more
+# The loop over segments and Rényi's sums need more.
+FALLBACK_REGISTERS, MOST_REGISTERS = 168, 240
 _HERE = contextlib.nullcontext()
 Grads = tuple[torch.dtype | None, ...]
 
@@ -115,7 +117,9 @@ def fallback_variant(
         case,
         grads,
         FALLBACK_THREADS // case.warp,
-        PART_REGISTERS if constants.get("PART") else FALLBACK_REGISTERS,
+        MOST_REGISTERS
+        if constants.get("PART") or constants.get("KIND") == RENYI.value
+        else FALLBACK_REGISTERS,
         ROWS=FALLBACK_ROWS,
         BLOCK=FALLBACK_BLOCK,
         WITH_GRADIENT=bool(grads),
