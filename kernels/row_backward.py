@@ -119,10 +119,9 @@ def write_chunk(  # noqa: PLR0915
     )  # fmt: skip
     token = tl.load(whole.token_ptr) if reading.tokens else row
     # Saved value 8 is mean_q.
-    if (activity != 0.0) & (
-        is_fallback(saved_ptr)
-        | (asked.ref_kl and asked.wrt_q and tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
-    ):
+    if (activity != 0.0) & (is_fallback(saved_ptr) | (
+        asked.ref_kl and asked.wrt_q and tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP
+    )):  # fmt: skip
         start, end = tl.maximum(first - pad, 0), tl.minimum(first + cut.chunk - pad, args.V)
         write_fallback(
             wide_row(whole, 0, args.V), GradientRow(grad_p_row, grad_q_row, start, end), saved_ptr,

@@ -16,13 +16,7 @@ from cases import INTERPRETING
 from family import MEMBERS, plain_gradients
 from hypothesis import strategies as st
 
-from fastkl import (
-    LinearKLPenalty,
-    kl_divergence,
-    linear_token_stats,
-    testing,
-    token_stats,
-)
+from fastkl import LinearKLPenalty, kl_divergence, linear_token_stats, testing, token_stats
 
 ROWS = 16
 FILLS = (-100.0, -1e3, -1e4, -1e6, -1e9, -1e15, -1e30, torch.finfo(torch.float32).min, -math.inf)
@@ -91,9 +85,7 @@ def truth(case: Case) -> Answer:
     if case.field in MEMBERS:
         stats = {"kl": MEMBERS[case.field].exact(case.x, case.y, case.temperature)}
         if case.field != "jeffreys":
-            return stats, MEMBERS[case.field].exact_gradients(
-                case.x, case.y, ones, case.temperature
-            )
+            return stats, MEMBERS[case.field].exact_gradients(*case[:2], ones, case.temperature)
         fields = ["kl", "ref_kl"]  # added up in float64, one would lose the other's digits
     upstream = dict.fromkeys(fields, ones)
     return stats, testing.gradients(exact, upstream, case.tokens, case.temperature)
@@ -131,10 +123,8 @@ def found(case: Case, device: str) -> Answer:
 
 
 # The largest error of each entry in a gradient's type, where float32 has it right to 4e-6 of
-# itself.
-#
-# Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place on one
-# side of a boundary.
+# itself. Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place
+# on one side of a boundary.
 def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.Tensor:
     errors = []
     for value in (exact, exact * (1 - 4e-6)):
@@ -181,24 +171,16 @@ def assert_right(case: Case, implementation, what, beside: float = 0.0) -> None:
             order = MEMBERS[case.field].share
             absolute *= 1 + order / abs(1 - order)
         elif case.field in testing.FIELDS and "kl" not in case.field and implementation.kernels:
-            # Beside a near-certain token, 1 - p and log p + entropy are no better known than
-            # log-probabilities are.
+            # Beside a near-certain token, 1 - p is no better known than log-probabilities are.
             absolute += 2e-6 / case.temperature
         if dtype != torch.float32:
-            # A gradient's own rounding, and that of the difference of two probabilities rounded in
-            # float32.
+            # A gradient's own rounding, and that of a difference of float32 probabilities.
             absolute += (
                 1.01 * rounding(expected, dtype, implementation).norm(dim=-1)
                 + 1e-6 / case.temperature
             )
         error, allowed = error[counted], (torch.maximum(1e-5 * norm, own) + absolute)[counted]
-        testing.assert_near(
-            error,
-            torch.zeros_like(error),
-            0.0,
-            allowed,
-            f"gradient of {case.field} to {side}: {what}",
-        )
+        testing.assert_near(error, torch.zeros_like(error), 0.0, allowed, f"grad {side}: {what}")
 
 
 @pytest.mark.parametrize("names", [(*testing.FIELDS, "kl alone"), tuple(MEMBERS)], ids=len)
