@@ -28,6 +28,7 @@ from .row_math import (
     LN2,
     LOG2E,
     RENYI,
+    SKEW_KL,
     SMALL_D,
     TOTAL_VARIATION,
     h_over_square,
@@ -35,9 +36,9 @@ from .row_math import (
     log1p,
 )
 
-# Coefficients of G, U and V, and of K.
+# Coefficients of G, U and V, K has one less; of skew KL, whose G, K and U resemble e^(2·d) for
+# alpha near 1, one, one and two more. Those of K and V start after the most that G and U have.
 TERMS = tl.constexpr(7)
-MOMENT_TERMS = tl.constexpr(6)
 # Largest |d| of a fallback row's entries: beyond it the smaller of p and q is negligible.
 LARGEST_DOUBLE_D = tl.constexpr(700.0)
 
@@ -139,8 +140,9 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
             value += tl.where(near, 0.0, far.value)
             moment += tl.where(near, 0.0, tl.fma(q - p, -formula.curvature, far.to_q))
             p_square = tl.where(near, p_square, 0.0)
-        value = tl.fma(p_square, horner(d, formula.series[:TERMS]), value)
-        moment = tl.fma(p_square, horner(d, formula.series[TERMS:]), moment)
+        more: tl.constexpr = kind.name == SKEW_KL
+        value = tl.fma(p_square, horner(d, formula.series[: TERMS + more]), value)
+        moment = tl.fma(p_square, horner(d, formula.series[TERMS + 1 : 2 * TERMS + more]), moment)
         return value, moment, p_above
 
 
@@ -221,8 +223,10 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
             q * tl.where(d < 0.0, -(distance + p_above), q_below) * weight,
         )
     else:
-        grad_x = p * tl.fma(d, horner(d, formula.series[:TERMS]), -mean_u)
-        grad_y = q * tl.fma(d, horner(d, formula.series[TERMS:]), -mean_v)
+        grad_x = p * tl.fma(
+            d, horner(d, formula.series[: TERMS + 2 * (kind.name == SKEW_KL)]), -mean_u
+        )
+        grad_y = q * tl.fma(d, horner(d, formula.series[TERMS + 2 :]), -mean_v)
         if not ALL_NEAR:
             far = entry_terms(p, q, log_ratio, formula, kind)
             near = tl.abs(d) < D_FACTOR

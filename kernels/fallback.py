@@ -282,14 +282,15 @@ def fallback_gradients(  # noqa: PLR0913
     formula = double_formula(formula)
     mean_u, mean_v = load_hi_lo(saved_ptr + MEAN_U), load_hi_lo(saved_ptr + MEAN_V)
     if kind.name == RENYI:
-        # Relative to an entry, since a large log Z leaves exponents no digits.
+        # Relative to an entry, since a large log Z leaves exponents no digits. Never above 1, which
+        # rounding may exceed beside logits of 1e16.
         exponent = renyi_exponent(
             log_p,
             (x - tl.load(saved_ptr + MEAN_U)) * row.scale,
             (y - tl.load(saved_ptr + MEAN_U + 1)) * row.q_scale,
             formula,
         )
-        r = tl.exp(exponent - mean_v)
+        r = tl.exp(tl.where(exponent > mean_v, 0.0, exponent - mean_v))
         return (r - p) * (-formula.share / formula.rest) * weight, (q - r) * weight
     else:
         terms = double_terms(log_p, log_q, formula, kind)

@@ -180,8 +180,7 @@ def write_chunk(  # noqa: PLR0915
             )
 
 
-# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
-# recompile.
+# What varies from step to step must not cause a recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -284,8 +283,7 @@ def row_backward(  # noqa: PLR0913
     )  # fmt: skip
 
 
-# Row counts, strides, lengths and base addresses vary from step to step and must not cause a
-# recompile.
+# What varies from step to step must not cause a recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -301,7 +299,7 @@ def row_backward(  # noqa: PLR0913
         "share",
         "rest",
         "curvature",
-        *(f"c{i}" for i in range(14)),
+        *(f"c{i}" for i in range(16)),
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -353,7 +351,9 @@ def row_divergence_backward(  # noqa: PLR0913
     c10: tl.float32,
     c11: tl.float32,
     c12: tl.float32,
-    c13: tl.float32,  # seven coefficients of U, seven of V (divergence_math.py)
+    c13: tl.float32,
+    c14: tl.float32,
+    c15: tl.float32,  # coefficients of U and of V (divergence_math.py)
     CHUNK: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -388,7 +388,7 @@ def row_divergence_backward(  # noqa: PLR0913
         temperature_ptr, ratio_ptr, temperature, n_rows, n_inner, stride_p_outer, stride_p_inner,
         stride_q_outer, stride_q_inner, stride_grad, V, chunks,
     )  # fmt: skip
-    series = (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13)
+    series = (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15)
     write_chunk(
         args,
         Formula(share, rest, curvature, series),

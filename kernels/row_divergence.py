@@ -32,7 +32,7 @@ from .row_segment import segment_sums
         "share",
         "rest",
         "curvature",
-        *(f"c{i}" for i in range(13)),
+        *(f"c{i}" for i in range(15)),
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -100,7 +100,9 @@ def row_divergence(  # noqa: PLR0913
     c9: tl.float32,
     c10: tl.float32,
     c11: tl.float32,
-    c12: tl.float32,  # seven coefficients of G, six of K
+    c12: tl.float32,
+    c13: tl.float32,
+    c14: tl.float32,  # coefficients of G and of K
     SPLITS: tl.constexpr,
     MERGE: tl.constexpr,
     THREADS: tl.constexpr,
@@ -151,7 +153,7 @@ def row_divergence(  # noqa: PLR0913
         row, TEMPERATURE_PER_ROW, HAS_RATIO,
     )  # fmt: skip
     formula = Formula(
-        share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12)
+        share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14)
     )
     terms = gradient_terms(load_saved(saved_ptr), formula)
     if MERGE:

@@ -3,10 +3,10 @@
 import functools
 from typing import NamedTuple
 
-from .divergence_math import MOMENT_TERMS, TERMS
+from .divergence_math import TERMS
 from .row_math import JS, OF_KL, RENYI, SKEW_KL, TOTAL_VARIATION
 
-__all__ = ["KINDS", "KL", "MOMENT_TERMS", "TERMS", "Series"]
+__all__ = ["KINDS", "KL", "TERMS", "Series"]
 KINDS = {
     "kl": OF_KL.value,
     "renyi": RENYI.value,
@@ -15,15 +15,15 @@ KINDS = {
     "total_variation": TOTAL_VARIATION.value,
 }
 # Below this share of Q in the mixture, the logarithms of far entries need a series.
-SMALL_REST = 0.05
+SMALL_REST = 0.25
 
 
 class Series(NamedTuple):
     """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of the
     polynomials of divergence_math.py, highest power first.
 
-    forward: of G and K, or R for total variation; () without a second read. backward: of U and V;
-    () for the KL.
+    forward: of G and K, 15 numbers, or R for total variation; () without a second read. backward:
+    of U and V, 16; () for the KL.
     """
 
     kind: str

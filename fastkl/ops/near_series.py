@@ -22,13 +22,14 @@ def near_series(divergence: Divergence) -> Any:
     kernels, (kind, share) = series(), divergence
     if kind == "kl":
         return kernels.KL
-    count, moment_count, rest = kernels.TERMS.value, kernels.MOMENT_TERMS.value, 1.0 - share
+    count, rest, skew = kernels.TERMS.value, 1.0 - share, kind == "skew_kl"
     if kind == "renyi":  # no polynomials
-        return kernels.Series(kind, share, 0.0, (), (0.0,) * (2 * count))
+        return kernels.Series(kind, share, 0.0, (), (0.0,) * (2 * count + 2))
     # f''(0), which total variation does not use.
     curvature = {"js": share * rest, "skew_kl": rest * rest, "total_variation": 0.0}[kind]
 
-    def fit(number: int, name: str) -> list[float]:
+    # Zeros up to `length`.
+    def fit(number: int, name: str, length: int) -> list[float]:
         # 0.45 instead of 0.5 avoids a node at 0, where a second-order term would have no digits.
         numbers = torch.arange(number, dtype=torch.float64, device="cpu")
         nodes = numbers.add(0.45).mul(math.pi / number).cos()
@@ -42,16 +43,19 @@ def near_series(divergence: Divergence) -> Any:
             "v": q_v * (-nodes).exp() / x,
             "gap": FACTOR * nodes.expm1() / x,
         }[name]
-        powers = torch.linalg.vander(x, N=number).flip(-1)
-        return cast(list[float], torch.linalg.solve(powers, curve).tolist())
+        solved = torch.linalg.solve(torch.linalg.vander(x, N=number).flip(-1), curve)
+        return [*cast(list[float], solved.tolist()), *[0.0] * (length - number)]
 
     if kind == "total_variation":
-        gap = (*fit(count, "gap"), *(0.0,) * moment_count)
-        return kernels.Series(kind, share, 0.0, gap, (0.0,) * (2 * count))
+        gap = tuple(fit(count, "gap", 2 * count + 1))
+        return kernels.Series(kind, share, 0.0, gap, (0.0,) * (2 * count + 2))
     return kernels.Series(
         kind,
         share,
         curvature,
-        (*fit(count, "value"), *fit(moment_count, "moment")),
-        (*fit(count, "u"), *fit(count, "v")),
+        (
+            *fit(count + skew, "value", count + 1),
+            *fit(count - 1 + skew, "moment", count),
+        ),
+        (*fit(count + 2 * skew, "u", count + 2), *fit(count, "v", count)),
     )
