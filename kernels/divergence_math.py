@@ -36,8 +36,8 @@ from .row_math import (
     log1p,
 )
 
-# Coefficients of G, U and V, K has one less; of skew KL, whose G, K and U resemble e^(2·d) for
-# alpha near 1, one, one and two more. Those of K and V start after the most that G and U have.
+# Coefficients of G, U and V; K has one less. Skew KL, whose G, K and U resemble e^(2·d) for alpha
+# near 1, has one, one and two more. K starts at coefficient TERMS + 1, V at TERMS + 2.
 TERMS = tl.constexpr(7)
 # Largest |d| of a fallback row's entries: beyond it the smaller of p and q is negligible.
 LARGEST_DOUBLE_D = tl.constexpr(700.0)

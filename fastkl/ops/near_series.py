@@ -17,7 +17,8 @@ FACTOR = 2.0
 @functools.lru_cache(1024)
 def near_series(divergence: Divergence) -> Any:
     """Return the kernels.series.Series of a divergence; an f-divergence's polynomials interpolate
-    its terms, total variation's q/p - 1, at Chebyshev nodes, with a relative error near 1e-6.
+    its terms, total variation's q/p - 1, at Chebyshev nodes, with a relative error near 1e-6; for
+    skew KL up to 7e-5 with alpha = 0.999.
     """
     kernels, (kind, share) = series(), divergence
     if kind == "kl":
