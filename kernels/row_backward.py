@@ -180,7 +180,7 @@ def write_chunk(  # noqa: PLR0915
             )
 
 
-# What varies from step to step must not cause a recompile.
+# These values vary from step to step and must not cause a recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",
@@ -283,7 +283,7 @@ def row_backward(  # noqa: PLR0913
     )  # fmt: skip
 
 
-# What varies from step to step must not cause a recompile.
+# These values vary from step to step and must not cause a recompile.
 @triton.jit(
     do_not_specialize=[
         "temperature",

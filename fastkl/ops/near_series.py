@@ -29,7 +29,7 @@ def near_series(divergence: Divergence) -> Any:
     # f''(0), which total variation does not use.
     curvature = {"js": share * rest, "skew_kl": rest * rest, "total_variation": 0.0}[kind]
 
-    # Zeros up to `length`.
+    # Padded with zeros to `length`.
     def fit(number: int, name: str, length: int) -> list[float]:
         # 0.45 instead of 0.5 avoids a node at 0, where a second-order term would have no digits.
         numbers = torch.arange(number, dtype=torch.float64, device="cpu")
