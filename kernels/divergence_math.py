@@ -8,7 +8,10 @@ E_q[v].
 Near P = Q, where |d| < 1, f, u and v are polynomials with coefficients computed by the launcher for
 the share, alpha or beta (ops/near_series.py): p·d²·G(d) for the divergence, p·d²·K(d) for the
 moment, d·U(d) for u and d·V(d) for v. Since Σ p·(e^d - 1) = 0, the moment may be summed as
-p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence.
+p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence. But the rounding of
+lse_q - lse_p, some 1e-7 of the largest d, enters the sum that should be 0. In a *far* row, where
+log E_p[e^(d - E_p[d])], nearly KL(P‖Q), is above FAR_KL, all tiles take the general path, which
+adds up Σ p and the *drift* Σ(q - p) as rounded: they normalise the means.
 
 Total variation, TV = ½·Σ|q - p|, has one series, q - p = p·d·R(d) near P = Q, and two more sums of
 positive terms: Q(d < 0) and P(d ≥ 0). With P(d < 0) = TV + Q(d < 0) and Q(d ≥ 0) = TV + P(d ≥ 0)
@@ -22,7 +25,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .row_load import D_FACTOR
+from .row_load import D_FACTOR, lane_sum
 from .row_math import (
     JS,
     LN2,
@@ -39,6 +42,8 @@ from .row_math import (
 # Coefficients of G, U and V; K has one less. Skew KL, whose G, K and U resemble e^(2·d) for alpha
 # near 1, has one, one and two more. K starts at coefficient TERMS + 1, V at TERMS + 2.
 TERMS = tl.constexpr(7)
+# log E_p[e^(d - E_p[d])] of the rows that count as far.
+FAR_KL = tl.constexpr(0.05)
 # Largest |d| of a fallback row's entries: beyond it the smaller of p and q is negligible.
 LARGEST_DOUBLE_D = tl.constexpr(700.0)
 
@@ -48,9 +53,9 @@ LARGEST_DOUBLE_D = tl.constexpr(700.0)
 Formula = namedtuple("Formula", "share rest curvature series")
 
 
-# The Formula of a second read, log2 of P's partition function, and D_FACTOR·(lse_q - lse_p) as hi
-# and lo.
-Second = namedtuple("Second", "formula origin centre centre_lo")
+# The Formula of a second read, log2 of P's partition function, D_FACTOR·(lse_q - lse_p) as hi and
+# lo, and 1 for a far row, otherwise 0.
+Second = namedtuple("Second", "formula origin centre centre_lo far")
 
 
 # Terms of entries from formulas in p and q instead of polynomials: p·f, p·u and q·v.
@@ -96,7 +101,7 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
     else:
         share = tl.cast(formula.share, p.dtype)
         rest = tl.cast(formula.rest, p.dtype)
-        power = tl.exp(d)
+        power = tl.exp2(d * LOG2E)
         mixture = tl.fma(power, rest, share)
         log_m = (
             log1p(rest * (power - 1.0))
@@ -118,32 +123,33 @@ def entry_terms(p, q, d, formula, kind: tl.constexpr):
 
 @triton.jit
 def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
-    """Add entries to the sums (divergence, moment, unused), from p and D_FACTOR·d; for total
-    variation to (2·D_FACTOR·TV, Q(d < 0), P(d ≥ 0)).
+    """Add entries to the sums (divergence, moment, unused, Σ(q - p) per thread), from p and
+    D_FACTOR·d; for total variation to (2·D_FACTOR·TV, Q(d < 0), P(d ≥ 0), unused).
 
-    ALL_NEAR requires every |d| to be below 1.
+    ALL_NEAR requires every |d| to be below 1, and adds nothing to Σ(q - p).
     """
-    value, moment, p_above = sums
+    value, moment, p_above, drift = sums
     if kind.name == TOTAL_VARIATION:
         growth = horner(d, formula.series[:TERMS]) * d if ALL_NEAR else expm1(d * 0.5) * 2.0
         gap = p * growth  # D_FACTOR·(q - p)
         moment += tl.where(d < 0.0, tl.fma(gap, 1.0 / D_FACTOR, p), 0.0)
-        return value + tl.abs(gap), moment, p_above + tl.where(d < 0.0, 0.0, p)
+        return value + tl.abs(gap), moment, p_above + tl.where(d < 0.0, 0.0, p), drift
     else:
         p_square = p * (d * d)
         if not ALL_NEAR:
             log_ratio = d * (1.0 / D_FACTOR)
-            q = p * tl.exp(log_ratio)
+            q = p * tl.exp2(log_ratio * LOG2E)
             far = entry_terms(p, q, log_ratio, formula, kind)
             near = tl.abs(d) < D_FACTOR
             # Each entry is added by one of the formulas, and counts 0 in the other.
             value += tl.where(near, 0.0, far.value)
             moment += tl.where(near, 0.0, tl.fma(q - p, -formula.curvature, far.to_q))
+            drift += lane_sum(p * expm1(log_ratio))
             p_square = tl.where(near, p_square, 0.0)
         more: tl.constexpr = kind.name == SKEW_KL
         value = tl.fma(p_square, horner(d, formula.series[: TERMS + more]), value)
         moment = tl.fma(p_square, horner(d, formula.series[TERMS + 1 : 2 * TERMS + more]), moment)
-        return value, moment, p_above
+        return value, moment, p_above, drift
 
 
 @triton.jit
@@ -180,18 +186,25 @@ def renyi_exponent(log_p, of_p, of_q, formula):
 @triton.jit
 def empty_sums(zeros, kind: tl.constexpr):
     """Return the Sums of no entries."""
-    lowest = zeros - (1.0e300 if kind.name == RENYI else 0.0)
-    return Sums(zeros, lowest, zeros, zeros, zeros, zeros, zeros)
+    u = zeros - (1.0e300 if kind.name == RENYI else 0.0)
+    return Sums(zeros, u, zeros, zeros, zeros, zeros, zeros)
 
 
 @triton.jit
 def add_sums(sums, kind: tl.constexpr):
     """Return the Sums of all entries, or of all parts of a row, from vectors of Sums."""
     u = tl.max(sums.u, 0) if kind.name == RENYI else tl.sum(sums.u, 0)
-    value = sums.value * tl.exp(sums.u - u) if kind.name == RENYI else sums.value
     x = tl.max(tl.where(sums.u == u, sums.x, float("-inf")), 0)
     y = tl.max(tl.where((sums.u == u) & (sums.x == x), sums.y, float("-inf")), 0)
-    return Sums(tl.sum(value, 0), u, tl.sum(sums.v, 0), tl.sum(sums.p, 0), tl.sum(sums.q, 0), x, y)
+    return Sums(
+        tl.sum(sums.value * tl.exp(sums.u - u) if kind.name == RENYI else sums.value, 0),
+        u,
+        tl.sum(sums.v, 0),
+        tl.sum(sums.p, 0),
+        tl.sum(sums.q, 0),
+        x,
+        y,
+    )
 
 
 @triton.jit

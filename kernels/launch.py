@@ -1,5 +1,6 @@
 """Launchers: allocate, choose a configuration, launch. Callers have checked the arguments."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -116,12 +117,10 @@ def forward_plan(
     second = row_variant(
         row_divergence,
         case,
-        chosen,
+        # The limit is too low for skew KL, and on sm_100.
+        dataclasses.replace(chosen, max_registers=config.ROOM) if kind == SKEW_KL.value else chosen,
         (),
-        # The limit is too low for skew KL, except where ptxas's own choice spills, and on sm_100.
-        case.q_in_blocks
-        and (kind != SKEW_KL.value or case.realign and case.arch == "sm_90")
-        and case.arch != "sm_100",
+        case.q_in_blocks and case.arch != "sm_100",
         SPLITS=states,
         MERGE=shard.merges,
         REALIGN=case.realign,
@@ -231,10 +230,11 @@ def fallback(
     divergence other than the KL, 7 in place of 9, given segment_log_sums of all ranks.
     """
     fields = {ptr: outputs[name] if name in outputs else saved for name, ptr in POINTERS}
-    plan, given = plan_for(problem, outputs, divergence, shard), tensors(problem)
     with current(saved):
-        split = dict(part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks)
-        _start_fallback(plan, problem, given, fields, divergence.share, **split)
+        _start_fallback(
+            plan_for(problem, outputs, divergence, shard), problem, tensors(problem), fields,
+            divergence.share, part_ptr=parts, log_sums_ptr=log_sums, ranks=shard.ranks,
+        )  # fmt: skip
 
 
 def log_sums(problem: Problem, plan: ForwardPlan, states: torch.Tensor) -> torch.Tensor:

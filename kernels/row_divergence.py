@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .divergence_math import Formula, Second
+from .divergence_math import FAR_KL, Formula, Second
 from .fallback import is_fallback
 from .row_finish import SAVED, load_rank_states, load_states, store_state, store_tuple
 from .row_gradient import gradient_terms, load_saved
@@ -156,12 +156,15 @@ def row_divergence(  # noqa: PLR0913
         share, rest, curvature, (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14)
     )
     terms = gradient_terms(load_saved(saved_ptr), formula)
+    IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
+    far = terms.saved.log1p_t > (float("inf") if IS_TV else FAR_KL)
     if MERGE:
         states = load_rank_states(state_ptr, row, splits, ranks, stride_rank, SPLITS, want)
     else:
         second = Second(
-            formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR
-        )
+            formula, terms.log2_Z_p, terms.lse_gap * D_FACTOR, terms.lse_gap_lo * D_FACTOR,
+            far.to(tl.int32),
+        )  # fmt: skip
         # The sums of an f-divergence read no gamma.
         states = segment_sums(
             whole, first, tl.minimum(segment, V - first), gamma, second, tiling, want, reading
@@ -175,20 +178,25 @@ def row_divergence(  # noqa: PLR0913
                 return
             index = tl.arange(0, SPLITS)
             states = load_states(state_ptr + (row * splits + index) * STATE, index < splits, want)
-    moment, value, p_above = states.W, states.U, states.R
+    S, moment, value, R = states.S, states.W, states.U, states.R
     if SPLITS > 1:
-        moment, value, p_above = tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
-    # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation.
-    factor = terms.factor_p * D_FACTOR
-    IS_TV: tl.constexpr = KIND == TOTAL_VARIATION
-    value = tl.where(value <= 0.0, 0.0, value * (terms.factor_p * 0.5 if IS_TV else factor))
+        S, moment, value, R = (
+            tl.sum(states.S, 0), tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
+        )  # fmt: skip
+    # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation. S and
+    # the drift, R, are complete in a far row.
+    weight = tl.where(far, tl.div_rn(1.0, S), terms.factor_p)
+    factor = weight * D_FACTOR
+    drift = tl.where(far, R * weight, 0.0)
+    moment = tl.fma(drift, curvature, moment * factor)
+    value = tl.where(value <= 0.0, 0.0, value * (weight * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)
     # Overwrite mean_p, mean_q and the entropy.
     store_tuple(
         saved_ptr + 7,
         (
-            moment * factor if IS_TV else value - moment * factor,
-            p_above * factor if IS_TV else moment * factor,
+            moment if IS_TV else value - moment,
+            R * factor if IS_TV else tl.fma(-drift, moment, moment),
             value,
         ),
     )

@@ -86,8 +86,10 @@ WideRow = namedtuple("WideRow", "p q V token_ptr scale q_scale")
 def wide_row(row, first, length):
     """Return the WideRow of `length` entries of a Row from `first` on."""
     scale = row.doubled_scale.to(tl.float64) * (1.0 / D_FACTOR)
-    q_scale = scale * row.ratio.to(tl.float64)
-    return WideRow(row.p + first, row.q + first, length, row.token_ptr, scale, q_scale)
+    return WideRow(
+        row.p + first, row.q + first, length, row.token_ptr, scale,
+        scale * row.ratio.to(tl.float64),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -11,7 +11,8 @@ The centre is always the mean of d over at least an eighth of the weight: sums a
 centre would lose digits when the centre moves.
 
 The second read of an f-divergence starts with log2 of P's partition function as origin and with
-lse_q - lse_p as centre: e is p and d is log(q/p), and no tile is anchored.
+lse_q - lse_p as centre: e is p and d is log(q/p), and no tile is anchored. A far row has no near
+tile (divergence_math.py).
 """
 
 from collections import namedtuple
@@ -31,7 +32,6 @@ from .row_load import (
     segment_shift,
 )
 from .row_math import (
-    FAR_SHARE,
     LARGEST_D,
     LARGEST_FAR_D,
     LOG2E,
@@ -40,6 +40,7 @@ from .row_math import (
     REANCHOR_GROWTH,
     RENYI,
     SMALL_D,
+    TOTAL_VARIATION,
     State,
     centred,
     horner,
@@ -59,9 +60,10 @@ Weights = namedtuple("Weights", "e d S lane_A")
 # The sums of a segment so far.
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
-# exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-# A, 2·W, 2·U and 2·R, or 4·R with want.ref_kl.
-Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
+# exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR; drift: Σ(q - p) of an
+# f-divergence. [threads, lanes]: A, 2·W, 2·U and 2·R, or 4·R with want.ref_kl. For
+# an f-divergence, S and drift are those of the tiles on the general path.
+Running = namedtuple("Running", "origin centre S limit largest drift lane_A lane_W lane_U lane_R")
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
         zeros,
         zeros + float("inf") if SECOND else zeros,
         zeros + D_FACTOR,
+        zeros,
         lanes,
         lanes,
         lanes,
@@ -148,14 +151,17 @@ def weigh(sums, tile, part, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.co
     lane_S = es[0]
     for g in tl.static_range(1, len(es)):
         lane_S += es[g]
-    S = lane_sum(lane_S) if want.kind.name <= RENYI else sums.S
-    return Weights(es, ds, S, lane_A)
+    return Weights(es, ds, lane_sum(lane_S), lane_A)
 
 
 @triton.jit
-def path_of(sums, weights, want: tl.constexpr):
+def path_of(sums, weights, part, want: tl.constexpr):
     """Select the path of a tile."""
-    path = tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR if want.kl else GENERAL)
+    path = (
+        part.second.far
+        if want.kind.name > RENYI
+        else tl.where(sums.S + weights.S > sums.limit, ANCHOR, NEAR if want.kl else GENERAL)
+    )
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, len(weights.d)):
@@ -175,8 +181,8 @@ def state_of(sums, shift, want: tl.constexpr):
         lane_sum(sums.lane_W) * (1.0 / D_FACTOR) if want.kl else zeros,
         lane_sum(sums.lane_U) * 0.5 if want.kl else zeros,
         lane_sum(sums.lane_R) * (0.25 if want.ref_kl else 0.5)
-        if want.ref_kl or want.kind.name >= RENYI
-        else zeros,
+        if want.ref_kl or want.kind.name == RENYI or want.kind.name == TOTAL_VARIATION
+        else sums.drift,
         sums.centre * (1.0 / D_FACTOR),
         shift,
     )
@@ -233,7 +239,7 @@ def anchor(sums, tile, part, want: tl.constexpr, EDGE: tl.constexpr):
     # Near tiles do not update `largest`: there |d| < 1.
     largest = tl.maximum(sums.largest, tl.fma(tl.abs(centre), D_FACTOR, D_FACTOR))
     return Running(
-        state.origin, centre * D_FACTOR, state.S, limit, largest,
+        state.origin, centre * D_FACTOR, state.S, limit, largest, sums.drift,
         spread(state.A, LANES),
         spread(state.W * D_FACTOR, LANES),
         spread(state.U * 2.0, LANES),
@@ -248,11 +254,13 @@ def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     d and h below include their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
     """
     lane_W, lane_U, lane_R, largest = sums.lane_W, sums.lane_U, sums.lane_R, sums.largest
+    drift = sums.drift
+    S = sums.S if want.kind.name > RENYI and ALL_NEAR else sums.S + weights.S
     for g in tl.static_range(len(weights.e)):
         e, d = weights.e[g], weights.d[g]
         if want.kind.name > RENYI:
-            lane_U, lane_W, lane_R = add_terms(
-                (lane_U, lane_W, lane_R), e, d, part.second.formula, want.kind, ALL_NEAR
+            lane_U, lane_W, lane_R, drift = add_terms(
+                (lane_U, lane_W, lane_R, drift), e, d, part.second.formula, want.kind, ALL_NEAR
             )
         elif want.kl:
             lane_W = tl.fma(e, d, lane_W)
@@ -274,9 +282,10 @@ def absorb(sums, weights, part, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     return Running(
         sums.origin,
         sums.centre,
-        sums.S + weights.S,
+        S,
         sums.limit,
         largest,
+        drift,
         weights.lane_A,
         lane_W,
         lane_U,
@@ -322,7 +331,7 @@ def segment_sums(
     while group < full_end:
         tile = load_tile(part, group, length, tiling.groups, tiling, want, reading, False)
         weights = weigh(sums, tile, part, want, CLAMP, False)
-        path = path_of(sums, weights, want)
+        path = path_of(sums, weights, part, want)
         if ANCHORS and path > GENERAL:  # anchor
             # A NaN never takes this path: comparisons with NaN are false. Reload the tile: keeping
             # it for this path costs registers on the others.
@@ -346,25 +355,22 @@ def segment_sums(
     while group * tiling.lanes < length:
         tile = load_tile(part, group, length, 1, tiling, want, reading, True)
         weights = weigh(sums, tile, part, want, True, True)
-        if ANCHORS and path_of(sums, weights, want) > GENERAL:  # anchor
+        if ANCHORS and path_of(sums, weights, part, want) > GENERAL:  # anchor
             sums = anchor(sums, tile, part, want, True)
         else:
             sums = absorb(sums, weights, part, want, False)
             group += tiling.threads
     state = state_of(sums, part.shift, want)
-    S = tl.sum(state.S, 0)
     U = tl.sum(state.U, 0)
     if want.kl and ANCHORS:
-        limit = LARGEST_D * D_FACTOR
-        if want.compensated:
-            limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
+        limit = (LARGEST_FAR_D if want.compensated else LARGEST_D) * D_FACTOR
         if want.kind.name == RENYI:
             # Backward takes exp(α·d).
             limit = limit / tl.maximum(1.0 - part.gamma, 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,
-        S,
+        tl.sum(state.S, 0),
         tl.sum(state.A, 0),
         tl.sum(state.W, 0),
         U,
