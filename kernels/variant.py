@@ -93,7 +93,7 @@ def row_variant(
     """
     # Soft caps, ratios and misaligned rows need registers for temporaries.
     needs_room = case.softcap > 0.0 or case.ref_softcap > 0.0 or case.has_ratio or case.realign
-    registers = config.ROOM if needs_room else chosen.max_registers
+    registers = max(chosen.max_registers or 0, config.ROOM) if needs_room else chosen.max_registers
     return _variant(
         kernel,
         case,
