@@ -60,9 +60,9 @@ Weights = namedtuple("Weights", "e d S lane_A")
 # The sums of a segment so far.
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
-# exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR; drift: Σ(q - p) of an
-# f-divergence. [threads, lanes]: A, 2·W, 2·U and 2·R, or 4·R with want.ref_kl. For
-# an f-divergence, S and drift are those of the tiles on the general path.
+# exceeds it, except for an f-divergence; largest: an upper bound of |y - x - shift|·scale times
+# D_FACTOR; drift: Σ(q - p) of an f-divergence. [threads, lanes]: A, 2·W, 2·U and 2·R, or 4·R with
+# want.ref_kl. An f-divergence adds only tiles on the general path to S and drift.
 Running = namedtuple("Running", "origin centre S limit largest drift lane_A lane_W lane_U lane_R")
 
 
@@ -76,7 +76,7 @@ def empty_sums(part, tiling: tl.constexpr, want: tl.constexpr):
         part.second.origin if SECOND else tl.full([], LOWEST, tl.float32),
         part.second.centre if SECOND else tl.full([], 0.0, tl.float32),
         zeros,
-        zeros + float("inf") if SECOND else zeros,
+        zeros,
         zeros + D_FACTOR,
         zeros,
         lanes,
