@@ -11,7 +11,8 @@ moment, d·U(d) for u and d·V(d) for v. Since Σ p·(e^d - 1) = 0, the moment m
 p·(f' - f''(0)·(e^d - 1)): of second order, like the divergence. But the rounding of
 lse_q - lse_p, some 1e-7 of the largest d, enters the sum that should be 0. In a *far* row, where
 log E_p[e^(d - E_p[d])], nearly KL(P‖Q), is above FAR_KL, all tiles take the general path, which
-adds up Σ p and the *drift* Σ(q - p) as rounded: they normalise the means.
+adds up Σ p and the *drift* Σ(q - p) as rounded: they normalise the means. On the general path the
+polynomials serve below SMALL_D alone: a mean and its entries must share their errors.
 
 Total variation, TV = ½·Σ|q - p|, has one series, q - p = p·d·R(d) near P = Q, and two more sums of
 positive terms: Q(d < 0) and P(d ≥ 0). With P(d < 0) = TV + Q(d < 0) and Q(d ≥ 0) = TV + P(d ≥ 0)
@@ -140,7 +141,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
             log_ratio = d * (1.0 / D_FACTOR)
             q = p * tl.exp2(log_ratio * LOG2E)
             far = entry_terms(p, q, log_ratio, formula, kind)
-            near = tl.abs(d) < D_FACTOR
+            near = tl.abs(d) < SMALL_D * D_FACTOR
             # Each entry is added by one of the formulas, and counts 0 in the other.
             value += tl.where(near, 0.0, far.value)
             moment += tl.where(near, 0.0, tl.fma(q - p, -formula.curvature, far.to_q))
@@ -242,7 +243,7 @@ def divergence_gradients(log2_p, d, weight, terms, kind: tl.constexpr, ALL_NEAR:
         grad_y = q * tl.fma(d, horner(d, formula.series[TERMS + 2 :]), -mean_v)
         if not ALL_NEAR:
             far = entry_terms(p, q, log_ratio, formula, kind)
-            near = tl.abs(d) < D_FACTOR
+            near = tl.abs(d) < SMALL_D * D_FACTOR
             grad_x = tl.where(near, grad_x, tl.fma(p, -mean_u, far.to_p))
             grad_y = tl.where(near, grad_y, tl.fma(q, -mean_v, far.to_q))
         return grad_x * weight, grad_y * weight

@@ -5,7 +5,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .divergence_math import divergence_gradients
+from .divergence_math import FAR_KL, divergence_gradients
 from .row_finish import Saved
 from .row_load import D_FACTOR, load_edge, or_lanes
 from .row_math import (
@@ -245,7 +245,7 @@ def write_tile(
             x, _, y, y_lo = raw_entry(raw, i, place, reading)
             _, d = entry_ratio(x, y, y_lo, place.scale, terms, asked.compensated, reading.ratio)
             far = or_lanes(d.to(tl.int32, bitcast=True)) | far
-        far = tl.max((far >> 30) & 1, 0)
+        far = tl.maximum(tl.max((far >> 30) & 1, 0), (terms.saved.log1p_t > FAR_KL).to(tl.int32))
     if far > 0:
         write_entries(place, raw, terms, g, asked, reading, EDGE, False)
     else:
