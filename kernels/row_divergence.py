@@ -184,10 +184,11 @@ def row_divergence(  # noqa: PLR0913
             tl.sum(states.S, 0), tl.sum(states.W, 0), tl.sum(states.U, 0), tl.sum(states.R, 0)
         )  # fmt: skip
     # A state holds the sums without D_FACTOR; add_terms sums a multiple of total variation. S and
-    # the drift, R, are complete in a far row.
+    # R, the drift, cover all tiles only in a far row.
     weight = tl.where(far, tl.div_rn(1.0, S), terms.factor_p)
     factor = weight * D_FACTOR
     drift = tl.where(far, R * weight, 0.0)
+    # The moment was summed less f''(0)·(q - p), which adds up to the drift.
     moment = tl.fma(drift, curvature, moment * factor)
     value = tl.where(value <= 0.0, 0.0, value * (weight * 0.5 if IS_TV else factor))
     tl.store(kl_ptr + row, value)

@@ -49,8 +49,8 @@ LARGEST_MEAN_GAP = tl.constexpr(1.0)
 # Largest |d| that the sums can represent. From 87 nats below the peak on, e^x underflows to 0, and
 # e^x·e^d is lost even if not negligible; far below 0, d·h + d² (= d·expm1(d)) cancels.
 LARGEST_D = tl.constexpr(60.0)
-# Replaces LARGEST_D for float32 rows: a gradient may be as small as the smaller probability of an
-# entry, and the rounding of the larger one enters it.
+# Replaces LARGEST_D for float32 rows: an entry's gradient may be as small as the smaller of p and
+# q, while its error is a rounding of the larger.
 LARGEST_FAR_D = tl.constexpr(16.0)
 
 
@@ -228,7 +228,8 @@ Kind = namedtuple("Kind", "name small_rest lg2")
 # Compile-time: the statistics requested.
 #
 # kind: a Kind. For Rényi's divergence of order 1 - γ, R holds Σe·h(γd). For an f-divergence, whose
-# origin and centre are known, U holds the divergence and W its moment (divergence_math.add_terms).
+# origin and centre are known, U holds the divergence and W its moment; S Σp and R Σ(q - p) of tiles
+# on the general path, or R P(d ≥ 0) of total variation (divergence_math.add_terms).
 # compensated: keep the rounding errors of differences, for float32 logits and for ratios of
 # temperatures. lse: the log-sum-exps.
 Want = namedtuple("Want", "entropy kl ref_kl kind compensated lse")
