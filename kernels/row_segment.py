@@ -366,9 +366,7 @@ def segment_sums(
         limit = (LARGEST_FAR_D if want.compensated else LARGEST_D) * D_FACTOR
         if want.kind.name == RENYI:
             # Backward takes exp(α·d): α·|d| stays below LARGEST_D.
-            limit = (LARGEST_D * D_FACTOR) / tl.maximum(
-                1.0 - part.gamma, LARGEST_D * D_FACTOR / limit
-            )
+            limit = limit / tl.maximum((1.0 - part.gamma) * limit / (LARGEST_D * D_FACTOR), 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,
