@@ -34,8 +34,8 @@ def count_paths(pickled):
     chosen = config.select("forward", ARCH, p.element_size(), p.shape[-1])
     paths, path_of = Counter(), row_segment.path_of
 
-    def counted(sums, weights, *more):
-        path = path_of(sums, weights, *more)
+    def counted(sums, weights, part, want):
+        path = path_of(sums, weights, part, want)
         paths[path.handle.data.item()] += len(weights.e) == chosen.groups  # an edge has 1
         return path
 

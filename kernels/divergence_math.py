@@ -127,7 +127,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add entries to the sums (divergence, moment, unused, Σ(q - p) per thread), from p and
     D_FACTOR·d; for total variation to (2·D_FACTOR·TV, Q(d < 0), P(d ≥ 0), unused).
 
-    ALL_NEAR requires every |d| to be below 1, and adds nothing to Σ(q - p).
+    With ALL_NEAR, which requires every |d| to be below 1, Σ(q - p) is not summed.
     """
     value, moment, p_above, drift = sums
     if kind.name == TOTAL_VARIATION:
@@ -139,6 +139,7 @@ def add_terms(sums, p, d, formula, kind: tl.constexpr, ALL_NEAR: tl.constexpr):
         p_square = p * (d * d)
         if not ALL_NEAR:
             log_ratio = d * (1.0 / D_FACTOR)
+            # exp2 of this product, as in entry_terms and expm1: the compiler computes it once.
             q = p * tl.exp2(log_ratio * LOG2E)
             far = entry_terms(p, q, log_ratio, formula, kind)
             near = tl.abs(d) < SMALL_D * D_FACTOR

@@ -35,7 +35,7 @@ LIMITS = {
     ("token_stats.forward", "sm_90", *BF16): (22, 27, 26, 31, 1),
     ("token_stats.forward", "sm_100", *BF16): (14, 20, None, None, 1),
     ("token_stats_policy_only.forward", "sm_90", *BF16): (8, 8, None, None, 1),
-    # The second read of JSD: with the first, at most 45. Elsewhere it also sums p and q - p.
+    # The second read of JSD: with the first, at most 45. The general path also sums p and q - p.
     ("js.forward", "sm_90", *BF16): (25.2, 57.5, None, None, 1),
     ("js.backward_p", "sm_90", *BF16): (22, 31, None, None, 1),
     ("kl_divergence.backward_p", "sm_80", *BF16): (13.7, None, None, None, 1),

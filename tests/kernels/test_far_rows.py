@@ -239,7 +239,7 @@ def light_mask(fill: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-# A KL of 0.2 to 0.6 nats from one improbable entry 20 to 50 nats away: to Q, next to no gradient.
+# A KL of 0.2 to 0.6 nats from one improbable entry 20 to 50 nats away; the gradient to Q is tiny.
 def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
     x, y = torch.zeros(12, 2), torch.zeros(12, 2)
     far = torch.linspace(20.0, 50.0, 12)
@@ -248,7 +248,7 @@ def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y + 0.3
 
 
-# Other entries masked on each side, in P also Q's peak: E_q[d] exceeds float32, gradients do not.
+# P and Q mask different entries, P also Q's peak: E_q[d] overflows float32, the gradients do not.
 def masked_peaks() -> tuple[torch.Tensor, torch.Tensor, float]:
     x, y = noise(2, 300), noise(4, 300)[2:]
     y[:, 0] = 3.0
@@ -302,8 +302,8 @@ SINGLE = {
         )
     },
     **{f"a light mask of {fill:g}": light_mask(fill) for fill in (-50.0, -100.0, -1e4, -1e6)},
-    # e^(2·d) of the second entry would overflow.
-    "both next to 0, 50 nats apart": (
+    # exp(2·d) of the second entry overflows, which Rényi's gradient of order 2 takes.
+    "an improbable entry 50 nats apart": (
         torch.tensor([[0.0, -100.0, 0.5, 1.0]]).bfloat16(),
         torch.tensor([[0.0, -150.0, 0.0, 2.0]]).bfloat16(),
     ),
